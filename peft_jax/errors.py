@@ -1,0 +1,24 @@
+"""Errors for people: what went wrong, where, the nearest valid choice, what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class PeftJaxError(ValueError):
+    """An error whose message is written for the user; ``run.py`` prints it as one line and exits with code 2."""
+
+
+def nearest(word: str, choices: Iterable[str], most: int = 3) -> str:
+    """A phrase naming the choices closest to ``word``, or the first few where none is close.
+
+    >>> nearest("q_pro", ["q_proj", "k_proj", "embed"])
+    'did you mean q_proj?'
+    """
+    choices = sorted(set(map(str, choices)))
+    if not choices:
+        return "there are no choices"
+    close = difflib.get_close_matches(str(word), choices, n=most, cutoff=0.7)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    more = ", ..." if len(choices) > 8 else ""
+    return f"choose one of: {', '.join(choices[:8])}{more}"
