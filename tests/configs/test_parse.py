@@ -1,0 +1,141 @@
+"""Typed arguments, overrides and the errors that a mistyped command line gets."""
+
+import pytest
+
+from configs import base, check, parse
+from configs.models import MODELS, source_of
+from peft_jax.errors import PeftJaxError
+
+
+@pytest.fixture
+def config():
+    return base.get_config().lock()
+
+
+def test_typed_args_take_the_type_of_their_default():
+    args = parse.typed_args("model=pypi:a==1,steps=5,rate=1e-3,fast=True", model="x", steps=1, rate=0.1, fast=False, rest=7)
+    assert args == {"model": "pypi:a==1", "steps": 5, "rate": 1e-3, "fast": True, "rest": 7}
+
+
+@pytest.mark.parametrize("text, word", [("modl=x", "model, steps"), ("steps=many", "expected int"), ("model", "key=value")])
+def test_typed_args_name_what_is_wrong(text, word):
+    with pytest.raises(PeftJaxError, match=word):
+        parse.typed_args(text, model="x", steps=1)
+
+
+def test_override_sets_values_of_the_right_type_and_returns_the_rest(config):
+    argv = ["--config.method.r=4", "--config.optim.learning_rate", "1", "--noconfig.log.tensorboard", "--other=1"]
+    assert parse.override(config, argv) == ["--other=1"]
+    assert (config.method.r, config.optim.learning_rate, config.log.tensorboard) == (4, 1.0, False)
+
+
+@pytest.mark.parametrize(
+    "written, meant",
+    [
+        ("all-linear", "all-linear"),
+        ("q_proj", ("q_proj",)),
+        ("q_proj,v_proj", ("q_proj", "v_proj")),
+        ("('q_proj', 'v_proj')", ("q_proj", "v_proj")),
+        ("['q_proj']", ("q_proj",)),
+        (r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
+        (r".*layers\.\d{1,2}\.self_attn\.q_proj", r".*layers\.\d{1,2}\.self_attn\.q_proj"),
+        ("None", None),
+    ],
+)
+def test_module_names_may_be_written_in_any_of_these_ways(config, written, meant):
+    assert parse.override(config, [f"--config.method.target_modules={written}"]) == []
+    assert check.tidy(config).method.target_modules == meant
+
+
+def test_other_open_fields_from_the_command_line(config):
+    parse.override(config, ["--config.method.layers_to_transform=0,2", "--config.method.init_lora_weights=gaussian",
+                            "--config.method.rank_pattern={'layers.0.self_attn.q_proj': 4}"])  # fmt: skip
+    check.tidy(config)
+    assert config.method.layers_to_transform == (0, 2)
+    assert config.method.init_lora_weights == "gaussian"
+    assert config.method.rank_pattern == {"layers.0.self_attn.q_proj": 4}
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--config.method.rr=8", r"unknown key --config.method.rr; did you mean --config.method.r\?"),
+        ("--config.optim.r=8", r"did you mean --config.method.r\?"),
+        ("--config.learning_rate=1", r"did you mean --config.optim.learning_rate\?"),
+        ("--config.optim.lr=1", "the keys of config.optim are: .*learning_rate"),
+        ("--config.method.r=abc", "--config.method.r=abc: expected int, such as 8"),
+        ("--config.log.tensorboard=perhaps", "expected bool"),
+        ("--config.method=lora", "is a section, not a key"),
+        ("--config.seed", "[Mm]issing value"),
+    ],
+)
+def test_a_bad_override_is_one_clear_line(config, argument, message):
+    with pytest.raises(PeftJaxError, match=message) as caught:
+        parse.override(config, [argument])
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_file_names_the_nearest(tmp_path):
+    with pytest.raises(PeftJaxError, match=r"did you mean experiments/lora.py\?"):
+        parse.load_experiment("experiments/lorra.py")
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(PeftJaxError, match="no function get_config"):
+        parse.load_experiment(str(tmp_path / "empty.py"))
+
+
+def test_the_default_experiment_takes_arguments():
+    config, name = parse.load_experiment("experiments/lora.py:model=owner/model,task=data/mine.jsonl")
+    assert (name, config.model.source) == ("lora", "owner/model")
+    assert (config.task.kind, config.task.source) == ("file", "data/mine.jsonl")
+    assert (config.method.r, config.method.lora_alpha) == (16, 32)
+    check.check(config)
+
+
+def test_models_by_name_or_source(tmp_path):
+    assert source_of("smollm2-135m") == MODELS["smollm2-135m"]
+    assert source_of("pypi:some==1") == "pypi:some==1"
+    assert source_of(str(tmp_path)) == str(tmp_path)
+    with pytest.raises(PeftJaxError, match="did you mean smollm2-135m"):
+        source_of("smollm2-135n")
+    with pytest.raises(PeftJaxError, match="no such file or folder"):
+        source_of("./nothing/here.gguf")
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("data.collate", "packed", r"did you mean pack\?"),
+        ("data.batch_size", 0, "at least 1"),
+        ("optim.learning_rate", -1.0, "at least 0"),
+        ("optim.learning_rate", float("nan"), "at least 0"),
+        ("optim.epochs", 1.0, "set exactly one"),
+    ],
+)
+def test_values_that_cannot_be_meant(config, key, value, message):
+    config.optim.steps = 5
+    check.check(config)
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(PeftJaxError, match=message):
+        check.check(config)
+
+
+def test_the_choices_are_those_of_the_library():
+    from peft_jax.data.collate import COLLATIONS
+    from peft_jax.data.tokenize import CHAT_LOSS, ON_TOO_LONG
+    from peft_jax.train.optim import SCHEDULES
+
+    assert set(check.CHOICES["data.collate"]) == set(COLLATIONS)
+    assert set(check.CHOICES["data.on_too_long"]) == set(ON_TOO_LONG)
+    assert set(check.CHOICES["data.chat_loss"]) == set(CHAT_LOSS)
+    assert set(check.CHOICES["optim.schedule"]) == set(SCHEDULES)
+
+
+def test_every_method_has_its_arguments_in_the_configuration():
+    import inspect
+
+    from configs.methods import METHODS, method_config
+    from peft_jax import methods
+
+    assert METHODS.keys() == methods.METHODS.keys()
+    for name, build in methods.METHODS.items():
+        assert set(inspect.signature(build).parameters) == set(method_config(name)) - {"name"}
