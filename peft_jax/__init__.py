@@ -1,0 +1,28 @@
+"""Parameter-efficient fine-tuning for JAX and Flax, as pure functions over parameter trees. The table of contents."""
+
+from peft_jax.errors import PeftJaxError
+from peft_jax.generation import Sampling, generate
+from peft_jax.method import Method, bind, chain, check_read
+from peft_jax.methods import METHODS, lora
+from peft_jax.targets import KernelAxes, kernel_axes
+from peft_jax.tree import combine, count, flatten, nbytes, partition, unflatten
+
+__all__ = [
+    "METHODS",
+    "KernelAxes",
+    "Method",
+    "PeftJaxError",
+    "Sampling",
+    "bind",
+    "chain",
+    "check_read",
+    "combine",
+    "count",
+    "flatten",
+    "generate",
+    "kernel_axes",
+    "lora",
+    "nbytes",
+    "partition",
+    "unflatten",
+]

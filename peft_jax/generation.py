@@ -1,0 +1,103 @@
+"""Decoding with the cache: greedy or sampled, jitted once for a shape, prompts of unequal length padded on the left."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.errors import PeftJaxError
+
+
+class Sampling(NamedTuple):
+    """How the next token is drawn; ``temperature`` 0 is greedy, ``top_k`` 0 and ``top_p`` 1 keep every token."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+GREEDY = Sampling()
+
+
+def draw(logits, rng, sampling: Sampling):
+    """The next tokens int32 (batch,) from ``logits`` (batch, vocab): temperature, then top-k, then top-p, as in HF."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits.astype(jnp.float32) / sampling.temperature
+    if sampling.top_k:
+        kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if sampling.top_p < 1:
+        logits = jnp.where(_outside_nucleus(logits, sampling.top_p), -jnp.inf, logits)
+    return jax.random.categorical(rng, logits).astype(jnp.int32)
+
+
+def _outside_nucleus(logits, top_p):
+    """True for tokens after the smallest set of likeliest ones that holds ``top_p`` of the probability."""
+    order = jnp.argsort(-logits, axis=-1)
+    ranked = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+    before = jnp.cumsum(ranked, axis=-1) - ranked
+    return jnp.take_along_axis(before >= top_p, jnp.argsort(order, axis=-1), axis=-1)
+
+
+@partial(jax.jit, static_argnames=("apply", "max_new_tokens", "sampling"))
+def decode(apply: Callable, params, cache, input_ids, attention_mask, stop_ids, rng, *, max_new_tokens: int,
+           sampling: Sampling):
+    """New tokens int32 (batch, max_new_tokens), ``stop_ids[0]`` after a row's first stop token.
+
+    ``apply`` is ``model.apply`` or a bound one; the loop ends as soon as every row has stopped.
+    """
+
+    def forward(cache, ids, mask):
+        hidden, held = apply({"params": params, "cache": cache}, ids, mask, method="hidden", mutable=["cache"])
+        return held["cache"], apply({"params": params}, hidden[:, -1], method="head")
+
+    def write(tokens, done, logits, at):
+        token = jnp.where(done, stop_ids[0], draw(logits, jax.random.fold_in(rng, at), sampling))
+        return tokens.at[:, at].set(token), done | jnp.isin(token, stop_ids), token
+
+    def more(carry):
+        return (carry[0] < max_new_tokens) & ~carry[2].all()
+
+    def step(carry):
+        at, tokens, done, token, cache = carry
+        cache, logits = forward(cache, token[:, None], jnp.ones_like(token[:, None]))
+        tokens, done, token = write(tokens, done, logits, at)
+        return at + 1, tokens, done, token, cache
+
+    batch = input_ids.shape[0]
+    tokens = jnp.full((batch, max_new_tokens), stop_ids[0], jnp.int32)
+    cache, logits = forward(cache, input_ids, attention_mask)
+    tokens, done, token = write(tokens, jnp.zeros(batch, bool), logits, 0)
+    return jax.lax.while_loop(more, step, (jnp.int32(1), tokens, done, token, cache))[1]
+
+
+def generate(apply: Callable, model, params, input_ids, attention_mask, *, max_new_tokens: int,
+             stop_ids: tuple[int, ...], sampling: Sampling = GREEDY, rng: jax.Array | None = None) -> np.ndarray:
+    """Continue prompts.
+
+    Args:
+      apply: ``model.apply`` or ``peft_jax.bind(method, model)``; keep one object across calls, it is the jit key.
+      input_ids, attention_mask: int (batch, seq), padded on the left.
+      stop_ids: tokens that end a row; rows are filled with the first of them afterwards.
+
+    Returns int32 (batch, max_new_tokens). Raises ``PeftJaxError`` for padding on the right, no stop token, or a draw
+    without ``rng``.
+    """
+    mask = np.asarray(attention_mask)
+    if mask.size == 0 or not mask[:, -1].all():
+        raise PeftJaxError("generate: prompts must be padded on the left, and none may be empty; attention_mask ends "
+                           "in 0 in some row.")
+    if max_new_tokens < 1 or not stop_ids:
+        raise PeftJaxError(f"generate: max_new_tokens={max_new_tokens}, stop_ids={stop_ids}: at least one of each.")
+    if sampling.temperature and rng is None:
+        raise PeftJaxError("generate: a temperature above 0 draws tokens: give rng=jax.random.key(seed).")
+    batch, length = mask.shape
+    cache = model.init_cache(batch, length + max_new_tokens)
+    rng = jax.random.key(0) if rng is None else rng
+    tokens = decode(apply, params, cache, jnp.asarray(input_ids), jnp.asarray(mask), jnp.asarray(stop_ids), rng,
+                    max_new_tokens=max_new_tokens, sampling=sampling)
+    return np.asarray(tokens)

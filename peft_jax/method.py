@@ -1,0 +1,123 @@
+"""What a fine-tuning method is, how two become one, and how one is bound to a model."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from flax import linen as nn
+from jax.interpreters.partial_eval import dce_jaxpr
+
+from peft_jax import tree
+from peft_jax.errors import PeftJaxError
+
+TRAINABLE, FROZEN = "trainable", "frozen"
+
+
+def _no_padding(params) -> int:
+    return 0
+
+
+class Method(NamedTuple):
+    """A fine-tuning method: pure functions over a parameter tree.
+
+    Fields:
+      init: ``(rng, params, axes=None) -> params``. Adds leaves beside those that they change. Works on the tree alone,
+        so on shapes too, under ``jax.eval_shape``. ``axes`` comes from :func:`peft_jax.kernel_axes`.
+      intercept: ``(next_fun, args, kwargs, context) -> output``, a flax.linen interceptor that reads those leaves.
+      labels: ``(params) -> labels``: a string for each leaf, ``"frozen"`` or the name of an optimiser group.
+      merge: ``(params) -> params`` without the method's leaves, ``None`` where it cannot be folded into the weights.
+      config: the method's arguments in Hugging Face peft's words, with ``peft_type``; what a saved adapter states.
+      padding: ``(params) -> int``: trainable elements that are only there to give stacked layers one shape. They are
+        zero, stay zero, and are not counted as parameters.
+    """
+
+    init: Callable[..., tree.Tree]
+    intercept: Callable[..., Any]
+    labels: Callable[[Mapping], tree.Tree]
+    merge: Callable[[Mapping], tree.Tree] | None
+    config: Mapping[str, Any]
+    padding: Callable[[Mapping], int] = _no_padding
+
+
+def chain(*methods: Method) -> Method:
+    """Several methods as one; the first is applied first. A leaf trains where any of them says so.
+
+    Raises ``PeftJaxError`` for no method, and on ``labels`` where two give one leaf different optimiser groups.
+    """
+    if not methods:
+        raise PeftJaxError("chain() was given no method: name at least one.")
+
+    def init(rng, params, axes=None):
+        for key, method in zip(jax.random.split(rng, len(methods)), methods, strict=True):
+            params = method.init(key, params, axes=axes)
+        return params
+
+    def intercept(next_fun, args, kwargs, context):
+        for method in methods:
+            next_fun = partial(_intercepted, method.intercept, next_fun, context)
+        return next_fun(*args, **kwargs)
+
+    def labels(params):
+        return tree.unflatten(_agree([tree.flatten(m.labels(params)) for m in methods]))
+
+    def merge(params):
+        for method in reversed(methods):
+            params = method.merge(params)
+        return params
+
+    foldable = all(method.merge for method in methods)
+    return Method(init, intercept, labels, merge if foldable else None,
+                  {"peft_type": "CHAIN", "methods": tuple(m.config for m in methods)},
+                  lambda params: sum(m.padding(params) for m in methods))
+
+
+def _intercepted(intercept, next_fun, context, *args, **kwargs):
+    return intercept(next_fun, args, kwargs, context)
+
+
+def _agree(labels: list[dict[str, str]]) -> dict[str, str]:
+    """One label per leaf: the only one that is not frozen, if there is one."""
+    merged = {}
+    for path in labels[0]:
+        groups = {given[path] for given in labels} - {FROZEN}
+        if len(groups) > 1:
+            raise PeftJaxError(f"two methods of a chain put '{path}' into different groups: {sorted(groups)}.")
+        merged[path] = groups.pop() if groups else FROZEN
+    return merged
+
+
+def bind(method: Method, model: nn.Module) -> Callable[..., Any]:
+    """``model.apply`` with the method in the forward pass: same signature, same results otherwise.
+
+    The first call of the whole model (no ``method=`` argument) on a new tree structure also checks that the output
+    depends on every trainable leaf that the method added, and raises ``PeftJaxError`` naming those it does not.
+    Dropout of a method is active where a ``dropout`` key is in ``rngs``, and only there.
+    """
+    checked = set()
+
+    def apply(variables, *args, **kwargs):
+        with nn.intercept_methods(method.intercept):
+            if "method" not in kwargs and (shape := jax.tree.structure(variables)) not in checked:
+                check_read(method, partial(_apply_params, model, variables, args, kwargs), variables["params"])
+                checked.add(shape)
+            return model.apply(variables, *args, **kwargs)
+
+    return apply
+
+
+def _apply_params(model, variables, args, kwargs, params):
+    return model.apply({**variables, "params": params}, *args, **kwargs)
+
+
+def check_read(method: Method, forward: Callable[[Mapping], Any], params: Mapping) -> None:
+    """Raise ``PeftJaxError`` naming trainable leaves without influence on ``forward(params)``; only traces."""
+    flat = tree.flatten(params)
+    closed = jax.make_jaxpr(lambda leaves: forward(tree.unflatten(leaves)))(flat)
+    _, used = dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals))
+    read = jax.tree.unflatten(jax.tree.structure(flat), used)
+    labels = tree.flatten(method.labels(params))
+    idle = [path for path in flat if labels[path] != FROZEN and not any(jax.tree.leaves(read[path]))]
+    if idle:
+        raise PeftJaxError(f"the forward pass never reads {len(idle)} trainable leaves, the first is '{idle[0]}': the "
+                           "module that owns it is not called, or is of a type that this method cannot change.")

@@ -1,0 +1,229 @@
+"""LoRA, low-rank adaptation (arXiv 2106.09685, eq. 3), with rank-stabilised scaling (arXiv 2312.03732).
+
+    y = x W + s (drop(x) A) B        s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
+
+W (in, out) is frozen, A (in, r) starts random and B (r, out) at zero, so that training starts from the base model.
+Beside each adapted ``kernel`` stand ``lora_a`` (*stack, *in, r), ``lora_b`` (*stack, r, *out) and the frozen
+``lora_scaling`` (*stack): one s for each layer of a scanned stack. Layers of a stack with a smaller rank, or with none,
+are filled with zeros on both sides of the product, which stay zero under any gradient step.
+"""
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from peft_jax import targets, tree
+from peft_jax.errors import PeftJaxError, nearest
+from peft_jax.method import FROZEN, TRAINABLE, Method
+from peft_jax.targets import Patterns
+
+LEAVES = ("lora_a", "lora_b", "lora_scaling")
+BIASES = ("none", "all", "lora_only")
+INITS = (True, False, "gaussian")
+
+
+def lora(r: int = 8, lora_alpha: float = 8, target_modules: Patterns = ("q_proj", "v_proj"), lora_dropout: float = 0.0,
+         *, exclude_modules: Patterns = None, layers_to_transform: int | tuple[int, ...] | None = None,
+         layers_pattern: Patterns = None, rank_pattern: Mapping[str, int] | None = None,
+         alpha_pattern: Mapping[str, float] | None = None, use_rslora: bool = False, bias: str = "none",
+         modules_to_save: tuple[str, ...] | None = None, init_lora_weights: bool | str = True) -> Method:
+    """LoRA with the arguments, meanings and defaults of Hugging Face peft's ``LoraConfig``.
+
+    Args:
+      r: rank of the update. lora_alpha: numerator of the scale.
+      target_modules: a list of module names or their endings, a regex for whole names, or ``"all-linear"`` (every
+        kernel but the output head). peft's ``None`` is its default for the model's family; here that is q and v.
+      lora_dropout: probability that an input element of the branch is dropped; needs ``rngs={"dropout": key}``.
+      exclude_modules: as target_modules, taken out again.
+      layers_to_transform: layer numbers; layers_pattern: the word in front of the number, any where absent.
+      rank_pattern, alpha_pattern: ``{regex for the end of a name: value}``, exceptions from r and lora_alpha.
+      bias: which biases train: "none", "all", "lora_only" (of adapted modules).
+      modules_to_save: names of modules that train as a whole.
+      init_lora_weights: True for A uniform within 1/sqrt(in), "gaussian" for A normal with deviation 1/r, False for A
+        and B both uniform (not the base model at the start; for tests).
+
+    Returns a :class:`Method`. Leaves are float32 whatever the base's dtype; the branch computes in the module's.
+
+    >>> method = lora(r=4, target_modules=("up_proj",))
+    >>> params = method.init(jax.random.key(0), {"up_proj": {"kernel": jnp.ones((6, 8))}})
+    >>> {name: leaf.shape for name, leaf in params["up_proj"].items()}
+    {'kernel': (6, 8), 'lora_a': (6, 4), 'lora_b': (4, 8), 'lora_scaling': ()}
+
+    Raises ``PeftJaxError`` for values out of range, and from ``init`` for patterns that match nothing.
+    """
+    config = {"peft_type": "LORA", **locals()}
+    config["target_modules"] = ("q_proj", "v_proj") if target_modules is None else target_modules
+    _check(config)
+    return Method(partial(_init, config), partial(_intercept, lora_dropout), partial(_labels, config), _merge, config,
+                  partial(_padding, config))
+
+
+def _check(config: dict[str, Any]) -> None:
+    ranks = {"r": config["r"], **{f"rank_pattern['{k}']": v for k, v in (config["rank_pattern"] or {}).items()}}
+    for name, value in ranks.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise PeftJaxError(f"{name}={value!r}: a rank is a whole number of at least 1.")
+    if not 0 <= config["lora_dropout"] < 1:
+        raise PeftJaxError(f"lora_dropout={config['lora_dropout']!r}: a probability of at least 0 and below 1.")
+    for name, choices in {"bias": BIASES, "init_lora_weights": INITS}.items():
+        if config[name] not in choices:
+            raise PeftJaxError(f"{name}={config[name]!r}: {nearest(config[name], map(str, choices))}")
+
+
+def selection(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that say which modules are adapted."""
+    chosen = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+    return {name: config[name] for name in chosen}
+
+
+def ranks(config: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
+    """The rank of each module by its name, int (len(names),), 0 where it is not adapted."""
+    chosen = targets.chooser(**selection(config))
+    return np.array([targets.pattern_value(config["rank_pattern"], name, config["r"]) if chosen(name) else 0
+                     for name in names])
+
+
+def scalings(config: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
+    """The scale of each module by its name, float32 (len(names),), 0 where it is not adapted."""
+    alphas = np.array([targets.pattern_value(config["alpha_pattern"], name, config["lora_alpha"]) for name in names])
+    rank = ranks(config, names)
+    divisor = np.maximum(np.sqrt(rank) if config["use_rslora"] else rank, 1)
+    return np.where(rank > 0, alphas / divisor, 0).astype(np.float32)
+
+
+def _init(config, rng, params, axes=None):
+    found = targets.find(params, axes, selection(config))
+    _check_saved(config, params)
+    _check_biases(config, params, found)
+    flat = tree.flatten(params)
+    for target in found:
+        key = jax.random.fold_in(rng, zlib.crc32(target.path.encode()))  # by path: other targets change nothing here
+        flat |= {f"{target.path}/{name}".lstrip("/"): leaf for name, leaf in _leaves(config, key, target).items()}
+    return tree.unflatten({path: leaf.astype(jnp.float32) if _trains(config, path, flat) else leaf
+                           for path, leaf in flat.items()})  # a bfloat16 leaf would lose most of an update
+
+
+def _leaves(config, key, target) -> dict[str, jax.Array]:
+    _, stack, inputs, outputs = target.axes
+    each = ranks(config, target.names).reshape(*stack, 1, 1)
+    width, most, how = math.prod(inputs), each.max(), config["init_lora_weights"]
+    own = np.maximum(each, 1)  # 0 is a layer without an update; nothing of it is kept
+    a = (_normal(key, (*stack, width, most), 1 / own) if how == "gaussian"
+         else _uniform(key, (*stack, width, most), 1 / math.sqrt(width)))
+    bound = 1 / np.sqrt(own) if how is False else 0
+    b = _uniform(jax.random.fold_in(key, 1), (*stack, most, math.prod(outputs)), bound)
+    a = jnp.where(np.arange(most) < each, a, 0)
+    b = jnp.where(np.arange(most)[:, None] < each, b, 0)
+    scaling = jnp.asarray(scalings(config, target.names).reshape(stack))
+    return {"lora_a": a.reshape(*stack, *inputs, most), "lora_b": b.reshape(*stack, most, *outputs),
+            "lora_scaling": scaling}
+
+
+def _uniform(key, shape, bound):
+    return jax.random.uniform(key, shape, jnp.float32, -1, 1) * np.float32(bound)
+
+
+def _normal(key, shape, deviation):
+    return jax.random.normal(key, shape, jnp.float32) * deviation.astype(np.float32)
+
+
+def _check_saved(config, params) -> None:
+    names = [path.replace("/", ".") for path in tree.flatten(params)]
+    for module in config["modules_to_save"] or ():
+        if not any(targets.within((module,), name) for name in names):
+            hint = (" The head is tied to the embedding: untie it first with peft_jax.untie(params)."
+                    if module == "lm_head" else "")
+            raise PeftJaxError(f"modules_to_save has '{module}', which is no module of this model: "
+                               f"{nearest(module, {p for n in names for p in n.split('.')[:-1]})}.{hint}")
+
+
+def _check_biases(config, params, found) -> None:
+    """A stacked bias leaf trains as a whole; peft's lora_only on some layers of a stack would need a part of it."""
+    flat = tree.flatten(params)
+    partly = [t.path for t in found if not ranks(config, t.names).all() and f"{t.path}/bias" in flat]
+    if config["bias"] == "lora_only" and partly:
+        raise PeftJaxError(f"bias='lora_only' on some layers of a scanned stack ('{partly[0]}/bias') is not supported: "
+                           "adapt all layers, or set bias to 'none' or 'all'.")
+
+
+def _intercept(dropout, next_fun, args, kwargs, context):
+    module = context.module
+    y = next_fun(*args, **kwargs)
+    if context.method_name != "__call__" or not module.has_variable("params", "lora_a"):
+        return y
+    a, b, scaling = (module.get_variable("params", name) for name in LEAVES)
+    axis = _input_axes(module, args[0].ndim)
+    x = jnp.moveaxis(args[0], axis, range(-len(axis), 0))
+    if dropout and module.has_rng("dropout"):
+        drop = nn.Dropout(dropout, deterministic=False, parent=None)
+        x = drop.apply({}, x, rngs={"dropout": module.make_rng("dropout")})
+    return y + branch(x.astype(y.dtype), a, b, scaling).reshape(y.shape)
+
+
+def _input_axes(module, ndim) -> tuple[int, ...]:
+    if not isinstance(module, (nn.Dense, nn.DenseGeneral)):
+        raise PeftJaxError(f"'{'/'.join(module.path)}' is a {type(module).__name__}: LoRA changes Dense and "
+                           "DenseGeneral modules only.")
+    axis = getattr(module, "axis", -1)
+    return tuple(i % ndim for i in (axis if isinstance(axis, (tuple, list)) else (axis,)))
+
+
+def branch(x, a, b, scaling):
+    """s (x A) B for x (..., *in), a (*in, r), b (r, *out): (tokens, prod(out)) in x's dtype.
+
+    Tokens are flattened first: the gradients of A and B then are plain matrix products, where products over (batch,
+    seq) cost a quarter of the step on a CPU (see LOG.md).
+    """
+    rank = a.shape[-1]
+    a, b = a.astype(x.dtype).reshape(-1, rank), b.astype(x.dtype).reshape(rank, -1)
+    return (x.reshape(-1, a.shape[0]) @ a * scaling.astype(x.dtype)) @ b
+
+
+def _labels(config, params):
+    flat = tree.flatten(params)
+    return tree.unflatten({path: TRAINABLE if _trains(config, path, flat) else FROZEN for path in flat})
+
+
+def _trains(config, path, flat) -> bool:
+    folder, _, name = path.rpartition("/")
+    if name in LEAVES:
+        return name != "lora_scaling"
+    if name == "bias" and (config["bias"] == "all" or (config["bias"] == "lora_only" and f"{folder}/lora_a" in flat)):
+        return True
+    return targets.within(config["modules_to_save"], folder.replace("/", "."))
+
+
+def _merge(params):
+    """Fold s A B into each kernel, in float32, back to the kernel's dtype; the LoRA leaves are gone afterwards."""
+    flat = tree.flatten(params)
+    for folder in [path.removesuffix("lora_a") for path in flat if path.endswith("lora_a")]:
+        a, b, scaling = (flat.pop(folder + name) for name in LEAVES)
+        kernel = flat[folder + "kernel"]
+        flat[folder + "kernel"] = (kernel.astype(jnp.float32) + delta(a, b, scaling)).astype(kernel.dtype)
+    return tree.unflatten(flat)
+
+
+def delta(a, b, scaling):
+    """The update s A B, float32 (*stack, *in, *out), of the leaves of one module."""
+    stack, rank = scaling.shape, a.shape[-1]
+    product = jnp.matmul(a.reshape(*stack, -1, rank), b.reshape(*stack, rank, -1), precision="highest")
+    return (product * scaling[..., None, None]).reshape(*a.shape[:-1], *b.shape[len(stack) + 1:])
+
+
+def _padding(config, params) -> int:
+    """Elements of A and B beyond each layer's own rank."""
+    flat = tree.flatten(params)
+    unused = 0
+    for folder in [path.removesuffix("lora_a") for path in flat if path.endswith("lora_a")]:
+        a, b = flat[folder + "lora_a"], flat[folder + "lora_b"]
+        held = ranks(config, targets.module_names(folder.rstrip("/"), flat[folder + "lora_scaling"].shape))
+        width = (a.size + b.size) // (a.shape[-1] * len(held))  # of one rank in one layer
+        unused += width * int((a.shape[-1] - held).sum())
+    return unused

@@ -1,0 +1,212 @@
+"""The Llama family as one plain Linen decoder, scanned over its layers: Llama 2 to 3.2, SmolLM2, Mistral, Qwen2, Qwen3.
+
+Module names are Hugging Face's, so ``target_modules`` means the same here and there. Each leaf below ``layers`` has the
+layers as its leading axis. B batch, T query tokens, S key slots, D hidden, N heads, K key/value heads, H head size.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from peft_jax.errors import PeftJaxError
+from peft_jax.models import masks, rope
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Static sizes and switches of one model; field names are Hugging Face's where it has the field."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    rope_scaling: tuple[tuple[str, float | str], ...] | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None  # tokens that a windowed layer sees, itself included
+    sliding_layers: tuple[bool, ...] = ()  # which layers are windowed; () is none
+    model_type: str = "llama"
+
+
+class AttentionCore(nn.Module):
+    """Softmax attention alone, without parameters: the place where a method adds keys and values."""
+
+    @nn.compact
+    def __call__(self, query, key, value, mask):
+        """(B, T, N, H), two (B, S, K, H) and a boolean mask (B, 1, T, S) -> (B, T, N, H)."""
+        return jax.nn.dot_product_attention(query, key, value, mask=mask)
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention with rotary positions and an optional cache."""
+
+    config: LlamaConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x, cos, sin, mask, index):
+        """(B, T, D) -> (B, T, D); ``index`` is the first free cache slot, ``None`` without a cache."""
+        c = self.config
+        query = self._project("q_proj", x, c.num_attention_heads)
+        key = self._project("k_proj", x, c.num_key_value_heads)
+        value = self._project("v_proj", x, c.num_key_value_heads)
+        if c.qk_norm:
+            query, key = self._norm("q_norm")(query), self._norm("k_norm")(key)
+        query, key = rope.rotate(query, cos, sin), rope.rotate(key, cos, sin)
+        if index is not None:
+            key, value = self._remember("key", key, index), self._remember("value", value, index)
+        mixed = AttentionCore(name="core")(query, key, value, mask)
+        out = nn.Dense(c.hidden_size, c.out_bias, self.dtype, self.param_dtype, name="o_proj")
+        return out(mixed.reshape(*mixed.shape[:2], c.num_attention_heads * c.head_dim))
+
+    def _project(self, name, x, heads):
+        c = self.config
+        flat = nn.Dense(heads * c.head_dim, c.qkv_bias, self.dtype, self.param_dtype, name=name)(x)
+        return flat.reshape(*flat.shape[:2], heads, c.head_dim)
+
+    def _norm(self, name):
+        return nn.RMSNorm(self.config.rms_norm_eps, self.dtype, self.param_dtype, name=name)
+
+    def _remember(self, name, new, index):
+        """Write (B, T, K, H) into the cache from slot ``index`` on; the whole cache (B, S, K, H) comes back."""
+        held = jax.lax.dynamic_update_slice(self.get_variable("cache", name), new, (0, index, 0, 0))
+        self.put_variable("cache", name, held)
+        return held
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    config: LlamaConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        """(B, T, D) -> (B, T, D)."""
+        c = self.config
+        gate = self._dense("gate_proj", c.intermediate_size)(x)
+        up = self._dense("up_proj", c.intermediate_size)(x)
+        return self._dense("down_proj", c.hidden_size)(nn.silu(gate) * up)
+
+    def _dense(self, name, features):
+        return nn.Dense(features, self.config.mlp_bias, self.dtype, self.param_dtype, name=name)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind an RMS norm and beside a residual; written as the body of a scan."""
+
+    config: LlamaConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x, windowed, cos, sin, mask, window_mask, index):
+        """(B, T, D) -> ((B, T, D), None); ``windowed`` is this layer's boolean scalar."""
+        c = self.config
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        if window_mask is not None:
+            mask = jnp.where(windowed, window_mask, mask)
+        normed = nn.RMSNorm(c.rms_norm_eps, **kinds, name="input_layernorm")(x)
+        x = x + SelfAttention(c, **kinds, name="self_attn")(normed, cos, sin, mask, index)
+        normed = nn.RMSNorm(c.rms_norm_eps, **kinds, name="post_attention_layernorm")(x)
+        return x + MLP(c, **kinds, name="mlp")(normed), None
+
+
+class CausalLM(nn.Module):
+    """A decoder with a language-model head.
+
+    ``dtype`` is the compute type, ``param_dtype`` that of freshly made parameters. ``remat`` computes each layer again
+    in the backward pass instead of keeping its activations. A ``lm_head`` in the parameters is used whenever there is
+    one; without it the embedding serves as the head.
+    """
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: bool = False
+
+    def setup(self):
+        c, kinds = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        layer = nn.remat(DecoderLayer, prevent_cse=False) if self.remat else DecoderLayer
+        stack = nn.scan(
+            layer,
+            variable_axes={"params": 0, "cache": 0, "intermediates": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, *[nn.broadcast] * 5),
+            length=c.num_hidden_layers,
+        )
+        self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, **kinds)
+        self.layers = stack(c, **kinds)
+        self.norm = nn.RMSNorm(c.rms_norm_eps, **kinds)
+        self.lm_head = nn.Dense(c.vocab_size, use_bias=False, **kinds)
+
+    def __call__(self, input_ids, attention_mask=None, *, positions=None, segment_ids=None):
+        """Logits (batch, seq, vocab) in ``dtype`` for ``input_ids`` int (batch, seq).
+
+        Args:
+          attention_mask: (batch, seq), 1 for real tokens, padding on either side. With a cache: of the new tokens only.
+          positions: int (batch, seq); by default real tokens are counted from 0, anew in each segment.
+          segment_ids: int (batch, seq) for packed rows: tokens see their own segment only; 0 is padding.
+
+        A ``cache`` collection (see :meth:`init_cache`), passed as mutable, is read and extended.
+        Raises ``PeftJaxError`` for inputs whose shapes do not fit.
+        """
+        return self.head(self.hidden(input_ids, attention_mask, positions=positions, segment_ids=segment_ids))
+
+    def hidden(self, input_ids, attention_mask=None, *, positions=None, segment_ids=None):
+        """The normed last hidden states (batch, seq, hidden), arguments as of ``__call__``."""
+        masks.check_inputs(input_ids, attention_mask, positions, segment_ids)
+        mask = masks.real_tokens(input_ids, attention_mask, segment_ids)
+        index, key_mask = self._extend_cache(mask, segment_ids)
+        if positions is None:
+            positions = masks.count_positions(mask, segment_ids, key_mask, index)
+        cos, sin = rope.angles(positions, rope.inverse_frequencies(
+            self.config.head_dim, self.config.rope_theta, self.config.rope_scaling))
+        full, windowed = masks.attention_masks(key_mask, mask.shape[1], index, segment_ids, self._window())
+        flags = jnp.asarray(self.config.sliding_layers or (False,) * self.config.num_hidden_layers)
+        x, _ = self.layers(self.embed_tokens(input_ids), flags, cos, sin, full, windowed, index)
+        return self.norm(x)
+
+    def head(self, hidden):
+        """Logits (..., vocab) of hidden states (..., hidden)."""
+        if self.has_variable("params", "lm_head") or not self.config.tie_word_embeddings:
+            return self.lm_head(hidden)
+        return self.embed_tokens.attend(hidden)
+
+    def init_cache(self, batch: int, length: int) -> dict:
+        """An empty ``cache`` collection for ``length`` tokens a row: zeros, keys and values (L, B, S, K, H) each."""
+        c = self.config
+        shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim)
+        slots = {name: jnp.zeros(shape, self.dtype) for name in ("key", "value")}
+        return {"index": jnp.zeros((), jnp.int32), "mask": jnp.zeros((batch, length), bool),
+                "layers": {"self_attn": slots}}
+
+    def _window(self):
+        return self.config.sliding_window if any(self.config.sliding_layers) else None
+
+    def _extend_cache(self, mask, segment_ids):
+        """The first free slot and the mask of all slots (B, S), this call's included; ``(None, mask)`` uncached."""
+        if not self.has_variable("cache", "index"):
+            return None, mask
+        index, held = self.get_variable("cache", "index"), self.get_variable("cache", "mask")
+        if segment_ids is not None or mask.shape[1] > held.shape[1]:
+            raise PeftJaxError(f"the cache holds {held.shape[1]} tokens a row and no packed segments; {mask.shape[1]} "
+                               "tokens came: make a longer cache, or run without one.")
+        held = jax.lax.dynamic_update_slice(held, mask, (0, index))
+        self.put_variable("cache", "mask", held)
+        self.put_variable("cache", "index", index + mask.shape[1])
+        return index, held

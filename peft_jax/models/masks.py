@@ -1,0 +1,43 @@
+"""Which token may see which. Boolean masks, ``True`` is visible. B batch, T query tokens, S key slots."""
+
+import jax.numpy as jnp
+
+from peft_jax.errors import PeftJaxError
+
+
+def check_inputs(input_ids, attention_mask, positions, segment_ids) -> None:
+    """Raise ``PeftJaxError`` unless ``input_ids`` is integer (batch, seq) and the others have its shape."""
+    if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
+        raise PeftJaxError(f"input_ids are {input_ids.dtype} {input_ids.shape}: give integers (batch, seq).")
+    given = {"attention_mask": attention_mask, "positions": positions, "segment_ids": segment_ids}
+    for name, array in given.items():
+        if array is not None and array.shape != input_ids.shape:
+            raise PeftJaxError(f"{name} has shape {array.shape}, input_ids {input_ids.shape}: they must be equal.")
+
+
+def real_tokens(input_ids, attention_mask, segment_ids):
+    """(B, T): true where a token is no padding."""
+    mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else attention_mask.astype(bool)
+    return mask if segment_ids is None else mask & (segment_ids != 0)
+
+
+def count_positions(mask, segment_ids, key_mask, index):
+    """(B, T) int32: real tokens counted from 0, anew in each segment, after those already in the cache."""
+    counted = jnp.cumsum(mask, axis=1) - 1
+    if index is not None:
+        counted += jnp.sum(key_mask, axis=1, keepdims=True) - jnp.sum(mask, axis=1, keepdims=True)
+    if segment_ids is not None:
+        starts = jnp.concatenate([jnp.ones_like(mask[:, :1]), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+        counted -= jnp.maximum.accumulate(jnp.where(starts, counted, 0), axis=1)
+    return jnp.maximum(counted, 0).astype(jnp.int32)
+
+
+def attention_masks(key_mask, queries: int, index, segment_ids, window: int | None):
+    """The causal mask (B, 1, T, S) and, where some layers have a ``window`` (tokens), theirs; else ``None``."""
+    slots = jnp.arange(key_mask.shape[1])
+    at = jnp.arange(queries) + (0 if index is None else index)
+    distance = at[:, None] - slots[None, :]
+    full = (distance >= 0) & key_mask[:, None, None, :]
+    if segment_ids is not None:
+        full &= (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    return full, None if window is None else full & (distance < window)

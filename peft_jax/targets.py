@@ -1,0 +1,199 @@
+"""Which kernels a method changes: their axes, their names, and Hugging Face peft's matching rules.
+
+A scanned model keeps one leaf for all its layers; peft's patterns speak of each layer. So every kernel has one name per
+entry of its stack: ``layers/self_attn/q_proj/kernel`` with a stack of 2 is ``layers.0.self_attn.q_proj`` and
+``layers.1.self_attn.q_proj``.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from flax import linen as nn
+
+from peft_jax import tree
+from peft_jax.errors import PeftJaxError, nearest
+
+Patterns = str | tuple[str, ...] | list[str] | None
+# What Hugging Face puts in front of the names of the model proper; a regex may or may not spell it out.
+PREFIXES = ("", "model.", "transformer.", "bert.", "roberta.", "distilbert.")
+STACKS = ("layers", "layer", "h", "blocks", "block")
+HEADS = ("lm_head", "score", "classifier", "embed_out", "output_projection")
+
+
+class KernelAxes(NamedTuple):
+    """How one kernel is laid out: ``(*stack, *inputs, *outputs)``, all sizes; ``kind`` is its module's type.
+
+    ``inputs`` is empty for a module whose layout is not known; a method that is asked to change it raises.
+    """
+
+    kind: str
+    stack: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+class Target(NamedTuple):
+    """One kernel to change: its module's path, its layout, and its names in stack order."""
+
+    path: str
+    axes: KernelAxes
+    names: tuple[str, ...]
+
+
+def kernel_axes(model: nn.Module, params: Mapping[str, Any], *inputs, **kwargs) -> dict[str, KernelAxes]:
+    """The layout of every kernel, by path, found by tracing ``model.apply`` once without computing anything.
+
+    Dense and DenseGeneral kernels are understood; others are noted by their type. Modules that the pass with these
+    ``inputs`` never calls are not listed. Raises ``PeftJaxError`` where a leaf is no stack of its module's kernel.
+    """
+    seen: dict[str, tuple[str, tuple[int, ...], int]] = {}
+
+    def note(next_fun, args, keywords, context):
+        module = context.module
+        if context.method_name == "__call__" and module.has_variable("params", "kernel"):
+            kernel = module.get_variable("params", "kernel")
+            seen["/".join((*module.path, "kernel"))] = (type(module).__name__, kernel.shape, _input_count(module))
+        return next_fun(*args, **keywords)
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(lambda p: model.apply({"params": p}, *inputs, **kwargs), params)
+    flat = tree.flatten(params)
+    return {path: _layout(path, flat[path].shape, *found) for path, found in seen.items()}
+
+
+def _input_count(module: nn.Module) -> int:
+    """How many leading axes of a module's kernel are inputs; 0 where that is not known."""
+    if isinstance(module, nn.Dense):
+        return 1
+    if isinstance(module, nn.DenseGeneral) and not module.batch_dims:
+        return len(module.axis) if isinstance(module.axis, (tuple, list)) else 1
+    return 0
+
+
+def _layout(path, leaf, kind, kernel, inputs) -> KernelAxes:
+    front = len(leaf) - len(kernel)
+    if front < 0 or leaf[front:] != kernel:
+        raise PeftJaxError(f"'{path}' is {leaf} and its {kind} reads {kernel}: only stacks in front are understood "
+                           "(nn.scan with variable_axes={'params': 0}).")
+    return KernelAxes(kind, leaf[:front], kernel[:inputs], kernel[inputs:])
+
+
+def plain_axes(shape: tuple[int, ...]) -> KernelAxes:
+    """The plain rule, for our own models: two axes are (in, out), three are (stack, in, out), others are unknown."""
+    if len(shape) in (2, 3):
+        return KernelAxes("Dense", shape[:-2], shape[-2:-1], shape[-1:])
+    return KernelAxes(f"kernel of {len(shape)} axes", (), (), ())
+
+
+def module_names(path: str, stack: tuple[int, ...]) -> tuple[str, ...]:
+    """The dotted names of a module, one for each entry of its stack.
+
+    >>> module_names("layers/mlp/up_proj", (2,))
+    ('layers.0.mlp.up_proj', 'layers.1.mlp.up_proj')
+    """
+    parts = path.split("/")
+    at = next((i for i, part in enumerate(parts) if part in STACKS), 0) + 1
+    entries = itertools.product(*map(range, stack))
+    return tuple(".".join((*parts[:at], *map(str, entry), *parts[at:])) for entry in entries)
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """The names under which peft may know a module: with its model's prefix, ``layers_3`` as ``layers.3``."""
+    dotted = re.sub(r"_(\d+)(?=\.|$)", r".\1", name)
+    return tuple(prefix + form for form in dict.fromkeys((name, dotted)) for prefix in PREFIXES)
+
+
+def listed(patterns: Patterns, name: str) -> bool:
+    """peft's rule: a string is a regex for the whole name, a list holds names or their endings."""
+    if patterns is None:
+        return False
+    if isinstance(patterns, str):
+        return any(re.fullmatch(patterns, form) for form in spellings(name))
+    return any(form == p or form.endswith("." + p) for form in spellings(name) for p in patterns)
+
+
+def within(modules: Patterns, name: str) -> bool:
+    """Whether ``name`` is one of ``modules`` or lies inside one, as ``modules_to_save`` means it."""
+    return any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", name) for m in modules or ())
+
+
+def layer_index(name: str, layers_pattern: Patterns) -> int | None:
+    """The first number in a name that follows ``layers_pattern``, or any word; ``None`` where there is none."""
+    words = (layers_pattern,) if isinstance(layers_pattern, str) else tuple(layers_pattern or ())
+    for word in words or (r"[^.]*",):
+        for form in spellings(name):
+            if found := re.match(rf"(?:^|.*?\.){word}\.(\d+)\.", form):
+                return int(found[1])
+    return None
+
+
+def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """The value of the first key that matches the end of ``name`` (a regex), as peft's ``rank_pattern``."""
+    for key, value in (patterns or {}).items():
+        if any(re.match(rf"(.*\.)?({key})$", form) for form in spellings(name)):
+            return value
+    return default
+
+
+def chooser(target_modules: Patterns, exclude_modules: Patterns = None,
+            layers_to_transform: int | tuple[int, ...] | None = None, layers_pattern: Patterns = None,
+            modules_to_save: Patterns = None) -> Callable[[str], bool]:
+    """Whether a module of some name is meant, by peft's arguments of the same names."""
+    layers = (layers_to_transform,) if isinstance(layers_to_transform, int) else layers_to_transform
+
+    def chosen(name: str) -> bool:
+        if listed(exclude_modules, name) or within(modules_to_save, name) or not _meant(target_modules, name):
+            return False
+        return not layers or isinstance(target_modules, str) or layer_index(name, layers_pattern) in layers
+
+    return chosen
+
+
+def find(params: Mapping[str, Any], axes: Mapping[str, KernelAxes] | None,
+         selection: Mapping[str, Any]) -> list[Target]:
+    """The kernels that ``selection``, the arguments of :func:`chooser`, means for at least one entry of their stack.
+
+    Raises ``PeftJaxError`` where nothing is chosen or one entry of a list matches no kernel, naming the nearest.
+    """
+    everything = [_target(path, leaf, axes) for path, leaf in tree.flatten(params).items()
+                  if path.rsplit("/", 1)[-1] == "kernel"]
+    _check_patterns(selection["target_modules"], everything)
+    chosen = chooser(**selection)
+    found = [_understood(target) for target in everything if any(map(chosen, target.names))]
+    if not found:
+        given = ", ".join(f"{name}={value!r}" for name, value in selection.items() if value is not None)
+        raise PeftJaxError(f"{given} leaves no module to adapt.")
+    return found
+
+
+def _target(path, leaf, axes) -> Target:
+    uncalled = KernelAxes("module that the traced pass never called", (), (), ())
+    layout = plain_axes(leaf.shape) if axes is None else axes.get(path) or uncalled
+    module = path.removesuffix("kernel").rstrip("/")
+    return Target(module, layout, module_names(module, layout.stack))
+
+
+def _understood(target: Target) -> Target:
+    if not target.axes.inputs:
+        raise PeftJaxError(f"'{target.path}' is a {target.axes.kind}, whose input and output axes are not known: "
+                           "exclude it with exclude_modules, or pass axes=peft_jax.kernel_axes(model, params, *inputs).")
+    return target
+
+
+def _meant(target_modules: Patterns, name: str) -> bool:
+    if target_modules == "all-linear":
+        return name.rsplit(".", 1)[-1] not in HEADS
+    return listed(target_modules, name)
+
+
+def _check_patterns(target_modules, everything) -> None:
+    names = [name for t in everything for name in t.names]
+    entries = [target_modules] if isinstance(target_modules, str) else list(target_modules or ())
+    for entry in entries:
+        pattern = entry if isinstance(target_modules, str) else (entry,)
+        if not any(_meant(pattern, name) for name in names):
+            raise PeftJaxError(f"target_modules has '{entry}', which matches no kernel of this model: "
+                               f"{nearest(entry, (n.rsplit('.', 1)[-1] for n in names))}")

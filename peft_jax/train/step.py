@@ -1,0 +1,66 @@
+"""One training step: gradients of the trainable part alone, accumulated, applied, the state donated."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from peft_jax import tree
+from peft_jax.train.loss import batch_loss
+
+
+class TrainState(NamedTuple):
+    """What a training step changes, and what a checkpoint holds; the frozen base is not in it."""
+
+    step: jax.Array  # int32 scalar, optimiser steps done
+    trainable: tree.Tree
+    opt_state: Any
+    rng: jax.Array  # typed key; step and micro-batch are folded in, it never changes itself
+
+
+def init_state(trainable: tree.Tree, tx: optax.GradientTransformation, rng: jax.Array) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable), rng)
+
+
+def make_step(apply: Callable, tx: optax.GradientTransformation, loss_chunk: int) -> Callable:
+    """A jitted ``step(state, frozen, batch) -> (state, metrics)``; ``state`` is donated.
+
+    Leaves of ``batch`` are (accumulate_steps, batch, ...). The gradient is that of the mean loss over all answer tokens
+    of all micro-batches, so splitting a batch changes nothing but rounding. Metrics are float32 scalars: ``loss`` in
+    nats per answer token, ``grad_norm`` before clipping.
+    """
+
+    def micro_gradient(trainable, frozen, micro, rng):
+        def loss(leaves):
+            return batch_loss(apply, tree.combine(frozen, leaves), micro, chunk=loss_chunk, rngs={"dropout": rng})
+
+        return jax.value_and_grad(loss, has_aux=True)(trainable)
+
+    def accumulate(state, frozen, batch):
+        rng = jax.random.fold_in(state.rng, state.step)
+
+        def add(total, indexed):
+            index, micro = indexed
+            found = micro_gradient(state.trainable, frozen, micro, jax.random.fold_in(rng, index))
+            return jax.tree.map(jnp.add, total, found), None
+
+        count = batch["input_ids"].shape[0]
+        if count == 1:
+            only = jax.tree.map(lambda x: x[0], batch)
+            return micro_gradient(state.trainable, frozen, only, jax.random.fold_in(rng, 0))
+        zero = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, state.trainable))
+        return jax.lax.scan(add, zero, (jnp.arange(count), batch))[0]
+
+    def step(state, frozen, batch):
+        (loss, weight), gradient = accumulate(state, frozen, batch)
+        weight = jnp.maximum(weight, 1)
+        gradient = jax.tree.map(lambda g: g / weight, gradient)
+        updates, opt_state = tx.update(gradient, state.opt_state, state.trainable)
+        metrics = {"loss": loss / weight, "grad_norm": optax.global_norm(gradient)}
+        trainable = optax.apply_updates(state.trainable, updates)
+        return TrainState(state.step + 1, trainable, opt_state, state.rng), metrics
+
+    return jax.jit(step, donate_argnums=0)
