@@ -1,0 +1,198 @@
+"""Where examples come from: rated sentences of the package index, local files, the Hugging Face Hub.
+
+An example is a plain dict: ``{"prompt", "completion"}``, ``{"messages"}`` (a list of ``{"role", "content"}``) or
+``{"text"}``, with ``"origin"`` (file and row, for error messages) and whatever else a metric needs.
+"""
+
+import hashlib
+import html
+import math
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft_jax.data.tables import named_columns, read_hub, read_table, table_examples
+from peft_jax.errors import PeftJaxError, nearest
+
+Example = dict[str, Any]
+
+
+def load_examples(task) -> dict[str, list[Example]]:
+    """The examples of a task as ``{"train": [...], "validation": [...]}``.
+
+    Args:
+      task: attributes as in ``configs/tasks.py``. Without a validation source or split of its own,
+        ``validation_fraction`` of the examples is held out by ``split_by_hash``.
+    Raises:
+      PeftJaxError: unknown kind, missing file or column, unreachable Hub, empty data set, bad line.
+    """
+    if task.kind not in KINDS:
+        raise PeftJaxError(f"task.kind={task.kind!r} is not known; {nearest(task.kind, KINDS)}")
+    if not 0.0 <= task.validation_fraction <= 1.0:
+        raise PeftJaxError(f"task.validation_fraction={task.validation_fraction} must lie between 0 and 1")
+    train, validation = KINDS[task.kind](task)
+    if not train:
+        raise PeftJaxError(f"the data set {task.source} of task {task.name!r} is empty")
+    if validation is None:
+        train, validation = split_by_hash(train, task.validation_fraction)
+        _check_split(task, train, validation)
+    elif not validation:
+        raise PeftJaxError(f"the validation data of task {task.name!r} is empty")
+    return {
+        "train": sample_by_hash(train, task.train_limit),
+        "validation": sample_by_hash(validation, task.validation_limit),
+    }
+
+
+def _check_split(task, train: list, validation: list) -> None:
+    total = len(train) + len(validation)
+    if (not validation and task.validation_fraction > 0) or (not train and task.validation_fraction < 1):
+        side = "training" if validation else "validation"
+        raise PeftJaxError(
+            f"task.validation_fraction={task.validation_fraction} of {total} examples leaves none for {side}; "
+            "change the fraction (0 holds nothing out) or name validation data of its own"
+        )
+
+
+# Splitting: by what the text is, never by where it stands.
+
+
+def text_key(example: Example) -> str:
+    """What the example asks, with case and spacing removed: two examples with the same key are duplicates."""
+    if "review" in example:
+        text = example["review"]
+    elif "messages" in example:
+        turns = [message["role"] for message in example["messages"]]
+        asked = turns.index("assistant") if "assistant" in turns else len(turns)
+        text = " ".join(str(message["content"]) for message in example["messages"][:asked])
+    else:
+        text = example["prompt"] if "prompt" in example else example["text"]
+    return " ".join(text.casefold().split())
+
+
+def hash_fraction(key: str) -> float:
+    """A number in [0, 1) that depends on ``key`` alone, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=6).digest(), "big") / 2**48
+
+
+def split_by_hash(examples: Sequence[Example], fraction: float) -> tuple[list[Example], list[Example]]:
+    """(train, validation): about ``fraction`` of the distinct texts are held out.
+
+    The side of an example depends on its text alone, not on its place or on the other examples, so a grown or reordered
+    file keeps its split, and duplicates (case and spacing aside) fall on the same side.
+    """
+    train, validation = [], []
+    for example in examples:
+        (validation if hash_fraction(text_key(example)) < fraction else train).append(example)
+    return train, validation
+
+
+def sample_by_hash(examples: Sequence[Example], limit: int) -> list[Example]:
+    """At most ``limit`` examples (0: all) in their old order, chosen by a hash of the text: a fixed random sample."""
+    if limit <= 0 or limit >= len(examples):
+        return list(examples)
+    # Not the hash of the split: held-out texts share its low end.
+    chosen = sorted(range(len(examples)), key=lambda i: (hash_fraction("sample " + text_key(examples[i])), i))[:limit]
+    return [examples[i] for i in sorted(chosen)]
+
+
+# Rated sentences: the default task and the newspaper probe.
+
+
+def read_rated_sentences(archive: Path, member: str) -> list[tuple[float, str, str]]:
+    """(human mean, text, origin) of every line ``id<TAB>mean<TAB>text`` of one member of a .tar.gz.
+
+    Only that member is read, in memory; nothing is extracted. The texts came through web pages and some carry HTML
+    entities, a few escaped twice (``&amp;amp;``); they are decoded, because the raters read ``&`` and a model's own
+    text has no entities. Nothing else is changed, so the split does not depend on taste.
+
+    Raises:
+      PeftJaxError: no such member; a line without three fields or without a number, by file and line.
+    """
+    with tarfile.open(archive, "r:gz") as tar:
+        names = tar.getnames()
+        if member not in names:
+            raise PeftJaxError(f"{archive} has no file {member!r}; {nearest(member, names)}")
+        text = tar.extractfile(member).read().decode("utf-8")
+    lines = enumerate(text.replace("\r\n", "\n").split("\n"), start=1)
+    return [_rated_sentence(line, f"{member}:{number}") for number, line in lines if line.strip()]
+
+
+def _rated_sentence(line: str, origin: str) -> tuple[float, str, str]:
+    fields = line.split("\t")
+    try:
+        mean = float(fields[1])
+    except (IndexError, ValueError):
+        mean = math.nan
+    if len(fields) != 3 or not math.isfinite(mean) or not fields[2].strip():
+        raise PeftJaxError(f"{origin}: expected 'id<TAB>mean rating<TAB>text', found {line[:60]!r}")
+    return mean, html.unescape(html.unescape(fields[2])).strip(), origin
+
+
+def rating_word(mean: float, words: Sequence[str], bins: Sequence[float]) -> str:
+    """The word for a human mean: ``bins`` are the edges between words; on an edge the word nearer to zero.
+
+    >>> [rating_word(m, ("bad", "okay", "good"), (-0.5, 0.5)) for m in (-0.6, -0.5, 0.5, 0.6)]
+    ['bad', 'okay', 'okay', 'good']
+    """
+    return words[sum(mean >= edge if edge < 0 else mean > edge for edge in bins)]
+
+
+def _fetched_sentences(task) -> list[tuple[float, str, str]]:
+    from peft_jax.hub import assets
+
+    return read_rated_sentences(Path(assets.fetch(task.source, task.archive)), task.file)
+
+
+def rating_examples(task, sentences: Sequence[tuple[float, str, str]]) -> list[Example]:
+    """Rated sentences as prompt and one-word completion; ``"score"`` keeps the human mean."""
+    if len(task.words) != len(task.bins) + 1 or len(task.word_values) != len(task.words):
+        raise PeftJaxError(
+            f"task.words ({len(task.words)}) needs one word more than task.bins ({len(task.bins)}) and one of "
+            f"task.word_values ({len(task.word_values)}) for each word"
+        )
+    return [
+        {
+            "prompt": task.prompt_template.replace("{text}", text),
+            "completion": task.completion_template.replace("{word}", rating_word(mean, task.words, task.bins)),
+            "word": rating_word(mean, task.words, task.bins),
+            "score": mean,
+            "review": text,
+            "origin": origin,
+        }
+        for mean, text, origin in sentences
+    ]
+
+
+# Kinds of task: task -> (examples, validation examples or None where they are to be split off).
+
+
+def _rating_task(task):
+    return rating_examples(task, _fetched_sentences(task)), None
+
+
+def _sentences_task(task):
+    return [{"text": text, "origin": origin} for _, text, origin in _fetched_sentences(task)], None
+
+
+def _file_task(task):
+    def read(path):
+        return table_examples(task, read_table(path, list(named_columns(task).values())), path)
+
+    return read(task.source), read(task.validation_source) if task.validation_source else None
+
+
+def _hub_task(task):
+    def read(split):
+        return table_examples(task, read_hub(task.source, task.subset, split), f"{task.source}[{split}]")
+
+    return read(task.train_split), read(task.validation_split) if task.validation_split else None
+
+
+KINDS: dict[str, Callable] = {
+    "rating": _rating_task,
+    "sentences": _sentences_task,
+    "file": _file_task,
+    "hub": _hub_task,
+}
