@@ -1,0 +1,76 @@
+"""Named tasks: where the examples come from, how a prompt is written, how validation is held out.
+
+Every key that a task of that kind may have is here with its default. Strings: "" means "not set"; limits: 0 means
+"all". Kinds (see ``peft_jax/data/sources.py``): ``rating`` rated sentences answered in one word, ``sentences`` plain
+text, ``file`` local .jsonl, .json, .csv or .parquet, ``hub`` a data set of the Hugging Face Hub.
+"""
+
+# Hutto and Gilbert, "VADER", ICWSM 2014: sentences with the mean of about 20 human ratings from -4 to 4. The wheel has
+# no data, the source distribution has. ``archive`` is a file of the distribution, ``file`` a member of that archive.
+VADER_SOURCE = "pypi:vaderSentiment==3.3.2"
+VADER_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
+
+TASKS = {
+    "movie_rating": {
+        "name": "movie_rating",
+        "kind": "rating",
+        "source": VADER_SOURCE,
+        "archive": VADER_ARCHIVE,
+        "file": "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
+        "prompt_template": "Review: {text}\nIn one word, the movie is",
+        "completion_template": " {word}",
+        "words": ("terrible", "bad", "okay", "good", "great"),
+        # Edges between the words on the human mean. A mean that equals an edge gets the word nearer to zero.
+        "bins": (-2.0, -0.5, 0.5, 2.0),
+        # What each word is worth when the expected rating is computed: the middle of its bin.
+        "word_values": (-3.0, -1.25, 0.0, 1.25, 3.0),
+        "validation_fraction": 0.1,
+        "train_limit": 0,
+        "validation_limit": 0,
+    },
+    # General text, held out as a whole: what does fine-tuning on something else do to it?
+    "newspaper": {
+        "name": "newspaper",
+        "kind": "sentences",
+        "source": VADER_SOURCE,
+        "archive": VADER_ARCHIVE,
+        "file": "hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt",
+        "validation_fraction": 1.0,
+        "train_limit": 0,
+        "validation_limit": 0,
+    },
+    # Give either prompt_column and completion_column, or messages_column, or text_column.
+    # The completion follows the prompt directly: write the space or line break between them into a template.
+    "file": {
+        "name": "file",
+        "kind": "file",
+        "source": "",  # a path, or a pattern such as data/*.jsonl
+        "validation_source": "",  # its own file; "" holds out validation_fraction of source by a hash of the text
+        "prompt_column": "",
+        "completion_column": "",
+        "messages_column": "",
+        "text_column": "",
+        "prompt_template": "{prompt}",
+        "completion_template": "{completion}",
+        "validation_fraction": 0.05,
+        "train_limit": 0,
+        "validation_limit": 0,
+    },
+    "hub": {
+        "name": "hub",
+        "kind": "hub",
+        "source": "",  # a Hub id such as openai/gsm8k
+        "subset": "",  # the data set's configuration, such as main
+        "train_split": "train",
+        "validation_split": "",  # "" holds out validation_fraction of train_split by a hash of the text
+        "prompt_column": "",
+        "completion_column": "",
+        "messages_column": "",
+        "text_column": "",
+        "prompt_template": "{prompt}",
+        "completion_template": "{completion}",
+        "validation_fraction": 0.05,
+        "train_limit": 0,
+        "validation_limit": 0,
+    },
+}
