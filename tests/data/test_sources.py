@@ -1,0 +1,240 @@
+import io
+import json
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from configs.tasks import TASKS
+from peft_jax.data import load_examples, sources, tables
+from peft_jax.errors import PeftJaxError
+
+
+def task(kind="file", **changes):
+    return SimpleNamespace(**{**TASKS[kind], **changes})
+
+
+def columns(path, **changes):
+    return task(
+        source=str(path),
+        **{"prompt_column": "question", "completion_column": "answer", "validation_fraction": 0.0, **changes},
+    )
+
+
+ROWS = [{"question": f"What is {i}?", "answer": f" number {i}"} for i in range(40)]
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def archive(folder, text, member="inner/ratings.txt"):
+    path = folder / "a.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for name in (member, "inner/other.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = len(text.encode())
+            tar.addfile(info, io.BytesIO(text.encode()))
+    return path
+
+
+@pytest.mark.parametrize(
+    "mean, word",
+    [
+        (-2.01, "terrible"),
+        (-2, "bad"),
+        (-0.51, "bad"),
+        (-0.5, "okay"),
+        (0.5, "okay"),
+        (0.51, "good"),
+        (2, "good"),
+        (2.01, "great"),
+    ],
+)
+def test_words_at_the_edges(mean, word):
+    movie = task("movie_rating")
+    assert sources.rating_word(mean, movie.words, movie.bins) == word
+
+
+def test_rated_sentences_become_examples_and_keep_the_human_mean(tmp_path):
+    path = archive(tmp_path, "1\t2.5\tLilo &amp;amp; Stitch é\r\n2\t-0.6\tSlow")
+    found = sources.read_rated_sentences(path, "inner/ratings.txt")
+    assert found[0] == (2.5, "Lilo & Stitch é", "inner/ratings.txt:1")
+    first, second = sources.rating_examples(task("movie_rating"), found)
+    assert first["prompt"] == "Review: Lilo & Stitch é\nIn one word, the movie is"
+    assert (first["completion"], first["score"], second["completion"]) == (" great", 2.5, " bad")
+
+
+@pytest.mark.parametrize("line", ["2\tx\ttext", "2\t1.5", "2\tnan\ttext", "2\t1.0\t ", "2\t1\ta\tb"])
+def test_bad_rated_line_is_named(tmp_path, line):
+    with pytest.raises(PeftJaxError, match=r"inner/ratings.txt:2: expected"):
+        sources.read_rated_sentences(archive(tmp_path, f"1\t1.0\tfine\r\n{line}"), "inner/ratings.txt")
+
+
+def test_missing_member_names_the_nearest(tmp_path):
+    with pytest.raises(PeftJaxError, match=r"did you mean inner/ratings.txt"):
+        sources.read_rated_sentences(archive(tmp_path, ""), "inner/rating.txt")
+
+
+def test_words_and_bins_must_agree():
+    with pytest.raises(PeftJaxError, match="one word more"):
+        sources.rating_examples(task("movie_rating", bins=(0.0,)), [])
+
+
+def test_split_ignores_order_and_other_examples():
+    examples = [{"prompt": row["question"], "completion": row["answer"]} for row in ROWS * 10]
+    train, held = sources.split_by_hash(examples, 0.3)
+    again, held_again = sources.split_by_hash(examples[::-1][:25], 0.3)
+    sides = {e["prompt"]: "held" for e in held} | {e["prompt"]: "train" for e in train}
+    assert len(train) + len(held) == 400 and held
+    assert all(sides[e["prompt"]] == "held" for e in held_again) and all(sides[e["prompt"]] == "train" for e in again)
+
+
+def test_split_fraction_and_duplicates():
+    examples = [{"text": f"Sentence number {i}"} for i in range(5000)]
+    assert 0.18 < len(sources.split_by_hash(examples, 0.2)[1]) / 5000 < 0.22
+    twins = [{"text": f"  sentence NUMBER\n{i} "} for i in range(5000)]
+    held = {sources.text_key(e) for e in sources.split_by_hash(examples, 0.2)[1]}
+    assert {sources.text_key(e) for e in sources.split_by_hash(twins, 0.2)[1]} == held
+
+
+def test_split_does_not_depend_on_the_prompt_template(tmp_path):
+    found = [(0.0, f"text {i}", "") for i in range(300)]
+    held = [
+        {
+            e["review"]
+            for e in sources.split_by_hash(
+                sources.rating_examples(task("movie_rating", prompt_template=t), found), 0.2
+            )[1]
+        }
+        for t in ("Review: {text}", "{text}?")
+    ]
+    assert held[0] == held[1]
+
+
+def test_sample_is_fixed_ordered_and_not_the_low_end_of_the_split():
+    examples = [{"text": str(i)} for i in range(1000)]
+    sample = sources.sample_by_hash(examples, 50)
+    assert len(sample) == 50 and sample == [e for e in examples if e in sample]
+    assert {e["text"] for e in sources.sample_by_hash(examples[::-1], 50)} == {e["text"] for e in sample}
+    assert max(sources.hash_fraction(e["text"]) for e in sample) > 0.5
+
+
+def test_jsonl_prompt_and_completion(jsonl):
+    loaded = load_examples(columns(jsonl, prompt_template="Q: {prompt}\nA:"))
+    assert [e["completion"] for e in loaded["train"]] == [row["answer"] for row in ROWS]
+    assert loaded["train"][3]["prompt"] == "Q: What is 3?\nA:" and loaded["validation"] == []
+    assert loaded["train"][3]["origin"].endswith("train.jsonl row 4")
+
+
+def test_limits_and_validation_file(jsonl):
+    loaded = load_examples(columns(jsonl, validation_source=str(jsonl), train_limit=7, validation_limit=5))
+    assert (len(loaded["train"]), len(loaded["validation"])) == (7, 5)
+
+
+def test_csv_keeps_text_as_it_is(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('question,answer,other\n"a, b",007,1\nNA,None,2\n')
+    train = load_examples(columns(path))["train"]
+    assert [(e["prompt"], e["completion"]) for e in train] == [("a, b", "007"), ("NA", "None")]
+
+
+def test_parquet_messages_and_pattern(tmp_path):
+    import datasets
+
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    for name in ("a", "b"):
+        datasets.Dataset.from_list([{"turns": chat}]).to_parquet(tmp_path / f"{name}.parquet")
+    train = load_examples(task(source=f"{tmp_path}/*.parquet", messages_column="turns", validation_fraction=0.0))[
+        "train"
+    ]
+    assert [e["messages"] for e in train] == [chat, chat]
+
+
+def test_json_array_of_texts(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"body": "one"}, {"body": "two"}]))
+    train = load_examples(task(source=str(tmp_path / "a.json"), text_column="body", validation_fraction=0.0))["train"]
+    assert [e["text"] for e in train] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"kind": "fil"}, "did you mean file"),
+        ({"completion_column": "anwser"}, "no column 'anwser'; did you mean answer"),
+        ({"completion_column": ""}, "name the columns.*given: prompt"),
+        ({"text_column": "question"}, "name the columns"),
+        ({"source": "{}/trian.jsonl"}, "no data file at .*trian.jsonl'; did you mean train.jsonl"),
+        ({"source": ""}, "task.source is empty"),
+        ({"validation_fraction": 1.5}, "between 0 and 1"),
+        ({"validation_fraction": 1e-9}, "leaves none for validation"),
+    ],
+)
+def test_configuration_errors(jsonl, change, message):
+    change = {k: v.format(jsonl.parent) if k == "source" else v for k, v in change.items()}
+    with pytest.raises(PeftJaxError, match=message):
+        load_examples(SimpleNamespace(**{**vars(columns(jsonl)), **change}))
+
+
+@pytest.mark.parametrize("bad", ['{"question": "a", "answer"', "[1]", '{"question": "\udcff"}'])
+def test_bad_json_line_is_named(jsonl, bad):
+    with jsonl.open("ab") as file:
+        file.write(bad.encode("utf-8", "surrogateescape") + b"\n")
+    with pytest.raises(PeftJaxError, match=r"train.jsonl, line 41: not"):
+        load_examples(columns(jsonl))
+
+
+def test_row_without_a_value_is_named(jsonl):
+    with jsonl.open("a") as file:
+        file.write('{"question": "what?"}\n')
+    with pytest.raises(PeftJaxError, match=r"train.jsonl row 41: column 'answer' must hold text, found nothing"):
+        load_examples(columns(jsonl))
+
+
+def test_ragged_csv_and_unknown_ending(tmp_path):
+    (tmp_path / "a.csv").write_text("question,answer\na,b\na,b,c\n")
+    with pytest.raises(PeftJaxError, match=r"a.csv: .*line 3"):
+        load_examples(columns(tmp_path / "a.csv"))
+    (tmp_path / "a.jsnl").write_text("")
+    with pytest.raises(PeftJaxError, match=r"'.jsnl' is not a known file ending; did you mean .jsonl"):
+        load_examples(columns(tmp_path / "a.jsnl"))
+
+
+@pytest.mark.parametrize("name, content", [("a.jsonl", ""), ("a.csv", "question,answer\n"), ("a.json", "[]")])
+def test_empty_data_is_an_error(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(PeftJaxError, match=r"empty|no data"):
+        load_examples(columns(tmp_path / name))
+
+
+def test_unreachable_hub_says_what_to_do(monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(PeftJaxError, match=r"cannot load the data set 'nobody/nothing'.*local file"):
+        tables.read_hub("nobody/nothing", "", "train")
+
+
+def test_bad_messages_are_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"turns": [{"role": "user"}]}\n')
+    with pytest.raises(PeftJaxError, match="row 1: messages must be a list"):
+        load_examples(task(source=str(path), messages_column="turns"))
+
+
+@pytest.mark.real
+def test_the_default_task_and_the_newspaper_probe():
+    from peft_jax.hub import assets
+
+    movie = task("movie_rating")
+    path = Path(assets.fetch(movie.source, movie.archive))
+    words = [e["word"] for e in sources.rating_examples(movie, sources.read_rated_sentences(path, movie.file))]
+    assert [words.count(word) for word in movie.words] == [1904, 3157, 562, 2946, 2036]
+    loaded, probe = load_examples(movie), load_examples(task("newspaper"))
+    assert (len(loaded["train"]), len(loaded["validation"])) == (9579, 1026)
+    assert (len(probe["train"]), len(probe["validation"])) == (0, 5190)
+    assert not {sources.text_key(e) for e in loaded["train"]} & {sources.text_key(e) for e in loaded["validation"]}
