@@ -29,6 +29,7 @@ class Command(NamedTuple):
     mode: str
     prompts: list[str]
     overwrite: bool
+    probe: ConfigDict | None  # the task behind eval.probe
 
 
 def define_flags() -> flags.FlagValues:
@@ -63,7 +64,8 @@ def parse_command(argv: list[str]) -> Command | None:
     if values.mode not in MODES:
         raise PeftJaxError(f"--mode={values.mode}: {nearest(values.mode, MODES)}")
     check(tidy(config))
-    return Command(config, values.workdir or f"runs/{name}", values.mode, values.prompt, values.overwrite)
+    probe = base.task_config(config.eval.probe) if config.eval.probe else None
+    return Command(config, values.workdir or f"runs/{name}", values.mode, values.prompt, values.overwrite, probe)
 
 
 def print_help(values: flags.FlagValues) -> None:

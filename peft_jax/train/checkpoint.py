@@ -1,0 +1,54 @@
+"""Checkpoints of what training changes: adapter, optimiser state, step and random key. The frozen base is never in one.
+
+The position in the data is the step itself: a batch is a pure function of (seed, step).
+"""
+
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from peft_jax.errors import PeftJaxError
+from peft_jax.train.step import TrainState
+
+
+class Checkpoints:
+    """The newest ``keep`` checkpoints of a run below ``folder``; each is written aside and then renamed."""
+
+    def __init__(self, folder: Path, keep: int):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        self.folder, self.manager = folder, ocp.CheckpointManager(folder.absolute(), options=options)
+
+    @property
+    def latest(self) -> int | None:
+        """The newest complete checkpoint's step, or ``None``."""
+        return self.manager.latest_step()
+
+    def save(self, state: TrainState) -> None:
+        """Keep ``state`` under its step; nothing happens if that step is there already."""
+        step = int(state.step)
+        if step not in self.manager.all_steps():
+            self.manager.save(step, args=ocp.args.StandardSave(_storable(state)))
+
+    def restore(self, like: TrainState) -> TrainState:
+        """The newest checkpoint, bit for bit, with the structure, shapes and placement of ``like``.
+
+        Returns ``like`` itself where there is none yet. Raises ``PeftJaxError`` where it is of another shape.
+        """
+        if self.latest is None:
+            return like
+        try:
+            stored = self.manager.restore(self.latest, args=ocp.args.StandardRestore(_storable(like)))
+        except (ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            where = self.folder / str(self.latest)
+            raise PeftJaxError(f"the checkpoint {where} is not of this run: {reason}") from error
+        rng = jax.random.wrap_key_data(stored.pop("rng"), impl=jax.random.key_impl(like.rng))
+        return TrainState(**stored, rng=rng)
+
+    def close(self) -> None:
+        self.manager.close()
+
+
+def _storable(state: TrainState) -> dict:
+    return state._replace(rng=jax.random.key_data(state.rng))._asdict()

@@ -1,0 +1,117 @@
+"""The training loop: step, look at the loss, log, checkpoint. It knows no method, no model and no task."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from peft_jax.data import Batches
+from peft_jax.errors import PeftJaxError
+from peft_jax.train.checkpoint import Checkpoints
+from peft_jax.train.metrics import MetricsLog
+from peft_jax.train.report import Progress
+from peft_jax.train.step import TrainState
+
+
+class StopRequest:
+    """While entered, Ctrl-C or SIGTERM asks the loop to stop after its step; a second one interrupts at once."""
+
+    def __init__(self):
+        self.asked, self._usual = False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
+            self._usual = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number, frame):
+        self.asked = True
+        self._restore()
+
+    def _restore(self):
+        for number, handler in self._usual.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *exception):
+        self._restore()
+
+
+def fit(
+    step: Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]],
+    state: TrainState,
+    frozen: Any,
+    batches: Batches,
+    *,
+    total_steps: int,
+    schedule: Callable[[int], float],
+    checkpoints: Checkpoints,
+    log: MetricsLog,
+    checkpoint_every: int,
+    log_every: int,
+) -> TrainState:
+    """Train from ``state.step`` to ``total_steps``, or until a ``StopRequest``; the state returned is checkpointed.
+
+    Args:
+      step: of ``make_step``; it consumes the state it is given.
+      schedule: learning rate of a step, for the log.
+      checkpoint_every, log_every: in steps; one checkpoint more is written at the end.
+    Raises:
+      PeftJaxError: a loss or gradient norm that is not finite, naming the step; the checkpoints before it remain.
+    """
+    done = int(state.step)
+    clock = _Clock(before=log.last["seconds"] if log.last else 0.0)
+    progress = Progress(total_steps, done)
+    batch = _at(batches, done) if done < total_steps else None
+    with StopRequest() as stop:
+        while done < total_steps and not stop.asked:
+            state, metrics = step(state, frozen, batch)
+            tokens, done = int((batch["segment_ids"] > 0).sum()), done + 1
+            batch = _at(batches, done) if done < total_steps else None  # while the device works
+            values = {name: float(value) for name, value in metrics.items()}  # waits for it
+            _check_finite(values, done, checkpoints)
+            values |= clock.lap(tokens) | {"learning_rate": float(schedule(done - 1))}
+            if done % log_every == 0 or done == total_steps:
+                log.write(done, values)
+            progress.update(done, values["loss"], values["tokens_per_second"])
+            if done % checkpoint_every == 0 or done == total_steps or stop.asked:
+                checkpoints.save(state)
+    progress.close()
+    return state
+
+
+def _at(batches: Batches, step: int) -> dict[str, np.ndarray]:
+    """A step's batch with the axis of micro-batches in front, also where there is but one."""
+    batch = batches.at(step)
+    return batch if batches.accumulate_steps > 1 else {name: array[None] for name, array in batch.items()}
+
+
+def _check_finite(values: dict[str, float], step: int, checkpoints: Checkpoints) -> None:
+    broken = [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]
+    if broken:
+        kept = f"the checkpoint of step {checkpoints.latest} is kept in {checkpoints.folder}"
+        raise PeftJaxError(
+            f"training broke at step {step}: {', '.join(broken)}; "
+            f"{kept if checkpoints.latest is not None else 'no checkpoint was written yet'}. "
+            "Try a lower --config.optim.learning_rate, more --config.optim.warmup_ratio, or look at that step's data"
+        )
+
+
+class _Clock:
+    """Seconds of training over all resumptions, and the rate of tokens, the compiling first step left out."""
+
+    def __init__(self, before: float):
+        self.before, self.start, self.warm, self.tokens = before, time.perf_counter(), None, 0
+
+    def lap(self, tokens: int) -> dict[str, float]:
+        now = time.perf_counter()
+        seconds = self.before + now - self.start
+        if self.warm is None:
+            self.warm = now
+            return {"seconds": seconds, "tokens_per_second": tokens / (now - self.start)}
+        self.tokens += tokens
+        return {"seconds": seconds, "tokens_per_second": self.tokens / (now - self.warm)}

@@ -1,0 +1,125 @@
+"""What a run tells a person: parameter counts, progress, the table at the end. All of it fits 80 columns."""
+
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from peft_jax import tree
+from peft_jax.method import Method
+
+
+def parameter_counts(method: Method, base: tree.Tree, params: tree.Tree) -> tuple[int, int]:
+    """(trainable, all) parameters as Hugging Face peft counts them.
+
+    Zeros that only fill up a stack and constants beside the weights (scalings) are no parameters.
+    """
+    trainable = tree.flatten(tree.partition(params, method.labels(params))[0])
+    added = {path: leaf for path, leaf in trainable.items() if path not in tree.flatten(base)}
+    padding = method.padding(params)
+    return tree.count(trainable) - padding, tree.count(base) + tree.count(added) - padding
+
+
+def parameter_line(trainable: int, total: int) -> str:
+    """Hugging Face peft's line.
+
+    >>> parameter_line(921_600, 135_436_608)
+    'trainable params: 921,600 || all params: 135,436,608 || trainable%: 0.6805'
+    """
+    share = 100 * trainable / total
+    return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"
+
+
+class Progress:
+    """A bar on a terminal; where standard error is none, a line now and then."""
+
+    def __init__(self, total: int, done: int):
+        self.total, self.started, self.first = total, time.perf_counter(), done
+        self.printed = self.started
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=done, unit="step", ncols=79, dynamic_ncols=False) if terminal else None
+
+    def update(self, step: int, loss: float, rate: float) -> None:
+        """``step`` steps are done; ``rate`` is in tokens per second."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tok/s", refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif self._due(step):
+            self.printed = time.perf_counter()
+            left = (self.printed - self.started) / (step - self.first) * (self.total - step)
+            line = f"step {step:>{len(str(self.total))}}/{self.total}  loss {loss:.4f}  {rate:,.0f} tokens/s"
+            print(f"{line}  {duration(left)} left", file=sys.stderr, flush=True)
+
+    def _due(self, step: int) -> bool:
+        return step in (self.first + 1, self.total) or time.perf_counter() - self.printed >= 10
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """The table at the end of a run: metrics before and after, then what it cost."""
+    cost = [
+        ("trainable", f"{100 * results['trainable'] / results['all']:.4f} %"),
+        ("train time", f"{duration(results['seconds'])} ({results['steps']} steps)"),
+        ("peak memory", " + ".join(f"{size(value)} {where}" for where, value in results["peak_memory"].items())),
+        ("adapter", f"{size(results['adapter_bytes'])}  {results['adapter']}"),
+    ]
+    found = {name: results[name] for name in ("before", "after")}
+    return "\n".join((metrics_table(found), "", *(f"{name:<34}{value}" for name, value in cost)))
+
+
+# What evaluation may report, and what a person calls it.
+TITLES = {
+    "exact": "exact match of the generated word",
+    "among_choices": "accuracy among the choices",
+    "spearman": "rank correlation with people",
+    "loss": "held-out loss (nats per token)",
+    "perplexity": "held-out perplexity",
+    "probe_loss": "general text, loss",
+    "probe_perplexity": "general text, perplexity",
+}
+
+
+def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> str:
+    """Metrics as rows, ``{"before": {metric: value}, "after": ...}`` as columns."""
+    head = " " * 34 + "".join(f"{name:>12}" for name in columns)
+    metrics = dict.fromkeys(metric for column in columns.values() for metric in column)
+    rows = [f"{TITLES[metric]:<34}" + "".join(f"{column[metric]:>12.3f}" for column in columns.values())
+            for metric in metrics]  # fmt: skip
+    return "\n".join((head, "-" * len(head), *rows))
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(9.4), duration(75), duration(3700)
+    ('9 s', '1 min 15 s', '1 h 01 min')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1000.
+
+    >>> size(3_700_000), size(950)
+    ('3.7 MB', '950 B')
+    """
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def peak_memory() -> dict[str, int]:
+    """The most bytes used so far, ``{"host": ..., "device": ...}``; "device" where there is one that tells."""
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = {"host": kilobytes if sys.platform == "darwin" else kilobytes * 1024}
+    stats = jax.local_devices()[0].memory_stats()
+    return peak | ({"device": stats["peak_bytes_in_use"]} if stats and "peak_bytes_in_use" in stats else {})

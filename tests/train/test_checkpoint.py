@@ -1,0 +1,62 @@
+"""Checkpoints: bit for bit, only what trains, clear errors."""
+
+from contextlib import closing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from peft_jax.errors import PeftJaxError
+from peft_jax.train.checkpoint import Checkpoints
+from peft_jax.train.step import init_state
+
+TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(1e-3, 0.0, 9)))
+
+
+def state_of(rank=3, step=0):
+    trainable = {"q": {"lora_a": jax.random.normal(jax.random.key(rank), (5, rank)), "lora_b": jnp.ones((rank, 2))}}
+    return init_state(trainable, TX, jax.random.key(7))._replace(step=jnp.int32(step))
+
+
+def same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    unwrapped = [jax.tree.map(lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x, t)
+                 for t in (one, other)]  # fmt: skip
+    jax.tree.map(np.testing.assert_array_equal, *unwrapped)
+
+
+def save(folder, *states, keep=2):
+    with closing(Checkpoints(folder, keep)) as checkpoints:
+        for state in states:
+            checkpoints.save(state)
+
+
+def restore(folder, like):
+    with closing(Checkpoints(folder, keep=2)) as checkpoints:
+        return checkpoints.restore(like)
+
+
+def test_what_was_saved_comes_back_bit_for_bit(tmp_path):
+    trained = state_of(step=4)
+    updates, opt_state = TX.update(trained.trainable, trained.opt_state, trained.trainable)
+    trained = trained._replace(trainable=updates, opt_state=opt_state)
+    save(tmp_path, trained)
+    same(restore(tmp_path, state_of()), trained)
+
+
+def test_without_a_checkpoint_the_state_given_is_the_state(tmp_path):
+    state = state_of()
+    assert restore(tmp_path / "none", state) is state
+
+
+def test_only_the_newest_are_kept_and_saving_a_step_twice_is_no_error(tmp_path):
+    save(tmp_path, *(state_of(step=step) for step in (1, 2, 3, 3)), keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.isdigit()) == ["2", "3"]
+
+
+def test_a_checkpoint_of_another_shape_is_a_clear_error(tmp_path):
+    save(tmp_path, state_of(rank=3, step=1))
+    with pytest.raises(PeftJaxError, match="is not of this run"):
+        restore(tmp_path, state_of(rank=4))

@@ -1,0 +1,55 @@
+"""A workdir that cannot be used, or that holds another run, is refused before anything is written."""
+
+import json
+
+import pytest
+
+from configs import base
+from peft_jax.errors import PeftJaxError
+from peft_jax.train import workdir
+
+
+def settings(**changes):
+    config = base.get_config()
+    config.update_from_flattened_dict(changes)
+    return config.to_dict()
+
+
+def test_the_same_settings_are_welcome_and_evaluation_may_change(tmp_path):
+    workdir.start(tmp_path / "new" / "run", settings(), overwrite=False)
+    workdir.check_config(tmp_path / "new" / "run", settings(**{"eval.limit": 3, "checkpoint.every": 1}))
+
+
+@pytest.mark.parametrize(
+    "key, value", [("seed", 1), ("method.r", 4), ("method.target_modules", ("k_proj",)), ("model.source", "other/model"),
+                   ("data.batch_size", 2), ("optim.learning_rate", 1.0), ("task.prompt_template", "{text}")]
+)  # fmt: skip
+def test_settings_that_make_another_run_are_named(tmp_path, key, value):
+    workdir.start(tmp_path, settings(), overwrite=False)
+    with pytest.raises(PeftJaxError, match=rf"other settings: {key} was [^;]*, now [^;]*\. .*--overwrite"):
+        workdir.check_config(tmp_path, settings(**{key: value}))
+
+
+def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path):
+    workdir.start(tmp_path, settings(), overwrite=False)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "x").write_text("old")
+    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "notes.txt").write_text("mine")
+    workdir.start(tmp_path, settings(seed=3), overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "notes.txt"]
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 3
+
+
+def test_a_folder_that_cannot_be_is_refused_and_nothing_is_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PeftJaxError, match="is a file, not a folder"):
+        workdir.check_writable(tmp_path / "file" / "run")
+    workdir.check_writable(tmp_path / "deep" / "run")
+    assert not (tmp_path / "deep").exists()
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": ')
+    with pytest.raises(PeftJaxError, match=r"config.json cannot be read"):
+        workdir.check_config(tmp_path, settings())
