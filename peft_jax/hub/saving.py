@@ -1,0 +1,137 @@
+"""Write a model as a folder that transformers reads."""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax import tree
+from peft_jax.errors import PeftJaxError
+from peft_jax.hub import config as hub_config
+from peft_jax.hub import names
+from peft_jax.models.llama import CausalLM, LlamaConfig
+
+_INDEX = "model.safetensors.index.json"
+
+
+def save_pretrained(
+    folder: str | os.PathLike,
+    model: CausalLM,
+    params: Mapping[str, Any],
+    tokenizer: Any = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write config.json, safetensors weights and the tokenizer, so that transformers and ``load_pretrained`` read them.
+
+    Everything is written aside and then renamed; an older model in ``folder`` is replaced only when the new one is
+    whole, other files in it stay.
+
+    Args:
+      folder: made where missing.
+      params: plain parameters, as ``load_pretrained`` gives or a method's ``merge`` makes; each keeps its dtype. A
+        ``lm_head`` among them is written even where the config ties it, and config.json then says it is not tied.
+      tokenizer: a transformers tokenizer; its special tokens also go to config.json.
+      max_shard_bytes: weights above it are split over several files with an index.
+
+    Raises:
+      PeftJaxError: leaves of a fine-tuning method (merge first), missing leaves, shapes that are not the model's, or a
+        folder that cannot be written.
+    """
+    flat, folder = tree.flatten(params), Path(folder)
+    tied = model.config.tie_word_embeddings and "lm_head/kernel" not in flat
+    config = dataclasses.replace(model.config, tie_word_embeddings=tied)
+    places = _checked_places(flat, config)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+            _write_weights(Path(scratch), flat, places, max_shard_bytes)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(scratch)
+            given = hub_config.to_hf(config, _torch_dtype(flat), _token_ids(tokenizer))
+            Path(scratch, "config.json").write_text(json.dumps(given, indent=2) + "\n", encoding="utf-8")
+            for file in Path(scratch).glob("*.safetensors"):  # which safetensors makes private
+                shutil.copymode(Path(scratch, "config.json"), file)
+            _move_into_place(Path(scratch), folder)
+    except OSError as error:
+        raise PeftJaxError(f"the model cannot be written to {folder}: {error.strerror or error}.") from error
+
+
+def _checked_places(flat: dict[str, Any], config: LlamaConfig) -> dict[str, names.Place]:
+    shapes = hub_config.param_shapes(config)
+    foreign = [path for path in flat if path not in shapes or not isinstance(flat[path], jax.Array | np.ndarray)]
+    if foreign:
+        raise PeftJaxError(f"'{foreign[0]}' (of {len(foreign)} such leaves) is no plain weight of the model: merge "
+                           "first, save_pretrained(folder, model, method.merge(params)), or save the adapter alone.")
+    absent = [path for path in shapes if path not in flat]
+    if absent:
+        raise PeftJaxError(f"params lack '{absent[0]}' ({len(absent)} leaves in all): give the whole tree, "
+                           "combine(frozen, trainable).")
+    for path, shape in shapes.items():
+        if flat[path].shape != shape:
+            raise PeftJaxError(f"'{path}' has shape {flat[path].shape}, the model's config says {shape}.")
+    return names.tensors(list(shapes), config.num_hidden_layers)
+
+
+def _write_weights(folder: Path, flat: dict[str, Any], places: dict[str, names.Place], most: int) -> None:
+    from safetensors.numpy import save_file
+
+    shards = _shards(flat, places, most)
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        files = ["model.safetensors"]
+    for file, shard in zip(files, shards, strict=True):  # one shard in host memory at a time
+        save_file({name: _tensor(flat, places[name]) for name in shard}, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        total = sum(leaf.nbytes for leaf in flat.values())
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+        Path(folder, _INDEX).write_text(text + "\n", encoding="utf-8")
+
+
+def _shards(flat: dict[str, Any], places: dict[str, names.Place], most: int) -> list[list[str]]:
+    """Tensor names in files of at most ``most`` bytes (a larger tensor has a file of its own), layer by layer."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, place in sorted(places.items(), key=lambda item: -1 if item[1].layer is None else item[1].layer):
+        leaf = flat[place.path]
+        nbytes = leaf.nbytes if place.layer is None else leaf.nbytes // leaf.shape[0]
+        if shards[-1] and size + nbytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    return shards
+
+
+def _tensor(flat: dict[str, Any], place: names.Place) -> np.ndarray:
+    leaf = flat[place.path]
+    value = np.asarray(leaf if place.layer is None else leaf[place.layer])
+    return np.ascontiguousarray(value.T if place.transposed else value)
+
+
+def _torch_dtype(flat: dict[str, Any]) -> str:
+    return jnp.dtype(flat["embed_tokens/embedding"].dtype).name
+
+
+def _token_ids(tokenizer: Any) -> dict[str, int | None]:
+    keys = () if tokenizer is None else ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {key: getattr(tokenizer, key) for key in keys}
+
+
+def _move_into_place(scratch: Path, folder: Path) -> None:
+    """Weights before config.json; then the files of an older model that would be read with, or instead of, the new."""
+    folder.mkdir(exist_ok=True)
+    new = sorted((file.name for file in scratch.iterdir()), key=lambda name: (name == "config.json", name))
+    for name in new:
+        os.replace(scratch / name, folder / name)
+    for old in [*folder.glob("model*.safetensors"), folder / _INDEX]:
+        if old.name not in new:
+            old.unlink(missing_ok=True)
