@@ -1,11 +1,13 @@
 """What a fine-tuning method is, how two become one, and how one is bound to a model."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 from flax import linen as nn
+from flax.linen.module import InterceptorContext
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from peft_jax import tree
@@ -24,7 +26,8 @@ class Method(NamedTuple):
     Fields:
       init: ``(rng, params, axes=None) -> params``. Adds leaves beside those that they change. Works on the tree alone,
         so on shapes too, under ``jax.eval_shape``. ``axes`` comes from :func:`peft_jax.kernel_axes`.
-      intercept: ``(next_fun, args, kwargs, context) -> output``, a flax.linen interceptor that reads those leaves.
+      intercept: ``(next_fun, args, kwargs, context) -> output``, a flax.linen interceptor that reads those leaves;
+        ``context`` is a :class:`Context`.
       labels: ``(params) -> labels``: a string for each leaf, ``"frozen"`` or the name of an optimiser group.
       merge: ``(params) -> params`` without the method's leaves, ``None`` where it cannot be folded into the weights.
       config: the method's arguments in Hugging Face peft's words, with ``peft_type``; what a saved adapter states.
@@ -38,6 +41,16 @@ class Method(NamedTuple):
     merge: Callable[[Mapping], tree.Tree] | None
     config: Mapping[str, Any]
     padding: Callable[[Mapping], int] = _no_padding
+
+
+@dataclasses.dataclass(frozen=True)
+class Context(InterceptorContext):
+    """Flax's ``module``, ``method_name`` and ``orig_method``, and the names of the random streams of the whole call.
+
+    A module inside a lifted transform may see fewer streams than were given; here a method can tell.
+    """
+
+    rngs: frozenset[str]
 
 
 def chain(*methods: Method) -> Method:
@@ -96,14 +109,25 @@ def bind(method: Method, model: nn.Module) -> Callable[..., Any]:
     """
     checked = set()
 
-    def apply(variables, *args, **kwargs):
-        with nn.intercept_methods(method.intercept):
+    def apply(variables, *args, rngs=None, **kwargs):
+        kwargs |= {} if rngs is None else {"rngs": rngs}
+        with nn.intercept_methods(partial(_with_streams, method.intercept, _streams(rngs))):
             if "method" not in kwargs and (shape := jax.tree.structure(variables)) not in checked:
                 check_read(method, partial(_apply_params, model, variables, args, kwargs), variables["params"])
                 checked.add(shape)
             return model.apply(variables, *args, **kwargs)
 
     return apply
+
+
+def _streams(rngs) -> frozenset[str]:
+    if rngs is None:
+        return frozenset()
+    return frozenset(rngs if isinstance(rngs, Mapping) else ("params",))  # a bare key is flax's "params" stream
+
+
+def _with_streams(intercept, rngs, next_fun, args, kwargs, context):
+    return intercept(next_fun, args, kwargs, Context(context.module, context.method_name, context.orig_method, rngs))
 
 
 def _apply_params(model, variables, args, kwargs, params):

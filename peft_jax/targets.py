@@ -101,9 +101,13 @@ def module_names(path: str, stack: tuple[int, ...]) -> tuple[str, ...]:
 
 
 def spellings(name: str) -> tuple[str, ...]:
-    """The names under which peft may know a module: with its model's prefix, ``layers_3`` as ``layers.3``."""
+    """The names under which peft may know a module: with its model's prefix, ``layers_3`` as ``layers.3``.
+
+    A name that begins with such a prefix is peft's own and is taken as it is.
+    """
     dotted = re.sub(r"_(\d+)(?=\.|$)", r".\1", name)
-    return tuple(prefix + form for form in dict.fromkeys((name, dotted)) for prefix in PREFIXES)
+    prefixes = ("",) if name.startswith(PREFIXES[1:]) else PREFIXES
+    return tuple(prefix + form for form in dict.fromkeys((name, dotted)) for prefix in prefixes)
 
 
 def listed(patterns: Patterns, name: str) -> bool:
@@ -116,8 +120,18 @@ def listed(patterns: Patterns, name: str) -> bool:
 
 
 def within(modules: Patterns, name: str) -> bool:
-    """Whether ``name`` is one of ``modules`` or lies inside one, as ``modules_to_save`` means it."""
-    return any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", name) for m in modules or ())
+    """Whether ``name`` is one of ``modules`` or lies inside one: such a module takes no adapter."""
+    return any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", form) for form in spellings(name) for m in modules or ())
+
+
+def saved(modules: Patterns, name: str) -> bool:
+    """Whether ``modules_to_save`` trains the module: it or one around it ends in one of them, as text.
+
+    As in peft, where "norm" is every norm of a Llama.
+    """
+    parts = name.split(".")
+    around = [form for i in range(len(parts)) for form in spellings(".".join(parts[:i + 1]))]
+    return any(form.endswith(m) for form in around for m in modules or ())
 
 
 def layer_index(name: str, layers_pattern: Patterns) -> int | None:
@@ -178,8 +192,8 @@ def _target(path, leaf, axes) -> Target:
 
 def _understood(target: Target) -> Target:
     if not target.axes.inputs:
-        raise PeftJaxError(f"'{target.path}' is a {target.axes.kind}, whose input and output axes are not known: "
-                           "exclude it with exclude_modules, or pass axes=peft_jax.kernel_axes(model, params, *inputs).")
+        raise PeftJaxError(f"'{target.path}' is a {target.axes.kind} of unknown input and output axes: "
+                           "exclude it, or pass axes=peft_jax.kernel_axes(model, params, *inputs).")
     return target
 
 

@@ -7,7 +7,8 @@
 Importing this package imports neither torch nor transformers.
 """
 
+from peft_jax.hub.adapters import load_adapter, save_adapter
 from peft_jax.hub.pretrained import load_config, load_pretrained, save_pretrained
 from peft_jax.hub.tokenizer import load_tokenizer
 
-__all__ = ["load_config", "load_pretrained", "load_tokenizer", "save_pretrained"]
+__all__ = ["load_adapter", "load_config", "load_pretrained", "load_tokenizer", "save_adapter", "save_pretrained"]

@@ -9,6 +9,7 @@ are filled with zeros on both sides of the product, which stay zero under any gr
 """
 
 import math
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -45,7 +46,8 @@ def lora(r: int = 8, lora_alpha: float = 8, target_modules: Patterns = ("q_proj"
       layers_to_transform: layer numbers; layers_pattern: the word in front of the number, any where absent.
       rank_pattern, alpha_pattern: ``{regex for the end of a name: value}``, exceptions from r and lora_alpha.
       bias: which biases train: "none", "all", "lora_only" (of adapted modules).
-      modules_to_save: names of modules that train as a whole.
+      modules_to_save: endings of names of modules that train as a whole. On a model whose head is tied,
+        "embed_tokens" keeps the tie (peft's ensure_weight_tying); after ``peft_jax.untie`` it does not (peft's default).
       init_lora_weights: True for A uniform within 1/sqrt(in), "gaussian" for A normal with deviation 1/r, False for A
         and B both uniform (not the base model at the start; for tests).
 
@@ -60,6 +62,7 @@ def lora(r: int = 8, lora_alpha: float = 8, target_modules: Patterns = ("q_proj"
     """
     config = {"peft_type": "LORA", **locals()}
     config["target_modules"] = ("q_proj", "v_proj") if target_modules is None else target_modules
+    config["modules_to_save"] = (modules_to_save,) if isinstance(modules_to_save, str) else modules_to_save
     _check(config)
     return Method(partial(_init, config), partial(_intercept, lora_dropout), partial(_labels, config), _merge, config,
                   partial(_padding, config))
@@ -75,6 +78,19 @@ def _check(config: dict[str, Any]) -> None:
     for name, choices in {"bias": BIASES, "init_lora_weights": INITS}.items():
         if config[name] not in choices:
             raise PeftJaxError(f"{name}={config[name]!r}: {nearest(config[name], map(str, choices))}")
+    if isinstance(config["target_modules"], str) and config["layers_to_transform"] not in (None, (), []):
+        raise PeftJaxError(f"layers_to_transform needs target_modules as a list of names, as in peft; it is the string "
+                           f"{config['target_modules']!r}: name the modules, or put the layers into the regex.")
+    _check_regexes(config)
+
+
+def _check_regexes(config) -> None:
+    given = [config[name] for name in ("target_modules", "exclude_modules") if isinstance(config[name], str)]
+    for regex in (*given, *(config["rank_pattern"] or ()), *(config["alpha_pattern"] or ())):
+        try:
+            re.compile(regex)
+        except re.error as error:
+            raise PeftJaxError(f"'{regex}' is no regular expression: {error}.") from error
 
 
 def selection(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,8 +115,10 @@ def scalings(config: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
 
 
 def _init(config, rng, params, axes=None):
+    if held := [path for path in tree.flatten(params) if path.endswith("lora_a")]:
+        raise PeftJaxError(f"the parameters already hold LoRA ('{held[0]}'): start from the base's, or merge first.")
     found = targets.find(params, axes, selection(config))
-    _check_saved(config, params)
+    _check_saved(config, params, found)
     _check_biases(config, params, found)
     flat = tree.flatten(params)
     for target in found:
@@ -134,10 +152,14 @@ def _normal(key, shape, deviation):
     return jax.random.normal(key, shape, jnp.float32) * deviation.astype(np.float32)
 
 
-def _check_saved(config, params) -> None:
+def _check_saved(config, params, found) -> None:
     names = [path.replace("/", ".") for path in tree.flatten(params)]
+    both = [target.path for target in found if targets.saved(config["modules_to_save"], target.path.replace("/", "."))]
+    if both:
+        raise PeftJaxError(f"'{both[0]}' is both adapted and, by the ending of its name, in modules_to_save "
+                           f"({', '.join(config['modules_to_save'])}): spell out the names of one or the other.")
     for module in config["modules_to_save"] or ():
-        if not any(targets.within((module,), name) for name in names):
+        if not any(targets.saved((module,), name.rpartition(".")[0]) for name in names):
             hint = (" The head is tied to the embedding: untie it first with peft_jax.untie(params)."
                     if module == "lm_head" else "")
             raise PeftJaxError(f"modules_to_save has '{module}', which is no module of this model: "
@@ -161,7 +183,10 @@ def _intercept(dropout, next_fun, args, kwargs, context):
     a, b, scaling = (module.get_variable("params", name) for name in LEAVES)
     axis = _input_axes(module, args[0].ndim)
     x = jnp.moveaxis(args[0], axis, range(-len(axis), 0))
-    if dropout and module.has_rng("dropout"):
+    if dropout and "dropout" in context.rngs:
+        if not module.has_rng("dropout"):
+            raise PeftJaxError(f"lora_dropout={dropout} cannot draw in '{'/'.join(module.path)}': the nn.scan around "
+                               "it withholds the stream; give it split_rngs={'params': True, 'dropout': True}.")
         drop = nn.Dropout(dropout, deterministic=False, parent=None)
         x = drop.apply({}, x, rngs={"dropout": module.make_rng("dropout")})
     return y + branch(x.astype(y.dtype), a, b, scaling).reshape(y.shape)
@@ -197,7 +222,7 @@ def _trains(config, path, flat) -> bool:
         return name != "lora_scaling"
     if name == "bias" and (config["bias"] == "all" or (config["bias"] == "lora_only" and f"{folder}/lora_a" in flat)):
         return True
-    return targets.within(config["modules_to_save"], folder.replace("/", "."))
+    return targets.saved(config["modules_to_save"], folder.replace("/", "."))
 
 
 def _merge(params):

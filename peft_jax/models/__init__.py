@@ -1,5 +1,5 @@
 """Plain Flax Linen models. Nothing here knows of fine-tuning methods."""
 
-from peft_jax.models.llama import CausalLM, LlamaConfig
+from peft_jax.models.llama import CausalLM, LlamaConfig, untie
 
-__all__ = ["CausalLM", "LlamaConfig"]
+__all__ = ["CausalLM", "LlamaConfig", "untie"]

@@ -126,6 +126,19 @@ class DecoderLayer(nn.Module):
         return x + MLP(c, **kinds, name="mlp")(normed), None
 
 
+def untie(params: dict[str, Any]) -> dict[str, Any]:
+    """``params`` with a head of its own, ``lm_head/kernel`` (D, V), equal to the embedding's transpose.
+
+    :class:`CausalLM` then uses it, so that head and embedding can be trained, or frozen, one without the other. Params
+    that have a head come back as they are. Raises ``PeftJaxError`` where there is no embedding to take it from.
+    """
+    if "lm_head" in params:
+        return params
+    if "embed_tokens" not in params:
+        raise PeftJaxError("untie: params have no 'embed_tokens': give the whole tree, combine(frozen, trainable).")
+    return {**params, "lm_head": {"kernel": params["embed_tokens"]["embedding"].T}}
+
+
 class CausalLM(nn.Module):
     """A decoder with a language-model head.
 
