@@ -1,9 +1,8 @@
 """Weights in Hugging Face's layout, in and out."""
 
 import os
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,15 +67,13 @@ def _floating(dtype: Any) -> jnp.dtype:
 
 
 def _read_params(folder: Path, config: LlamaConfig, shapes: dict[str, tuple[int, ...]], dtype: jnp.dtype) -> dict:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with ExitStack() as stack:
-            opened = [stack.enter_context(safe_open(file, framework="np")) for file in _weight_files(folder)]
-            holders = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            places = names.tensors(list(shapes), config.num_hidden_layers)
-            _check_tensors(folder, holders, places, shapes, config)
-            return tree.unflatten(_stack(holders, places, shapes, dtype))
+        stored = {name: tensor for file in _weight_files(folder) for name, tensor in _list_tensors(file).items()}
+        places = names.tensors(list(shapes), config.num_hidden_layers)
+        _check_tensors(folder, stored, places, shapes, config)
+        return tree.unflatten(_stack(stored, places, shapes, dtype))
     except SafetensorError as error:
         raise PeftJaxError(f"the weights in {folder} are damaged: {error}. Fetch them again.") from error
 
@@ -101,27 +98,48 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _check_tensors(folder, holders, places, shapes, config) -> None:
+class _Stored(NamedTuple):
+    """A tensor in a safetensors file."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+    def read(self) -> np.ndarray:
+        from safetensors import safe_open
+
+        # Opened for one tensor only: while a file stays mapped, what was read of it counts as this process's memory.
+        with safe_open(self.file, framework="np") as opened:
+            return opened.get_tensor(self.name)
+
+
+def _list_tensors(file: Path) -> dict[str, _Stored]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="np") as opened:
+        return {name: _Stored(file, name, tuple(opened.get_slice(name).get_shape())) for name in opened.keys()}  # noqa: SIM118
+
+
+def _check_tensors(folder, stored, places, shapes, config) -> None:
     """One error that lists every tensor that is missing, unexpected or of another shape."""
-    unexpected = [name for name in holders.keys() - places.keys() if not name.endswith(_DERIVED)]
+    unexpected = [name for name in stored.keys() - places.keys() if not name.endswith(_DERIVED)]
     if config.tie_word_embeddings and "lm_head.weight" in unexpected:
         unexpected.remove("lm_head.weight")
-        _check_tied_head(folder, holders)
+        _check_tied_head(folder, stored)
     odd_shapes = []
-    for name in holders.keys() & places.keys():
-        found, wanted = tuple(holders[name].get_slice(name).get_shape()), _their_shape(places[name], shapes)
+    for name in stored.keys() & places.keys():
+        found, wanted = stored[name].shape, _their_shape(places[name], shapes)
         if found != wanted:
             odd_shapes.append(f"{name} is {list(found)}, the config says {list(wanted)}")
-    faults = {"missing": places.keys() - holders.keys(), "unexpected": unexpected, "of another shape": odd_shapes}
+    faults = {"missing": places.keys() - stored.keys(), "unexpected": unexpected, "of another shape": odd_shapes}
     if any(faults.values()):
         said = "; ".join(f"{len(found)} {kind}: {_some(sorted(found))}" for kind, found in faults.items() if found)
         raise PeftJaxError(f"the weights in {folder} do not fit its config.json ({config.model_type}). {said}.")
 
 
-def _check_tied_head(folder: Path, holders: dict[str, Any]) -> None:
-    head, embedding = (holders[name].get_tensor(name) if name in holders else None
-                       for name in ("lm_head.weight", "model.embed_tokens.weight"))
-    if embedding is not None and not np.array_equal(head, embedding):
+def _check_tied_head(folder: Path, stored: dict[str, _Stored]) -> None:
+    head, embedding = stored["lm_head.weight"], stored.get("model.embed_tokens.weight")
+    if embedding is not None and not np.array_equal(head.read(), embedding.read()):
         raise PeftJaxError(f"{folder} says tie_word_embeddings, but its lm_head.weight differs from the embedding: set "
                            "tie_word_embeddings to false in config.json to use it.")
 
@@ -131,7 +149,7 @@ def _their_shape(place: names.Place, shapes: dict[str, tuple[int, ...]]) -> tupl
     return shape[::-1] if place.transposed else shape
 
 
-def _stack(holders, places, shapes, dtype) -> dict[str, jax.Array]:
+def _stack(stored, places, shapes, dtype) -> dict[str, jax.Array]:
     """``{path: array}``: each tensor goes straight to its place in the stack, so no second copy of it exists."""
     parts: dict[str, dict[int | None, str]] = {}
     for name, place in places.items():
@@ -140,14 +158,14 @@ def _stack(holders, places, shapes, dtype) -> dict[str, jax.Array]:
     for path, layers in parts.items():
         stacked = _aligned(shapes[path], dtype)
         for layer, name in layers.items():
-            value = holders[name].get_tensor(name)
+            value = stored[name].read()
             stacked[... if layer is None else layer] = value.T if places[name].transposed else value
-        leaves[path] = jnp.asarray(stacked)
+        leaves[path] = jax.device_put(stacked, may_alias=True)
     return leaves
 
 
 def _aligned(shape: tuple[int, ...], dtype: jnp.dtype) -> np.ndarray:
-    """An empty array at an address that is a multiple of 64, which jax takes over on the CPU instead of copying."""
+    """An empty array at an address that is a multiple of 64, so that jax on the CPU takes it over uncopied."""
     size = int(np.prod(shape)) * dtype.itemsize
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
