@@ -21,7 +21,8 @@ class TrainState(NamedTuple):
 
 
 def init_state(trainable: tree.Tree, tx: optax.GradientTransformation, rng: jax.Array) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step. It owns its leaves: steps donate them, and the base's may be among the given."""
+    trainable = jax.tree.map(jnp.copy, trainable)
     return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable), rng)
 
 
