@@ -142,9 +142,10 @@ def untie(params: dict[str, Any]) -> dict[str, Any]:
 class CausalLM(nn.Module):
     """A decoder with a language-model head.
 
-    ``dtype`` is the compute type, ``param_dtype`` that of freshly made parameters. ``remat`` computes each layer again
-    in the backward pass instead of keeping its activations. A ``lm_head`` in the parameters is used whenever there is
-    one; without it the embedding serves as the head.
+    ``dtype`` is the compute type, ``param_dtype`` that of freshly made parameters. The backward pass keeps the results
+    of the layers' matrix products and computes what lies between them again (attention too), which is faster than
+    fetching it from memory and halves that memory (LOG.md, 2026-11-24); with ``remat`` it keeps each layer's input
+    alone. A ``lm_head`` in the parameters is used whenever there is one; without it the embedding serves as the head.
     """
 
     config: LlamaConfig
@@ -154,7 +155,8 @@ class CausalLM(nn.Module):
 
     def setup(self):
         c, kinds = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        layer = nn.remat(DecoderLayer, prevent_cse=False) if self.remat else DecoderLayer
+        policy = None if self.remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        layer = nn.remat(DecoderLayer, prevent_cse=False, policy=policy)
         stack = nn.scan(
             layer,
             variable_axes={"params": 0, "cache": 0, "intermediates": 0},

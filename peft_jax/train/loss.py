@@ -1,7 +1,10 @@
 """Cross entropy where there is a loss, in chunks: (batch, seq, vocab) logits never exist at once."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -13,25 +16,59 @@ def pick(hidden, index):
 def summed_loss(head, hidden, target, weight, chunk: int):
     """Weighted sum of token cross entropies in nats, float32, and the sum of weights.
 
+    The gradient is taken chunk by chunk on the way forward, while a chunk's logits are there: a sum's gradient needs
+    nothing from later. So no logits are kept, and none are computed twice.
+
     Args:
-      head: (tokens, hidden) -> logits (tokens, vocab).
+      head: (tokens, hidden) -> logits (tokens, vocab); may close over traced parameters, which then get gradients.
       hidden: (batch, n, hidden). target: int (batch, n). weight: float32 (batch, n), 0 for padding.
-      chunk: tokens whose logits exist at once; the backward pass computes them again.
+      chunk: tokens whose logits exist at once.
     """
-    size = target.size
-    chunk = min(chunk, size)
-    fill = -size % chunk
-    parts = [jnp.pad(x.reshape(size, *x.shape[2:]), [(0, fill)] + [(0, 0)] * (x.ndim - 2)).reshape(
-        -1, chunk, *x.shape[2:]) for x in (hidden, target, weight)]
+    chunk = min(chunk, target.size)
+    example = jax.ShapeDtypeStruct((chunk, hidden.shape[-1]), hidden.dtype)
+    pure, closed_over = jax.closure_convert(head, example)
+    return _total(pure, closed_over, *(_chunks(x, chunk) for x in (hidden, target, weight))), weight.sum()
 
-    def one(total, part):
-        states, targets, weights = part
-        losses = optax.softmax_cross_entropy_with_integer_labels(head(states).astype(jnp.float32), targets)
-        return total + jnp.sum(losses * weights), None
 
-    if size == chunk:  # one chunk: no loop, and nothing worth computing twice
-        return one(jnp.float32(0), [part[0] for part in parts])[0], weight.sum()
-    return jax.lax.scan(jax.checkpoint(one), jnp.float32(0), parts)[0], weight.sum()
+def _chunks(x, chunk):
+    """(batch, n, ...) -> (chunks, chunk, ...), zeros at the end."""
+    flat = x.reshape(-1, *x.shape[2:])
+    fill = [(0, -len(flat) % chunk)] + [(0, 0)] * (flat.ndim - 1)
+    return jnp.pad(flat, fill).reshape(-1, chunk, *flat.shape[1:])
+
+
+def _chunk_loss(pure, states, closed_over, target, weight):
+    logits = pure(states, *closed_over).astype(jnp.float32)
+    return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, target) * weight)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _total(pure, closed_over, hidden, target, weight):
+    def add(total, part):
+        return total + _chunk_loss(pure, part[0], closed_over, *part[1:]), None
+
+    return jax.lax.scan(add, jnp.float32(0), (hidden, target, weight))[0]
+
+
+def _total_forward(pure, closed_over, hidden, target, weight):
+    def add(carry, part):
+        total, gradient = carry
+        loss, (by_state, by_leaf) = jax.value_and_grad(_chunk_loss, (1, 2))(pure, part[0], closed_over, *part[1:])
+        return (total + loss, jax.tree.map(jnp.add, gradient, by_leaf)), by_state
+
+    start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, closed_over))
+    (total, by_leaf), by_state = jax.lax.scan(add, start, (hidden, target, weight))
+    return total, (by_leaf, by_state, target)
+
+
+def _total_backward(pure, kept, cotangent):
+    by_leaf, by_state, target = kept
+    scale = partial(jax.tree.map, lambda x: x * cotangent.astype(x.dtype))
+    no_gradient = np.zeros(target.shape, jax.dtypes.float0)
+    return scale(by_leaf), scale(by_state), no_gradient, jnp.zeros(target.shape, jnp.float32)
+
+
+_total.defvjp(_total_forward, _total_backward)
 
 
 def batch_loss(apply, params, batch, *, chunk: int, rngs=None):
