@@ -1,36 +1,48 @@
-"""Parameter-efficient fine-tuning for JAX and Flax, as pure functions over parameter trees. The table of contents."""
+"""Parameter-efficient fine-tuning for JAX and Flax, as pure functions over parameter trees.
 
-from peft_jax.errors import PeftJaxError
-from peft_jax.generation import Sampling, generate
-from peft_jax.hub import load_adapter, load_pretrained, load_tokenizer, save_adapter, save_pretrained
-from peft_jax.method import Method, bind, chain, check_read
-from peft_jax.methods import METHODS, lora
-from peft_jax.models import untie
-from peft_jax.targets import KernelAxes, kernel_axes
-from peft_jax.tree import combine, count, flatten, nbytes, partition, unflatten
+The table of contents: each public name and the module it lives in. A module is imported when one of its names is first
+used, so that ``configs`` and ``run.py`` can check a command line without waiting for jax.
+"""
 
-__all__ = [
-    "METHODS",
-    "KernelAxes",
-    "Method",
-    "PeftJaxError",
-    "Sampling",
-    "bind",
-    "chain",
-    "check_read",
-    "combine",
-    "count",
-    "flatten",
-    "generate",
-    "kernel_axes",
-    "load_adapter",
-    "load_pretrained",
-    "load_tokenizer",
-    "lora",
-    "nbytes",
-    "partition",
-    "save_adapter",
-    "save_pretrained",
-    "unflatten",
-    "untie",
-]
+from importlib import import_module
+
+CONTENTS = {
+    # methods
+    "Method": "method",
+    "bind": "method",
+    "chain": "method",
+    "check_read": "method",
+    "METHODS": "methods",
+    "lora": "methods",
+    # parameter trees
+    "combine": "tree",
+    "count": "tree",
+    "flatten": "tree",
+    "nbytes": "tree",
+    "partition": "tree",
+    "unflatten": "tree",
+    "KernelAxes": "targets",
+    "kernel_axes": "targets",
+    # models, files
+    "untie": "models",
+    "load_pretrained": "hub",
+    "save_pretrained": "hub",
+    "load_tokenizer": "hub",
+    "load_adapter": "hub",
+    "save_adapter": "hub",
+    # decoding
+    "Sampling": "generation",
+    "generate": "generation",
+    "PeftJaxError": "errors",
+}
+__all__ = list(CONTENTS)
+
+
+def __getattr__(name: str):
+    if name not in CONTENTS:
+        raise AttributeError(f"module 'peft_jax' has no attribute '{name}'")
+    return getattr(import_module(f"{__name__}.{CONTENTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *CONTENTS})
