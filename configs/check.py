@@ -1,5 +1,7 @@
 """What can be wrong in a configuration and is seen without jax, the model or the data: said before any is loaded."""
 
+import math
+
 from ml_collections.config_dict import ConfigDict
 
 from configs.parse import keys, names
@@ -42,8 +44,8 @@ def check(config: ConfigDict) -> None:
             raise PeftJaxError(f"--config.{key}={flat[key]}: {nearest(flat[key], choices)}")
     for limit, wanted in ((1, AT_LEAST_ONE), (0, NOT_NEGATIVE)):
         for key in wanted:
-            if not flat[key] >= limit:
-                raise PeftJaxError(f"--config.{key}={flat[key]}: must be at least {limit}")
+            if not limit <= flat[key] < math.inf:
+                raise PeftJaxError(f"--config.{key}={flat[key]}: must be a finite number of at least {limit}")
     if bool(config.optim.steps) == bool(config.optim.epochs):
         both = f"optim.steps={config.optim.steps} and optim.epochs={config.optim.epochs}"
         raise PeftJaxError(f"{both}: set exactly one, the other to 0 (--config.optim.steps=0 --config.optim.epochs=3)")

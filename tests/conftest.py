@@ -62,7 +62,7 @@ def tiny_folder(tiny_model, tiny_tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """(model, params, tokenizer) of the real SmolLM2-135M-Instruct, float32; mark its users with ``pytest.mark.real``."""
+    """(model, params, tokenizer) of the real SmolLM2-135M-Instruct, float32; mark its users ``pytest.mark.real``."""
     from peft_jax.hub import load_pretrained, load_tokenizer
 
     return *load_pretrained(REAL), load_tokenizer(REAL)

@@ -61,14 +61,14 @@ def make_evaluator(apply: Callable, model, tokenizer, held: HeldOut, config) -> 
 
     def evaluate(params: tree.Tree) -> dict[str, float]:
         found: dict[str, float] = {}
-        loss, logprobs = _score_all(score, params, held.encoded, held.choices, config.eval, len(held.examples))
+        loss, logprobs = score_all(score, params, held.encoded, held.choices, config.eval, len(held.examples))
         if held.choices is not None:
             texts = complete(apply, model, params, held.prompts, tokenizer, batch_size=config.eval.batch_size,
                              width_multiple=config.eval.width_multiple, max_new_tokens=config.eval.max_new_tokens)
             found |= _rate(config.task, held.examples, logprobs, texts)
         found |= {"loss": loss, "perplexity": _exp(loss)}
         if held.probe:
-            loss, _ = _score_all(score, params, held.probe, None, config.eval, len(held.probe))
+            loss, _ = score_all(score, params, held.probe, None, config.eval, len(held.probe))
             found |= {"probe_loss": loss, "probe_perplexity": _exp(loss)}
         return found
 
@@ -97,7 +97,7 @@ def make_score(apply: Callable, loss_chunk: int) -> Callable:
     return score
 
 
-def _score_all(score, params, encoded, choices, config, count) -> tuple[float, np.ndarray | None]:
+def score_all(score, params, encoded, choices, config, count) -> tuple[float, np.ndarray | None]:
     """(mean loss over all answer tokens, log-probabilities (count, k) in the examples' order)."""
     total, weight = 0.0, 0.0
     logprobs = None if choices is None else np.full((count, len(choices)), np.nan)

@@ -13,11 +13,14 @@ def config():
 
 
 def test_typed_args_take_the_type_of_their_default():
-    args = parse.typed_args("model=pypi:a==1,steps=5,rate=1e-3,fast=True", model="x", steps=1, rate=0.1, fast=False, rest=7)
+    defaults = {"model": "x", "steps": 1, "rate": 0.1, "fast": False, "rest": 7}
+    args = parse.typed_args("model=pypi:a==1,steps=5,rate=1e-3,fast=True", **defaults)
     assert args == {"model": "pypi:a==1", "steps": 5, "rate": 1e-3, "fast": True, "rest": 7}
 
 
-@pytest.mark.parametrize("text, word", [("modl=x", "model, steps"), ("steps=many", "expected int"), ("model", "key=value")])
+@pytest.mark.parametrize(
+    "text, word", [("modl=x", "model, steps"), ("steps=many", "expected int"), ("model", "key=value")]
+)
 def test_typed_args_name_what_is_wrong(text, word):
     with pytest.raises(PeftJaxError, match=word):
         parse.typed_args(text, model="x", steps=1)
@@ -108,6 +111,7 @@ def test_models_by_name_or_source(tmp_path):
         ("data.batch_size", 0, "at least 1"),
         ("optim.learning_rate", -1.0, "at least 0"),
         ("optim.learning_rate", float("nan"), "at least 0"),
+        ("optim.clip_norm", float("inf"), "finite"),
         ("optim.epochs", 1.0, "set exactly one"),
     ],
 )

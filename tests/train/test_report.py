@@ -17,8 +17,9 @@ def test_the_line_is_peft_s():
 def test_counts_equal_peft_s_own(tiny_folder, tiny_model, arguments):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder)
-    theirs = peft.get_peft_model(theirs, peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"]} | arguments))
-    method, base = lora(**{"r": 4} | arguments), tiny_model[1]
+    arguments = {"r": 4, "target_modules": ["q_proj", "v_proj"]} | arguments
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(**arguments))
+    method, base = lora(**arguments), tiny_model[1]
     ours = report.parameter_counts(method, base, method.init(jax.random.key(0), base))
     assert ours == theirs.get_nb_trainable_parameters()
 
@@ -27,10 +28,12 @@ def test_the_summary_shows_every_metric_and_cost_within_80_columns():
     metrics = dict.fromkeys(report.TITLES, 0.5)
     text = report.summary({
         "before": metrics | {"exact": 0.125}, "after": metrics | {"exact": 0.625}, "steps": 60, "seconds": 75.0,
-        "trainable": 1, "all": 8, "peak_memory": {"host": 2_100_000_000}, "adapter_bytes": 3_700_000, "adapter": "runs/a",
+        "trainable": 1, "all": 8, "peak_memory": {"host": 2_100_000_000}, "adapter_bytes": 3_700_000,
+        "adapter": "runs/a",
     })  # fmt: skip
     assert max(map(len, text.splitlines())) <= 80
-    for expected in ("0.125       0.625", "12.5000 %", "1 min 15 s", "2.1 GB host", "3.7 MB  runs/a", *report.TITLES.values()):
+    costs = ("0.125       0.625", "12.5000 %", "1 min 15 s", "2.1 GB host", "3.7 MB  runs/a")
+    for expected in (*costs, *report.TITLES.values()):
         assert expected in text
 
 

@@ -21,8 +21,9 @@ def test_the_same_settings_are_welcome_and_evaluation_may_change(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key, value", [("seed", 1), ("method.r", 4), ("method.target_modules", ("k_proj",)), ("model.source", "other/model"),
-                   ("data.batch_size", 2), ("optim.learning_rate", 1.0), ("task.prompt_template", "{text}")]
+    "key, value",
+    [("seed", 1), ("method.r", 4), ("method.target_modules", ("k_proj",)), ("model.source", "other/model"),
+     ("data.batch_size", 2), ("optim.learning_rate", 1.0), ("task.prompt_template", "{text}")],
 )  # fmt: skip
 def test_settings_that_make_another_run_are_named(tmp_path, key, value):
     workdir.start(tmp_path, settings(), overwrite=False)

@@ -1,0 +1,145 @@
+"""The loop: an interrupted run ends exactly where an uninterrupted one does; a broken loss stops it."""
+
+import signal
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from peft_jax import tree
+from peft_jax.data import Batches, encode_all
+from peft_jax.errors import PeftJaxError
+from peft_jax.method import bind
+from peft_jax.methods import lora
+from peft_jax.train.checkpoint import Checkpoints
+from peft_jax.train.loop import fit
+from peft_jax.train.metrics import MetricsLog, read_metrics
+from peft_jax.train.optim import make_optimizer, make_schedule
+from peft_jax.train.step import init_state, make_step
+
+STEPS = 5
+WORDS = [" good", " bad", " great"] * 4
+EXAMPLES = [{"prompt": f"the film number {i} is", "completion": word} for i, word in enumerate(WORDS)]
+METHOD = lora(r=2, lora_dropout=0.1)
+
+
+class Interrupting:
+    """Batches that press Ctrl-C when the batch of a step is asked for."""
+
+    def __init__(self, batches, step):
+        self.batches, self.step, self.accumulate_steps = batches, step, batches.accumulate_steps
+
+    def at(self, step):
+        if step == self.step:
+            signal.raise_signal(signal.SIGINT)
+        return self.batches.at(step)
+
+
+class Setting(NamedTuple):
+    batches: Any
+    params: Any
+    optimizer: Any
+    schedule: Any
+    step: Any
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one batch", "accumulated"])
+def setting(request, tiny_model, tiny_tokenizer):
+    """All that a run needs, compiled once for the tests of this file."""
+    config = base.get_config()
+    config.data.batch_size = 2
+    config.optim.update(learning_rate=1e-2, steps=STEPS, accumulate_steps=request.param)
+    encoded, _ = encode_all(EXAMPLES, tiny_tokenizer, config.data)
+    batches = Batches(encoded, config.data, config.seed, request.param)
+    model, params = tiny_model
+    optimizer = make_optimizer(config.optim, STEPS)
+    return Setting(batches, METHOD.init(jax.random.key(0), params), optimizer, make_schedule(config.optim, STEPS),
+                   make_step(bind(METHOD, model), optimizer, 16))  # fmt: skip
+
+
+def run(setting, folder, batches=None):
+    """Train in ``folder`` as run.py does; (state, frozen leaves)."""
+    trainable, frozen = tree.partition(setting.params, METHOD.labels(setting.params))
+    trainable = jax.tree.map(jnp.copy, trainable)  # the step consumes its state
+    folder.mkdir(exist_ok=True)
+    with closing(Checkpoints(folder / "checkpoints", keep=2)) as checkpoints:
+        state = checkpoints.restore(init_state(trainable, setting.optimizer, jax.random.key(3)))
+        with closing(MetricsLog(folder, int(state.step), tensorboard=False)) as log:
+            state = fit(setting.step, state, frozen, batches or setting.batches, total_steps=STEPS,
+                        schedule=setting.schedule, checkpoints=checkpoints, log=log, checkpoint_every=2,
+                        log_every=1)  # fmt: skip
+    return state, frozen
+
+
+def losses(folder):
+    names = ("step", "loss", "grad_norm", "learning_rate")
+    return [tuple(row[name] for name in names) for row in read_metrics(folder / "metrics.jsonl")]
+
+
+def assert_same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, *((s.step, s.trainable, s.opt_state) for s in (one, other)))
+
+
+def test_an_interrupted_and_resumed_run_ends_bit_identical(setting, tmp_path):
+    whole, _ = run(setting, tmp_path / "whole")
+    stopped, _ = run(setting, tmp_path / "parts", Interrupting(setting.batches, step=3))
+    assert int(stopped.step) == 3
+    assert (tmp_path / "parts" / "checkpoints" / "3").is_dir()
+    resumed, _ = run(setting, tmp_path / "parts")
+    assert_same(whole, resumed)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+def test_a_crash_between_checkpoints_repeats_the_steps_since(setting, tmp_path):
+    class Crashing(Interrupting):
+        def at(self, step):
+            if step == self.step:
+                raise OSError("the disk is gone")
+            return self.batches.at(step)
+
+    whole, _ = run(setting, tmp_path / "whole")
+    with pytest.raises(OSError, match="the disk is gone"):
+        run(setting, tmp_path / "parts", Crashing(setting.batches, step=4))
+    assert [row[0] for row in losses(tmp_path / "parts")] == [1, 2, 3]
+    resumed, _ = run(setting, tmp_path / "parts")
+    assert_same(whole, resumed)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+def test_every_trainable_leaf_moves_and_the_frozen_base_neither_moves_nor_is_stored(setting, tmp_path):
+    before = {path: np.array(leaf) for path, leaf in tree.flatten(setting.params).items()}
+    state, frozen = run(setting, tmp_path / "run")
+    still = [path for path, leaf in tree.flatten(state.trainable).items() if np.array_equal(before[path], leaf)]
+    assert not still
+    for path, leaf in tree.flatten(frozen).items():
+        np.testing.assert_array_equal(before[path], leaf)
+    stored = sum(file.stat().st_size for file in (tmp_path / "run" / "checkpoints" / str(STEPS)).rglob("*"))
+    assert stored < tree.nbytes(frozen)
+
+
+def test_a_second_interrupt_is_python_s_own(setting, tmp_path):
+    class Twice(Interrupting):
+        def at(self, step):
+            if step == self.step:
+                signal.raise_signal(signal.SIGINT)
+            return super().at(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(setting, tmp_path / "run", Twice(setting.batches, step=2))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(setting, tmp_path):
+    class Broken(Interrupting):
+        def at(self, step):
+            batch = self.batches.at(step)
+            return batch | {"loss_weight": batch["loss_weight"] * (np.nan if step == self.step else 1)}
+
+    with pytest.raises(PeftJaxError, match=r"broke at step 4: .*loss nan.* the checkpoint of step 2 is kept"):
+        run(setting, tmp_path / "run", Broken(setting.batches, step=3))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()] == ["2"]
+    assert [row[0] for row in losses(tmp_path / "run")] == [1, 2, 3]
