@@ -6,30 +6,30 @@ from setuptools import find_packages, setup
 
 README = Path(__file__).parent / "README.md"
 
-# The lower end is the oldest version that the code was written for, the upper end the next that may break it.
+# The lower end is what it was tested with, the upper end the next version that may break it.
 REQUIRES = [
-    "jax>=0.10.0,<0.11",
-    "flax>=0.12.6,<0.13",
-    "optax>=0.2.6,<0.3",
-    "orbax-checkpoint>=0.12,<0.13",
-    "chex>=0.1.91,<0.2",
-    "numpy>=2.0,<3",
-    "transformers>=5.20,<6",
-    "datasets>=5.0,<6",
-    "huggingface_hub>=2.0,<3",
+    "jax>=0.10.2,<0.11",
+    "flax>=0.12.8,<0.13",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "chex>=0.1.92,<0.2",
+    "numpy>=2.4,<3",
+    "transformers>=5.23,<6",
+    "datasets>=5.2,<6",
+    "huggingface_hub>=2.4,<3",
     "safetensors>=0.8,<1",
-    "gguf>=0.18,<0.20",
-    "absl-py>=2.3,<3",
+    "gguf>=0.19,<0.20",
+    "absl-py>=2.5,<3",
     "ml_collections>=1.1,<2",
-    "tensorboardX>=2.6,<3",
-    "tqdm>=4.66,<5",
+    "tensorboardX>=2.6.5,<3",
+    "tqdm>=4.70,<5",
 ]
 
 EXTRAS = {
-    "cuda12": ["jax[cuda12]>=0.10.0,<0.11"],
-    "tpu": ["jax[tpu]>=0.10.0,<0.11"],
+    "cuda12": ["jax[cuda12]>=0.10.2,<0.11"],
+    "tpu": ["jax[tpu]>=0.10.2,<0.11"],
     # torch and peft are the references that the tests compare with; nothing in the package imports them.
-    "test": ["pytest>=9,<10", "ruff>=0.17,<0.18", "torch==2.13.0", "peft>=0.21,<0.22", "accelerate>=1.10,<2"],
+    "test": ["pytest>=9,<10", "ruff>=0.17,<0.18", "torch==2.13.0", "peft>=0.21.2,<0.22", "accelerate>=1.15,<2"],
     "dev": ["ruff>=0.17,<0.18", "pre-commit>=4,<5"],
 }
 
