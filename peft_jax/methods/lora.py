@@ -19,9 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.lax import optimization_barrier as barrier
 
 from peft_jax import targets, tree
 from peft_jax.errors import PeftJaxError, nearest
+from peft_jax.kept import keep
 from peft_jax.method import FROZEN, TRAINABLE, Method
 from peft_jax.targets import Patterns
 
@@ -47,7 +49,8 @@ def lora(r: int = 8, lora_alpha: float = 8, target_modules: Patterns = ("q_proj"
       rank_pattern, alpha_pattern: ``{regex for the end of a name: value}``, exceptions from r and lora_alpha.
       bias: which biases train: "none", "all", "lora_only" (of adapted modules).
       modules_to_save: endings of names of modules that train as a whole. On a model whose head is tied,
-        "embed_tokens" keeps the tie (peft's ensure_weight_tying); after ``peft_jax.untie`` it does not (peft's default).
+        "embed_tokens" keeps the tie (peft's ensure_weight_tying); after ``peft_jax.untie`` it does not (peft's
+        default).
       init_lora_weights: True for A uniform within 1/sqrt(in), "gaussian" for A normal with deviation 1/r, False for A
         and B both uniform (not the base model at the start; for tests).
 
@@ -182,6 +185,9 @@ def _intercept(dropout, next_fun, args, kwargs, context):
         return y
     a, b, scaling = (module.get_variable("params", name) for name in LEAVES)
     axis = _input_axes(module, args[0].ndim)
+    if scaling.ndim:  # else the products below could fit by accident
+        raise PeftJaxError(f"'{'/'.join(module.path)}' has one kernel, which was taken for a stack of {scaling.size}: "
+                           "give init axes=peft_jax.kernel_axes(model, params, *inputs).")
     x = jnp.moveaxis(args[0], axis, range(-len(axis), 0))
     if dropout and "dropout" in context.rngs:
         if not module.has_rng("dropout"):
@@ -203,12 +209,35 @@ def _input_axes(module, ndim) -> tuple[int, ...]:
 def branch(x, a, b, scaling):
     """s (x A) B for x (..., *in), a (*in, r), b (r, *out): (tokens, prod(out)) in x's dtype.
 
-    Tokens are flattened first: the gradients of A and B then are plain matrix products, where products over (batch,
-    seq) cost a quarter of the step on a CPU (see LOG.md).
+    Reverse-mode differentiable only, see ``_product``.
     """
     rank = a.shape[-1]
     a, b = a.astype(x.dtype).reshape(-1, rank), b.astype(x.dtype).reshape(rank, -1)
-    return (x.reshape(-1, a.shape[0]) @ a * scaling.astype(x.dtype)) @ b
+    return _product(x.reshape(-1, a.shape[0]), a, b, scaling.astype(x.dtype))
+
+
+@jax.custom_vjp
+def _product(x, a, b, s):
+    """s (x A) B for x (tokens, in): differentiated by hand, since XLA on a CPU is up to eight times slower at a tall,
+    thin gradient of A, (in, r), than at its transpose (LOG.md, 2026-11-24); the barriers keep it from swapping back.
+    """
+    return (x @ a * s) @ b
+
+
+def _product_forward(x, a, b, s):
+    low = keep(x @ a)
+    return (low * s) @ b, (x, a, b, s, low)
+
+
+def _product_backward(kept, gradient):
+    x, a, b, s, low = kept
+    back = gradient @ b.T
+    by_a = barrier(barrier((back * s).T) @ x).T
+    by_b = barrier((low * s).T) @ gradient
+    return (back * s) @ a.T, by_a, by_b, jnp.vdot(low, back)
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def _labels(config, params):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from peft_jax.errors import PeftJaxError
+from peft_jax.kept import POLICY, keep
 from peft_jax.models import masks, rope
 
 
@@ -70,11 +71,11 @@ class SelfAttention(nn.Module):
             key, value = self._remember("key", key, index), self._remember("value", value, index)
         mixed = AttentionCore(name="core")(query, key, value, mask)
         out = nn.Dense(c.hidden_size, c.out_bias, self.dtype, self.param_dtype, name="o_proj")
-        return out(mixed.reshape(*mixed.shape[:2], c.num_attention_heads * c.head_dim))
+        return keep(out(mixed.reshape(*mixed.shape[:2], c.num_attention_heads * c.head_dim)))
 
     def _project(self, name, x, heads):
         c = self.config
-        flat = nn.Dense(heads * c.head_dim, c.qkv_bias, self.dtype, self.param_dtype, name=name)(x)
+        flat = keep(nn.Dense(heads * c.head_dim, c.qkv_bias, self.dtype, self.param_dtype, name=name)(x))
         return flat.reshape(*flat.shape[:2], heads, c.head_dim)
 
     def _norm(self, name):
@@ -98,8 +99,8 @@ class MLP(nn.Module):
     def __call__(self, x):
         """(B, T, D) -> (B, T, D)."""
         c = self.config
-        gate = self._dense("gate_proj", c.intermediate_size)(x)
-        up = self._dense("up_proj", c.intermediate_size)(x)
+        gate = keep(self._dense("gate_proj", c.intermediate_size)(x))
+        up = keep(self._dense("up_proj", c.intermediate_size)(x))
         return self._dense("down_proj", c.hidden_size)(nn.silu(gate) * up)
 
     def _dense(self, name, features):
@@ -142,10 +143,10 @@ def untie(params: dict[str, Any]) -> dict[str, Any]:
 class CausalLM(nn.Module):
     """A decoder with a language-model head.
 
-    ``dtype`` is the compute type, ``param_dtype`` that of freshly made parameters. The backward pass keeps the results
-    of the layers' matrix products and computes what lies between them again (attention too), which is faster than
-    fetching it from memory and halves that memory (LOG.md, 2026-11-24); with ``remat`` it keeps each layer's input
-    alone. A ``lm_head`` in the parameters is used whenever there is one; without it the embedding serves as the head.
+    ``dtype`` is the compute type, ``param_dtype`` that of freshly made parameters. The backward pass keeps the layers'
+    projections and computes what lies between them again (attention too), which is faster than fetching it from memory
+    and takes a third of it (LOG.md, 2026-11-24); with ``remat`` it keeps each layer's input alone. A ``lm_head`` in the
+    parameters is used whenever there is one; without it the embedding serves as the head.
     """
 
     config: LlamaConfig
@@ -155,8 +156,7 @@ class CausalLM(nn.Module):
 
     def setup(self):
         c, kinds = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        policy = None if self.remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        layer = nn.remat(DecoderLayer, prevent_cse=False, policy=policy)
+        layer = nn.remat(DecoderLayer, prevent_cse=False, policy=None if self.remat else POLICY)
         stack = nn.scan(
             layer,
             variable_axes={"params": 0, "cache": 0, "intermediates": 0},

