@@ -60,7 +60,7 @@ def make_step(apply: Callable, tx: optax.GradientTransformation, loss_chunk: int
         weight = jnp.maximum(weight, 1)
         gradient = jax.tree.map(lambda g: g / weight, gradient)
         updates, opt_state = tx.update(gradient, state.opt_state, state.trainable)
-        metrics = {"loss": loss / weight, "grad_norm": optax.global_norm(gradient)}
+        metrics = {"loss": loss / weight, "grad_norm": optax.tree.norm(gradient)}
         trainable = optax.apply_updates(state.trainable, updates)
         return TrainState(state.step + 1, trainable, opt_state, state.rng), metrics
 
