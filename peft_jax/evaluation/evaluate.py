@@ -12,7 +12,7 @@ from peft_jax.data import Encoded, choice_tokens, encode_all, encode_prompts, ev
 from peft_jax.data.sources import Example
 from peft_jax.evaluation.metrics import first_word, rating_metrics
 from peft_jax.generation import GREEDY, Sampling, generate
-from peft_jax.train.loss import pick, summed_loss
+from peft_jax.loss import pick, summed_loss
 
 
 class HeldOut(NamedTuple):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from peft_jax import tree
-from peft_jax.train.loss import batch_loss
+from peft_jax.loss import batch_loss
 
 
 class TrainState(NamedTuple):

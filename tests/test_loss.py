@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from peft_jax.train.loss import pick, summed_loss
+from peft_jax.loss import pick, summed_loss
 
 
 @pytest.fixture(scope="module")
