@@ -84,8 +84,8 @@ def generate(apply: Callable, model, params, input_ids, attention_mask, *, max_n
       input_ids, attention_mask: int (batch, seq), padded on the left.
       stop_ids: tokens that end a row; rows are filled with the first of them afterwards.
 
-    Returns int32 (batch, max_new_tokens). Raises ``PeftJaxError`` for padding on the right, no stop token, or a draw
-    without ``rng``.
+    Returns int32 (batch, max_new_tokens). Raises ``PeftJaxError`` for padding on the right, no stop token, a draw
+    without ``rng``, or a ``sampling`` out of range.
     """
     mask = np.asarray(attention_mask)
     if mask.size == 0 or not mask[:, -1].all():
@@ -93,6 +93,8 @@ def generate(apply: Callable, model, params, input_ids, attention_mask, *, max_n
                            "in 0 in some row.")
     if max_new_tokens < 1 or not stop_ids:
         raise PeftJaxError(f"generate: max_new_tokens={max_new_tokens}, stop_ids={stop_ids}: at least one of each.")
+    if sampling.temperature < 0 or sampling.top_k < 0 or not 0 < sampling.top_p <= 1:
+        raise PeftJaxError(f"generate: {sampling}: temperature and top_k are at least 0, top_p above 0 and at most 1.")
     if sampling.temperature and rng is None:
         raise PeftJaxError("generate: a temperature above 0 draws tokens: give rng=jax.random.key(seed).")
     batch, length = mask.shape

@@ -209,5 +209,7 @@ def _check_patterns(target_modules, everything) -> None:
     for entry in entries:
         pattern = entry if isinstance(target_modules, str) else (entry,)
         if not any(_meant(pattern, name) for name in names):
+            tied = " A head that is tied to the embedding has none: peft_jax.untie(params) gives it one."
             raise PeftJaxError(f"target_modules has '{entry}', which matches no kernel of this model: "
-                               f"{nearest(entry, (n.rsplit('.', 1)[-1] for n in names))}")
+                               f"{nearest(entry, (n.rsplit('.', 1)[-1] for n in names))}"
+                               f"{tied if entry.endswith('lm_head') else ''}")

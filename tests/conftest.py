@@ -66,3 +66,14 @@ def smollm2():
     from peft_jax.hub import load_pretrained, load_tokenizer
 
     return *load_pretrained(REAL), load_tokenizer(REAL)
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """Half the compile time, slower programs: for modules that compile much and compare with other implementations."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -1,22 +1,21 @@
 """Adapters trained here give the same logits in real peft, and those made and trained by real peft the same here."""
 
-import json
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from safetensors.numpy import load_file, save_file
 
 import peft_jax
-from peft_jax import PeftJaxError, bind, combine, flatten, load_adapter, lora, partition, save_adapter, untie
+from peft_jax import bind, combine, flatten, load_adapter, lora, partition, save_adapter, untie
 from peft_jax.train.step import init_state, make_step
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 SIZES = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 32}
@@ -56,6 +55,7 @@ CASES = {
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory):
     """{name: (makes a fresh torch model, Flax model, params)}."""
+    torch.set_num_threads(1)  # tiny products: threads would only wait for one another
 
     def make(kind, tied, folder):
         torch.manual_seed(0)
@@ -128,7 +128,7 @@ def peft_model(fresh, options):
     return peft.get_peft_model(fresh(), peft.LoraConfig(**{"r": 2, "task_type": "CAUSAL_LM", **options}))
 
 
-def train_there(model, steps=3):
+def train_there(model, steps=2):
     model.train()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.05)
     for _ in range(steps):
@@ -137,7 +137,7 @@ def train_there(model, steps=3):
         optimizer.step()
 
 
-@pytest.mark.parametrize("case", ["patterns", "one layer", "tied head and embedding"])
+@pytest.mark.parametrize("case", ["patterns", "tied head and embedding"])
 def test_trained_here_opens_in_peft(bases, case, tmp_path):
     method, before, model = made_here(bases, case)
     params = trained_here(method, before, model)
@@ -190,3 +190,64 @@ def test_as_many_parameters_train_as_in_peft(bases, case):
     trainable, _ = partition(params, method.labels(params))
     count, _ = peft_model(bases[CASES[case][0]][0], CASES[case][1]).get_nb_trainable_parameters()
     assert peft_jax.count(trainable) - method.padding(params) == count
+
+
+def test_the_config_says_what_peft_says(bases, tmp_path):
+    method, params, model = moved_here(bases, "defaults")
+    save_adapter(tmp_path, method, params, model, base_model="org/base")
+    ours = peft.PeftConfig.from_pretrained(tmp_path)
+    theirs = peft_model(bases["llama"][0], {"target_modules": ["q_proj", "v_proj"]}).peft_config["default"]
+    assert (ours.base_model_name_or_path, ours.task_type, ours.inference_mode) == ("org/base", "CAUSAL_LM", True)
+    same = {name: value for name, value in vars(theirs).items()
+            if name not in ("base_model_name_or_path", "inference_mode", "init_lora_weights", "target_modules")}
+    assert {name: getattr(ours, name) for name in same} == same
+    assert set(ours.target_modules) == set(theirs.target_modules)
+
+
+def test_patterns_that_peft_reads_otherwise_are_spelled_out(bases, tmp_path):
+    """Without peft's "model." in front a regex matches here, and in peft nothing."""
+    fresh, model, base = bases["llama"]
+    method = lora(r=2, target_modules=r"layers\.[01]\.self_attn\.q_proj", init_lora_weights=False,
+                  alpha_pattern={r"^layers\.1\.self_attn\.q_proj": 5}, rank_pattern={"^layers.0.self_attn.q_proj": 3})
+    params = method.init(jax.random.key(0), base)
+    save_adapter(tmp_path, method, params, model)
+    assert_close(forward(model, method.merge(params)), torch_logits(peft.PeftModel.from_pretrained(fresh(), tmp_path)))
+    again, loaded = load_adapter(tmp_path, base)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    assert again.padding(loaded) == method.padding(params)
+
+
+@pytest.mark.real
+def test_smollm2_exchanges_adapters_with_peft(smollm2, tmp_path):
+    model, base, tokenizer = smollm2
+    batch = tokenizer(["Review: a delight.\nIn one word, the movie is", "Gravity is"], padding=True,
+                      padding_side="left", return_tensors="np")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    peft_jax.save_pretrained(tmp_path / "base", model, base, tokenizer)
+
+    def logits(theirs):
+        positions = torch.tensor(np.maximum(mask.cumsum(1) - 1, 0))
+        with torch.no_grad():
+            return theirs.eval()(torch.tensor(ids), attention_mask=torch.tensor(mask),
+                                 position_ids=positions).logits.numpy()[mask.astype(bool)]
+
+    def own_logits(method, params):
+        return np.asarray(bind(method, model)({"params": params}, ids, mask))[mask.astype(bool)]
+
+    def fresh():
+        return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+
+    method = lora(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    params = method.init(jax.random.key(0), base)
+    save_adapter(tmp_path / "ours", method, params, model, base_model=str(tmp_path / "base"))
+    theirs = peft.PeftModel.from_pretrained(fresh(), tmp_path / "ours")
+    assert_close(own_logits(method, params), logits(theirs))
+
+    theirs = peft.get_peft_model(fresh(), peft.LoraConfig(r=4, use_rslora=True, task_type="CAUSAL_LM"))
+    optimizer = torch.optim.Adam([p for p in theirs.parameters() if p.requires_grad], 0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        theirs(torch.tensor(ids[:1]), labels=torch.tensor(ids[:1])).loss.backward()
+        optimizer.step()
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_close(own_logits(*load_adapter(tmp_path / "theirs", base)), logits(theirs))

@@ -1,0 +1,158 @@
+"""What an adapter's two files may and may not say."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from peft_jax import PeftJaxError, chain, load_adapter, lora, save_adapter
+
+METHOD = lora(r=2, init_lora_weights=False)
+
+
+@pytest.fixture(scope="session")
+def tuned(tiny_model):
+    """The parameters of METHOD on the tiny model."""
+    return METHOD.init(jax.random.key(0), tiny_model[1])
+
+
+@pytest.fixture
+def stored(tiny_model, tuned, tmp_path):
+    """The folder of a plain adapter, and the base's params."""
+    save_adapter(tmp_path / "adapter", METHOD, tuned, tiny_model[0])
+    return tmp_path / "adapter", tiny_model[1]
+
+
+def restate(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def restore(folder, change):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file(change(tensors) or tensors, path)
+
+
+def test_a_list_with_names_of_other_models_loads_as_in_peft(stored):
+    folder, base = stored
+    _, before = load_adapter(folder, base)
+    restate(folder, target_modules=["q_proj", "query_key_value", "v_proj"])
+    jax.tree.map(np.testing.assert_array_equal, load_adapter(folder, base)[1], before)
+
+
+@pytest.mark.parametrize("changes", [
+    {"use_dora": True}, {"use_qalora": True}, {"lora_bias": True}, {"trainable_token_indices": [1, 2]},
+    {"target_parameters": ["mlp.experts"]}, {"layer_replication": [[0, 2], [1, 3]]}, {"megatron_config": {"a": 1}},
+    {"alora_invocation_tokens": [5]}, {"velora_config": {"rank": 1}}, {"kasa_config": {}, "use_bdlora": {"n": 1}},
+    {"a_field_of_tomorrow": 3}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "pissa_niter_4"},
+    {"init_lora_weights": "olora"}, {"init_lora_weights": "loftq"}, {"init_lora_weights": "corda"},
+    {"peft_type": "IA3"}, {"target_modules": ["no_such_module"]},
+])  # fmt: skip
+def test_what_would_change_the_result_is_refused_by_name(stored, changes):
+    folder, base = stored
+    restate(folder, **changes)
+    with pytest.raises(PeftJaxError, match=str(list(changes)[-1] if "peft_type" not in changes else "'IA3' adapter")):
+        load_adapter(folder, base)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "eva", "orthogonal", False])
+def test_inits_that_leave_the_base_alone_load(stored, init):
+    folder, base = stored
+    _, before = load_adapter(folder, base)
+    restate(folder, init_lora_weights=init)
+    jax.tree.map(np.testing.assert_array_equal, load_adapter(folder, base)[1], before)
+
+
+def test_every_wrong_tensor_is_listed_at_once(stored):
+    folder, base = stored
+    prefix = "base_model.model.model.layers"
+
+    def break_it(tensors):
+        tensors.pop(f"{prefix}.1.self_attn.q_proj.lora_A.weight")
+        tensors[f"{prefix}.7.self_attn.q_proj.lora_A.weight"] = np.zeros((2, 32), np.float32)
+        tensors[f"{prefix}.0.self_attn.v_proj.lora_B.weight"] = np.zeros((16, 3), np.float32)
+        tensors["base_model.model.model.norm.weight"] = np.zeros(32, np.float32)
+
+    restore(folder, break_it)
+    with pytest.raises(PeftJaxError) as error:
+        load_adapter(folder, base)
+    for part in (f"1 missing: {prefix}.1.self_attn.q_proj.lora_A.weight",
+                 f"2 unexpected: {prefix}.7.self_attn.q_proj.lora_A.weight",
+                 "base_model.model.model.norm.weight",
+                 f"{prefix}.0.self_attn.v_proj.lora_B.weight is [16, 3], the model needs [16, 2]"):  # fmt: skip
+        assert part in str(error.value)
+
+
+def test_a_base_weight_in_the_file_must_be_the_bases_own(stored):
+    """peft stores embeddings beside the adapter after it resized them, and then loads them over the base's."""
+    folder, base = stored
+    _, before = load_adapter(folder, base)
+    own = np.asarray(base["embed_tokens"]["embedding"])
+    restore(folder, lambda tensors: {**tensors, "base_model.model.model.embed_tokens.weight": own})
+    jax.tree.map(np.testing.assert_array_equal, load_adapter(folder, base)[1], before)
+    restore(folder, lambda tensors: {**tensors, "base_model.model.model.embed_tokens.weight": own + 1})
+    with pytest.raises(PeftJaxError, match=r"unexpected: base_model\.model\.model\.embed_tokens\.weight"):
+        load_adapter(folder, base)
+
+
+def test_bfloat16_adapters_load_as_float32(stored):
+    folder, base = stored
+    restore(folder, lambda tensors: {key: value.astype(jnp.bfloat16) for key, value in tensors.items()})
+    _, params = load_adapter(folder, base)
+    leaf = params["layers"]["self_attn"]["q_proj"]["lora_a"]
+    assert leaf.dtype == jnp.float32 and np.array_equal(leaf, leaf.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def test_keys_without_the_prefix_are_an_error(stored):
+    folder, base = stored
+    restore(folder, lambda tensors: {key.removeprefix("base_model.model."): value for key, value in tensors.items()})
+    with pytest.raises(PeftJaxError, match=r"without peft's 'base_model.model.' in front"):
+        load_adapter(folder, base)
+
+
+def test_missing_damaged_and_pickled_files_are_errors(stored, tmp_path):
+    folder, base = stored
+    with pytest.raises(PeftJaxError, match=r"no adapter_config\.json and no adapter_model\.safetensors"):
+        load_adapter(tmp_path / "nowhere", base)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(PeftJaxError, match="is a pickle"):
+        load_adapter(folder, base)
+    (folder / "adapter_model.safetensors").write_bytes(b"\x08")
+    with pytest.raises(PeftJaxError, match="damaged"):
+        load_adapter(folder, base)
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(PeftJaxError, match="not readable as JSON"):
+        load_adapter(folder, base)
+
+
+def test_a_hub_id_that_cannot_be_had_is_an_error(tiny_model):
+    with pytest.raises(PeftJaxError, match="'org/no-such-adapter' is no local path and could not be had"):
+        load_adapter("org/no-such-adapter", tiny_model[1])
+
+
+def test_a_failed_save_leaves_the_older_adapter_whole(stored, tiny_model, tuned, monkeypatch):
+    folder, base = stored
+    _, before = load_adapter(folder, base)
+    with monkeypatch.context() as patch, pytest.raises(PeftJaxError, match="cannot be written"):
+        patch.setattr("safetensors.numpy.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+        save_adapter(folder, METHOD, tuned, tiny_model[0])
+    jax.tree.map(np.testing.assert_array_equal, load_adapter(folder, base)[1], before)
+    assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
+
+
+def test_what_a_file_cannot_hold_is_not_saved(tiny_model, tuned, tmp_path):
+    model, other = tiny_model[0], lora(r=2, lora_alpha=99)
+    with pytest.raises(PeftJaxError, match="lora_scaling' is not what this method's r and lora_alpha give"):
+        save_adapter(tmp_path / "a", other, tuned, model)
+    with pytest.raises(PeftJaxError, match="LORA, LORA; an adapter file holds exactly one"):
+        save_adapter(tmp_path / "a", chain(METHOD, other), tuned, model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_is_not_loaded_onto_another(stored, tuned):
+    with pytest.raises(PeftJaxError, match="already hold LoRA"):
+        load_adapter(stored[0], tuned)

@@ -1,0 +1,125 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from peft_jax import Method, PeftJaxError, bind, chain, check_read, flatten, lora
+from peft_jax.tree import map_paths
+
+
+class Net(nn.Module):
+    """Two Dense layers; ``second`` is called only when asked for, ``third`` never reaches the output."""
+
+    @nn.compact
+    def __call__(self, x, second=True):
+        x = nn.Dense(4, name="first")(x)
+        nn.Dense(3, name="third")(x)
+        return nn.Dense(3, name="second")(x) if second else x
+
+    def double(self, x):
+        return 2 * x
+
+
+X = jnp.arange(8.0).reshape(2, 4)
+MODEL = Net()
+PARAMS = MODEL.init(jax.random.key(0), X)["params"]
+
+
+def on(*modules, **options):
+    return lora(r=2, target_modules=modules, init_lora_weights=False, **options)
+
+
+def scaled(name, factor, group):
+    """A toy method: the output of module ``name`` times a leaf, which starts at ``factor``."""
+
+    def init(rng, params, axes=None):
+        return {**params, name: {**params[name], f"factor_{group}": jnp.float32(factor)}}
+
+    def intercept(next_fun, args, kwargs, context):
+        y = next_fun(*args, **kwargs)
+        module = context.module
+        if context.method_name == "__call__" and module.has_variable("params", f"factor_{group}"):
+            return y * module.get_variable("params", f"factor_{group}")
+        return y
+
+    def labels(params):
+        return map_paths(lambda path, _: group if path.endswith(f"factor_{group}") else "frozen", params)
+
+    def merge(params):
+        own = dict(params[name])
+        factor = own.pop(f"factor_{group}")
+        return {**params, name: jax.tree.map(lambda leaf: leaf * factor, own)}
+
+    return Method(init, intercept, labels, merge, {"peft_type": "SCALED"})
+
+
+def test_chain_applies_labels_and_merges_every_method():
+    method = chain(scaled("second", 3.0, "slow"), on("first"))
+    params = method.init(jax.random.key(1), PARAMS)
+    lora_alone = {**params, "second": PARAMS["second"]}
+    expected = 3 * bind(on("first"), MODEL)({"params": lora_alone}, X)
+    np.testing.assert_allclose(bind(method, MODEL)({"params": params}, X), expected, rtol=1e-5)
+    np.testing.assert_allclose(MODEL.apply({"params": method.merge(params)}, X), expected, rtol=1e-4)
+    labels = flatten(method.labels(params))
+    assert {path: label for path, label in labels.items() if label != "frozen"} == {
+        "first/lora_a": "trainable", "first/lora_b": "trainable", "second/factor_slow": "slow"}
+    assert [part["peft_type"] for part in method.config["methods"]] == ["SCALED", "LORA"]
+
+
+def test_a_chain_with_an_unfoldable_part_has_no_merge():
+    assert chain(on("first"), scaled("second", 1.0, "a")._replace(merge=None)).merge is None
+
+
+def test_two_groups_for_one_leaf_are_an_error():
+    first, second = on("first"), scaled("second", 1.0, "a")
+    quarrel = second._replace(labels=lambda params: jax.tree.map(lambda _: "a", params))
+    params = chain(first, second).init(jax.random.key(0), PARAMS)
+    with pytest.raises(PeftJaxError, match="first/lora_a"):
+        chain(first, quarrel).labels(params)
+
+
+def test_two_loras_on_one_tree_are_an_error():
+    """Each would read the other's leaves too, and add every branch twice."""
+    with pytest.raises(PeftJaxError, match="already hold LoRA"):
+        chain(on("first"), on("second")).init(jax.random.key(0), PARAMS)
+
+
+def test_chain_of_nothing_is_an_error():
+    with pytest.raises(PeftJaxError, match="no method"):
+        chain()
+
+
+def test_init_works_on_shapes_alone():
+    method = on("first")
+    shapes = jax.eval_shape(lambda p: method.init(jax.random.key(0), p), PARAMS)
+    params = method.init(jax.random.key(0), PARAMS)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), params)
+
+
+def test_bind_has_the_signature_of_apply():
+    method = on("second")
+    apply, params = bind(method, MODEL), method.init(jax.random.key(0), PARAMS)
+    plain = MODEL.apply({"params": PARAMS}, X)
+    assert not np.allclose(apply({"params": params}, X), plain)
+    np.testing.assert_array_equal(apply({"params": params}, X, method="double"), 2 * X)
+    out, state = apply({"params": params}, X, mutable=["intermediates"], capture_intermediates=True)
+    assert out.shape == plain.shape and "first" in state["intermediates"]
+    np.testing.assert_array_equal(MODEL.apply({"params": PARAMS}, X), plain)  # the interceptor is gone again
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_a_leaf_the_pass_never_reads_is_an_error(jitted):
+    method = on("first", "second", "third")
+    apply, params = bind(method, MODEL), method.init(jax.random.key(0), PARAMS)
+    with pytest.raises(PeftJaxError, match=r"never reads 2 trainable leaves, the first is 'third/lora_a'"):
+        (jax.jit(apply) if jitted else apply)({"params": params}, X)
+    apply = bind(method, MODEL)
+    with pytest.raises(PeftJaxError, match=r"never reads 4 trainable leaves, the first is 'third/lora_a'"):
+        apply({"params": params}, X, second=False)
+
+
+def test_check_read_passes_when_all_are_read():
+    method = on("first", "second")
+    params = method.init(jax.random.key(0), PARAMS)
+    check_read(method, lambda p: bind(method, MODEL)({"params": p}, X), params)
