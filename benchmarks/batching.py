@@ -1,7 +1,7 @@
 """Packing and bucketing against plain padding: useful tokens per second.
 
     python benchmarks/batching.py                               # the data side only: how much of a batch is real
-    python benchmarks/batching.py --step=some.module:make_step  # and the time of a real training step
+    python benchmarks/batching.py --step=benchmarks.lora_step:real_step  # and the time of a real training step
 
 ``make_step()`` returns a function ``step(batch)`` that runs one training step on a batch (numpy arrays, see
 ``peft_jax/data/batches.py``) and returns when it has finished. The collations take turns within one run, on the same

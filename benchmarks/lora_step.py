@@ -38,8 +38,8 @@ def random_batch(rows: int, length: int, vocab: int) -> dict[str, np.ndarray]:
             "loss_target": ids[:, 1:], "loss_weight": np.ones((rows, length - 1), np.float32)}
 
 
-def jax_step(target_modules, example: dict) -> tuple[Step, dict[str, float]]:
-    """Our step, compiled for batches shaped as ``example``; with compile seconds and compiled MiB."""
+def jax_parts(target_modules) -> tuple:
+    """(jitted step, state, frozen leaves) of this library on the real model."""
     import jax
     import optax
 
@@ -51,23 +51,38 @@ def jax_step(target_modules, example: dict) -> tuple[Step, dict[str, float]]:
     params = method.init(jax.random.key(0), base)
     trainable, frozen = peft_jax.partition(params, method.labels(params))
     tx = optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(RATE))
-    state = init_state(trainable, tx, jax.random.key(1))
+    return make_step(peft_jax.bind(method, model), tx, 512), init_state(trainable, tx, jax.random.key(1)), frozen
 
-    def stacked(batch):
-        return {name: array[None] for name, array in batch.items()}
 
+def stacked(batch: dict) -> dict:
+    return {name: array[None] for name, array in batch.items()}
+
+
+def running(step, state, frozen) -> Step:
+    """A step that keeps its state and waits for the loss."""
+
+    def run(batch):
+        nonlocal state
+        state, metrics = step(state, frozen, stacked(batch))
+        return float(metrics["loss"])
+
+    return run
+
+
+def real_step() -> Step:
+    """For ``benchmarks/batching.py --step=benchmarks.lora_step:real_step``: LoRA on q and v, any shape of batch."""
+    return running(*jax_parts(CASES["qv"]))
+
+
+def jax_step(target_modules, example: dict) -> tuple[Step, dict[str, float]]:
+    """Our step, compiled for batches shaped as ``example``; with compile seconds and compiled MiB."""
+    step, state, frozen = jax_parts(target_modules)
     begin = time.perf_counter()
-    compiled = make_step(peft_jax.bind(method, model), tx, 512).lower(state, frozen, stacked(example)).compile()
+    compiled = step.lower(state, frozen, stacked(example)).compile()
     memory = compiled.memory_analysis()
     facts = {"compile s": time.perf_counter() - begin,
              "arguments MiB": memory.argument_size_in_bytes / 2**20, "temporary MiB": memory.temp_size_in_bytes / 2**20}
-
-    def step(batch):
-        nonlocal state
-        state, metrics = compiled(state, frozen, stacked(batch))
-        return float(metrics["loss"])
-
-    return step, facts
+    return running(compiled, state, frozen), facts
 
 
 def torch_step(target_modules, folder: str) -> Step:
