@@ -4,10 +4,12 @@
     python run.py --config=experiments/lora.py:model=Qwen/Qwen3-0.6B,task=data/train.jsonl
 
 Claim: the three metrics on held-out sentences rise, with 0.68 % of the parameters trained.
-Hardware: 2 CPU cores, no GPU: TODO minutes in all after the download.
-Number: TODO exact, TODO among the five words, TODO Spearman (200 held-out sentences, seed 0).
+Hardware: 2 CPU cores (AMD EPYC), no GPU: 4 min 27 s in all, the download included.
+Number: exact 0 -> 0.535, among the five words 0.430 -> 0.535, Spearman 0.688 -> 0.717 (200 held-out sentences, seed 0);
+with optim.steps=100: 0.555, 0.555, 0.737.
 Paper: Hu et al. 2021, arXiv:2106.09685, whose settings these are (q and v); r, alpha and dropout are the source
-article's. Hugging Face peft at the same settings: exact 0 -> 0.625, among five 0.555 -> 0.625, Spearman 0.45 -> 0.60.
+article's. A prototype with Hugging Face peft on another held-out sample was reported to give
+exact 0 -> 0.625, among five 0.555 -> 0.625, Spearman 0.45 -> 0.60.
 """
 
 from configs import base, parse
