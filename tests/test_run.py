@@ -5,13 +5,16 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import run
+from peft_jax import tree
 from peft_jax.data import Batches
+from peft_jax.train.checkpoint import Checkpoints
 from peft_jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,8 +134,8 @@ def test_generate_continues_given_prompts_and_held_out_ones(trained, arguments, 
 # Stopping, resuming, starting again
 
 
-def test_an_interrupted_run_resumes_and_ends_bit_identical(trained, arguments, tmp_path, monkeypatch, capsys):
-    command = [*arguments, f"--workdir={tmp_path}"]
+def interrupt(monkeypatch, command):
+    """Run a command and press Ctrl-C while its third step is under way."""
     usual = Batches.at
 
     def interrupted_at(self, step):
@@ -143,6 +146,26 @@ def test_an_interrupted_run_resumes_and_ends_bit_identical(trained, arguments, t
     with monkeypatch.context() as patch:
         patch.setattr(Batches, "at", interrupted_at)
         assert run.main(command) == 130
+
+
+def test_a_run_interrupted_before_its_first_line_of_log_evaluates_as_it_is_asked_to(
+        arguments, tmp_path, monkeypatch, capsys):
+    command = [*arguments, "--config.log.every=10", f"--workdir={tmp_path}"]
+    interrupt(monkeypatch, command)
+    assert "stopped after step 3 of 6" in capsys.readouterr().out
+    assert json.loads((tmp_path / "before.json").read_text())["eval"]["limit"] == 200
+    assert run.main([*command, "--config.eval.limit=2"]) == 0
+    before = json.loads((tmp_path / "before.json").read_text())
+    assert before["eval"]["limit"] == 2
+    assert json.loads((tmp_path / "results.json").read_text())["before"] == before["metrics"]
+    assert run.main([*arguments, "--config.eval.limit=2", f"--workdir={tmp_path / 'new'}"]) == 0  # never interrupted
+    assert json.loads((tmp_path / "new" / "before.json").read_text()) == before
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [3, 6]
+
+
+def test_an_interrupted_run_resumes_and_ends_bit_identical(trained, arguments, tmp_path, monkeypatch, capsys):
+    command = [*arguments, f"--workdir={tmp_path}"]
+    interrupt(monkeypatch, command)
     assert "stopped after step 3 of 6" in capsys.readouterr().out
     assert not (tmp_path / "adapter").exists()
     assert run.main(command) == 0
@@ -242,11 +265,21 @@ def test_empty_data_unknown_model_and_a_workdir_that_is_a_file(arguments, tiny_f
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(arguments, tmp_path, capsys):
-    wild = {"optim.learning_rate": 1e38, "optim.clip_norm": 0, "optim.warmup_ratio": 0, "checkpoint.every": 1}
+def test_an_update_that_is_not_finite_keeps_the_last_good_checkpoint(arguments, tmp_path, capsys):
+    wild = {"optim.learning_rate": 1e38, "optim.clip_norm": 0, "optim.warmup_ratio": 0.3, "checkpoint.every": 1}
     command = [*arguments, *(f"--config.{key}={value}" for key, value in wild.items()), f"--workdir={tmp_path}"]
-    fails(capsys, command, "training broke at step", "the checkpoint of step", "learning_rate")
+    fails(capsys, command, "training broke at step 2", "update_norm", "the checkpoint of step 1 is kept")
     assert not (tmp_path / "adapter").exists()
+    with closing(Checkpoints(tmp_path / "checkpoints", 2)) as checkpoints:
+        kept = checkpoints.manager.restore(1)["trainable"]
+    assert all(np.isfinite(leaf).all() for leaf in tree.flatten(kept).values())
+
+
+def test_a_last_update_that_is_not_finite_is_no_success(arguments, tmp_path, capsys):
+    wild = {"optim.steps": 1, "optim.warmup_ratio": 0, "optim.learning_rate": 1e38, "optim.clip_norm": 0}
+    command = [*arguments, *(f"--config.{key}={value}" for key, value in wild.items()), f"--workdir={tmp_path}"]
+    fails(capsys, command, "training broke at step 1", "no checkpoint was written yet")
+    assert not (tmp_path / "adapter").exists() and not (tmp_path / "results.json").exists()
 
 
 def test_a_bug_keeps_its_traceback(arguments, monkeypatch, tmp_path):

@@ -42,7 +42,7 @@ def train(command) -> int:
     apply = bind(method, ready.model)
     jax.eval_shape(apply, {"params": params}, np.zeros((1, 8), np.int32))  # an adapter that nothing reads stops here
     evaluate = make_evaluator(apply, ready.model, ready.tokenizer, ready.held, config)
-    before = _before(folder, evaluate, params)
+    before = _before(folder, evaluate, params, config.eval.to_dict())
     state, frozen, seconds = _train(config, folder, method, apply, params, batches, total)
     if int(state.step) < total:
         print(f"stopped after step {int(state.step)} of {total}; the same command goes on from there")
@@ -75,13 +75,13 @@ def _batches(config, ready: Session) -> tuple[Batches, int]:
     return batches, total
 
 
-def _before(folder: Path, evaluate, params) -> dict[str, float]:
-    """The metrics before training; a resumed run reads what was found when it was new."""
-    path = folder / "before.json"
-    if not path.exists():
+def _before(folder: Path, evaluate, params, settings: dict[str, Any]) -> dict[str, float]:
+    """The metrics before training; a resumed run reads what was found when it was new, if it evaluates the same."""
+    path, asked = folder / "before.json", workdir.plain(settings)
+    if not path.exists() or workdir.read_json(path)["eval"] != asked:
         print("evaluating before training", flush=True)
-        workdir.write_json(path, evaluate(params))
-    return workdir.read_json(path)
+        workdir.write_json(path, {"eval": asked, "metrics": evaluate(params)})
+    return workdir.read_json(path)["metrics"]
 
 
 def _train(config, folder: Path, method: Method, apply, params, batches, total) -> tuple[TrainState, tree.Tree, float]:

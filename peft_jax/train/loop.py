@@ -61,7 +61,8 @@ def fit(
       schedule: learning rate of a step, for the log.
       checkpoint_every, log_every: in steps; one checkpoint more is written at the end.
     Raises:
-      PeftJaxError: a loss or gradient norm that is not finite, naming the step; the checkpoints before it remain.
+      PeftJaxError: a loss, gradient norm or update norm that is not finite, naming the step; the checkpoints before
+        it remain.
     """
     done = int(state.step)
     clock = _Clock(before=log.last["seconds"] if log.last else 0.0)
@@ -75,7 +76,7 @@ def fit(
             values = {name: float(value) for name, value in metrics.items()}  # waits for it
             _check_finite(values, done, checkpoints)
             values |= clock.lap(tokens) | {"learning_rate": float(schedule(done - 1))}
-            if done % log_every == 0 or done == total_steps:
+            if done % log_every == 0 or done == total_steps or stop.asked:
                 log.write(done, values)
             progress.update(done, values["loss"], values["tokens_per_second"])
             if done % checkpoint_every == 0 or done == total_steps or stop.asked:

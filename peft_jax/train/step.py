@@ -31,7 +31,8 @@ def make_step(apply: Callable, tx: optax.GradientTransformation, loss_chunk: int
 
     Leaves of ``batch`` are (accumulate_steps, batch, ...). The gradient is that of the mean loss over all answer tokens
     of all micro-batches, so splitting a batch changes nothing but rounding. Metrics are float32 scalars: ``loss`` in
-    nats per answer token, ``grad_norm`` before clipping.
+    nats per answer token, ``grad_norm`` before clipping, ``update_norm`` of what was added to the
+    trainable leaves: if these are finite, so is the new state where the old one was.
     """
 
     def micro_gradient(trainable, frozen, micro, rng):
@@ -60,7 +61,8 @@ def make_step(apply: Callable, tx: optax.GradientTransformation, loss_chunk: int
         weight = jnp.maximum(weight, 1)
         gradient = jax.tree.map(lambda g: g / weight, gradient)
         updates, opt_state = tx.update(gradient, state.opt_state, state.trainable)
-        metrics = {"loss": loss / weight, "grad_norm": optax.tree.norm(gradient)}
+        metrics = {"loss": loss / weight, "grad_norm": optax.tree.norm(gradient),
+                   "update_norm": optax.tree.norm(updates)}
         trainable = optax.apply_updates(state.trainable, updates)
         return TrainState(state.step + 1, trainable, opt_state, state.rng), metrics
 
