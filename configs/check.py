@@ -23,9 +23,18 @@ AT_LEAST_ONE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "data.rows", "data.row_length", "data.max_length", "optim.learning_rate", "optim.weight_decay", "optim.clip_norm",
-    "optim.steps", "optim.epochs", "eval.limit", "eval.probe_limit", "generate.num_prompts", "generate.temperature",
-    "generate.top_k",
+    "optim.steps", "optim.epochs", "optim.eps", "seed", "eval.limit", "eval.probe_limit", "generate.num_prompts",
+    "generate.temperature", "generate.top_k",
 )  # fmt: skip
+
+BELOW_ONE = ("optim.b1", "optim.b2")  # from 0 to 1, 1 not included
+SHARES = ("optim.warmup_ratio", "generate.top_p")  # from 0 to 1
+LIMITS = ("task.train_limit", "task.validation_limit")  # not negative, where the task has them
+PLACEHOLDERS = {  # what a task's templates must hold, or every example would read the same
+    "rating": {"prompt_template": "{text}", "completion_template": "{word}"},
+    "file": {"prompt_template": "{prompt}", "completion_template": "{completion}"},
+    "hub": {"prompt_template": "{prompt}", "completion_template": "{completion}"},
+}
 
 
 def tidy(config: ConfigDict) -> ConfigDict:
@@ -46,6 +55,20 @@ def check(config: ConfigDict) -> None:
         for key in wanted:
             if not limit <= flat[key] < math.inf:
                 raise PeftJaxError(f"--config.{key}={flat[key]}: must be a finite number of at least {limit}")
+    for key in (*BELOW_ONE, *SHARES):
+        if not 0 <= flat[key] <= 1 or (key in BELOW_ONE and flat[key] == 1):
+            raise PeftJaxError(f"--config.{key}={flat[key]}: must lie between 0 and 1")
+    for key in LIMITS:
+        if key in flat and flat[key] < 0:
+            raise PeftJaxError(f"--config.{key}={flat[key]}: must be at least 0, which is no limit")
+    check_templates(config.task)
     if bool(config.optim.steps) == bool(config.optim.epochs):
         both = f"optim.steps={config.optim.steps} and optim.epochs={config.optim.epochs}"
         raise PeftJaxError(f"{both}: set exactly one, the other to 0 (--config.optim.steps=0 --config.optim.epochs=3)")
+
+
+def check_templates(task: ConfigDict) -> None:
+    """Raise ``PeftJaxError`` where a template lacks the placeholder that the example's text goes into."""
+    for key, placeholder in PLACEHOLDERS.get(task.kind, {}).items():
+        if placeholder not in task[key]:
+            raise PeftJaxError(f"--config.task.{key}={task[key]!r}: write {placeholder} where the text goes")

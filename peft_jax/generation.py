@@ -85,7 +85,7 @@ def generate(apply: Callable, model, params, input_ids, attention_mask, *, max_n
       stop_ids: tokens that end a row; rows are filled with the first of them afterwards.
 
     Returns int32 (batch, max_new_tokens). Raises ``PeftJaxError`` for padding on the right, no stop token, a draw
-    without ``rng``, or a ``sampling`` out of range.
+    without ``rng``, a ``sampling`` out of range, or more tokens than the model has positions.
     """
     mask = np.asarray(attention_mask)
     if mask.size == 0 or not mask[:, -1].all():
@@ -98,6 +98,9 @@ def generate(apply: Callable, model, params, input_ids, attention_mask, *, max_n
     if sampling.temperature and rng is None:
         raise PeftJaxError("generate: a temperature above 0 draws tokens: give rng=jax.random.key(seed).")
     batch, length = mask.shape
+    if length + max_new_tokens > model.config.max_position_embeddings:
+        raise PeftJaxError(f"generate: {length} prompt tokens and {max_new_tokens} new ones are more than the model's "
+                           f"{model.config.max_position_embeddings} positions: shorten one of them.")
     cache = model.init_cache(batch, length + max_new_tokens)
     rng = jax.random.key(0) if rng is None else rng
     tokens = decode(apply, params, cache, jnp.asarray(input_ids), jnp.asarray(mask), jnp.asarray(stop_ids), rng,

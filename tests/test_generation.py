@@ -146,6 +146,7 @@ def test_sampling_follows_its_key(tiny_model):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"attention_mask": np.array([[1, 1, 0]])}, "padded on the left"),
     ({"input_ids": np.zeros((0, 3), int), "attention_mask": np.zeros((0, 3), int)}, "none may be empty"),
+    ({"max_new_tokens": 254}, "3 prompt tokens and 254 new ones are more than the model's 256 positions"),
     ({"max_new_tokens": 0}, "max_new_tokens=0"), ({"stop_ids": ()}, r"stop_ids=\(\)"),
     ({"sampling": Sampling(1.0, top_p=0.0), "rng": jax.random.key(0)}, r"top_p=0\.0"),
     ({"sampling": Sampling(-1.0), "rng": jax.random.key(0)}, r"temperature=-1\.0"),
@@ -163,3 +164,26 @@ def test_a_cache_that_is_too_short_is_an_error(tiny_model):
     model, params = tiny_model
     with pytest.raises(PeftJaxError, match="the cache holds 2 tokens a row"):
         model.apply({"params": params, "cache": model.init_cache(1, 2)}, jnp.ones((1, 3), int), mutable=["cache"])
+
+
+def test_a_full_cache_never_gives_a_wrong_number(tiny_model):
+    """Token by token: an error where the fill is known, NaN where it is traced, the full forward's values before."""
+    model, params = tiny_model
+    ids = jnp.array([[5, 6, 7]])
+
+    def step(cache, token):
+        logits, held = model.apply({"params": params, "cache": cache}, token, mutable=["cache"])
+        return held["cache"], logits
+
+    def feed(step):
+        cache, found = model.init_cache(1, 2), []
+        for at in range(3):
+            cache, logits = step(cache, ids[:, at:at + 1])
+            found.append(logits)
+        return np.concatenate(found, axis=1)
+
+    with pytest.raises(PeftJaxError, match="2 are in it and 1 more came"):
+        feed(step)
+    found, full = feed(jax.jit(step)), model.apply({"params": params}, ids)
+    np.testing.assert_allclose(found[:, :2], full[:, :2], rtol=1e-4, atol=1e-5)
+    assert np.isnan(found[:, 2]).all()

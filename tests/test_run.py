@@ -204,6 +204,11 @@ def test_another_configuration_is_refused_unless_told_to_overwrite(trained, argu
         ([f"--config={LORA}", "eval"], ["unknown argument eval"]),
         ([f"--config={LORA}", "--config.eval.probe=newspapr"], ["did you mean newspaper?"]),
         ([f"--config={LORA}", "--config.optim.epochs=2"], ["set exactly one"]),
+        ([f"--config={LORA}", "--config.optim.b2=1.0"], ["optim.b2", "between 0 and 1"]),
+        ([f"--config={LORA}", "--config.optim.warmup_ratio=nan"], ["optim.warmup_ratio"]),
+        ([f"--config={LORA}", "--config.seed=-1"], ["seed", "at least 0"]),
+        ([f"--config={LORA}", "--config.task.train_limit=-3"], ["task.train_limit"]),
+        ([f"--config={LORA}", "--config.task.prompt_template=Review: {tex}"], ["prompt_template", "{text}"]),
     ],
 )
 def test_a_wrong_command_line(capsys, argv, words):
@@ -237,6 +242,10 @@ def test_an_adapter_of_another_model_is_refused(trained, arguments, capsys):
     [
         (["--config.method.target_modules=q_pro"], ["q_pro", "did you mean q_proj"]),
         (["--config.method.lora_dropout=1.5"], ["lora_dropout"]),
+        (["--config.method.target_modules=5"], ["target_modules=5"]),
+        (["--config.method.layers_to_transform=1.5"], ["layers_to_transform=1.5"]),
+        (["--config.method.rank_pattern=5"], ["rank_pattern=5", "dict"]),
+        (["--config.method.alpha_pattern={'q_proj': 'x'}"], ["alpha_pattern['q_proj']='x'"]),
         (["--config.task.prompt_column=nothing"], ["nothing"]),
         (["--config.data.max_length=3"], ["max_length"]),
         (["--config.task.validation_fraction=0"], ["validation_fraction"]),
@@ -252,7 +261,7 @@ def test_empty_data_unknown_model_and_a_workdir_that_is_a_file(arguments, tiny_f
     rest = arguments[1:]
     (tmp_path / "empty.jsonl").write_text("")
     config = [f"--config={LORA}:model={tiny_folder},task={tmp_path / 'empty.jsonl'}", *rest]
-    fails(capsys, [*config, f"--workdir={tmp_path / 'run'}"], "empty.jsonl", "empty")
+    fails(capsys, [*config, f"--workdir={tmp_path / 'run'}"], "empty.jsonl is empty")
     (tmp_path / "model").mkdir()
     for file in tiny_folder.iterdir():
         (tmp_path / "model" / file.name).write_bytes(file.read_bytes())

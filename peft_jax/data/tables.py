@@ -49,8 +49,10 @@ def _matching_files(path: str) -> list[Path]:
 
 
 def _bad_line(files: Sequence[Path]) -> str | None:
-    """The first line of the .jsonl files that is not a JSON object; None where there is none or another format."""
+    """What is wrong with the first .jsonl file that is empty or has a line that is no JSON object; None where nothing."""
     for file in files:
+        if file.suffix == ".jsonl" and not file.read_bytes().strip():
+            return f"{file} is empty: put one JSON object on each line"
         for number, line in enumerate(file.read_bytes().split(b"\n"), start=1) if file.suffix == ".jsonl" else ():
             try:
                 if line.strip() and not isinstance(json.loads(line), dict):

@@ -72,6 +72,7 @@ def lora(r: int = 8, lora_alpha: float = 8, target_modules: Patterns = ("q_proj"
 
 
 def _check(config: dict[str, Any]) -> None:
+    _check_types(config)
     ranks = {"r": config["r"], **{f"rank_pattern['{k}']": v for k, v in (config["rank_pattern"] or {}).items()}}
     for name, value in ranks.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -85,6 +86,21 @@ def _check(config: dict[str, Any]) -> None:
         raise PeftJaxError(f"layers_to_transform needs target_modules as a list of names, as in peft; it is the string "
                            f"{config['target_modules']!r}: name the modules, or put the layers into the regex.")
     _check_regexes(config)
+
+
+def _check_types(config) -> None:
+    words = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save")
+    for name, kind in {**dict.fromkeys(words, str), "layers_to_transform": int}.items():
+        given = config[name] if isinstance(config[name], list | tuple) else (config[name],)
+        if not all(one is None or isinstance(one, kind) for one in given):
+            raise PeftJaxError(f"{name}={config[name]!r}: give {'names' if kind is str else 'whole numbers'} or None.")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config[name], Mapping | None):
+            raise PeftJaxError(f"{name}={config[name]!r}: give a dict, such as {{'layers.0.self_attn.q_proj': 4}}.")
+    alphas = {f"alpha_pattern['{key}']": value for key, value in (config["alpha_pattern"] or {}).items()}
+    for name, value in {"lora_alpha": config["lora_alpha"], "lora_dropout": config["lora_dropout"], **alphas}.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise PeftJaxError(f"{name}={value!r}: give a finite number.")
 
 
 def _check_regexes(config) -> None:

@@ -178,7 +178,8 @@ class CausalLM(nn.Module):
           segment_ids: int (batch, seq) for packed rows: tokens see their own segment only; 0 is padding.
 
         A ``cache`` collection (see :meth:`init_cache`), passed as mutable, is read and extended.
-        Raises ``PeftJaxError`` for inputs whose shapes do not fit.
+        Raises ``PeftJaxError`` for inputs whose shapes do not fit, and for a full cache; under ``jit``, where nobody
+        can see how full it is, tokens beyond it give NaN.
         """
         return self.head(self.hidden(input_ids, attention_mask, positions=positions, segment_ids=segment_ids))
 
@@ -193,7 +194,10 @@ class CausalLM(nn.Module):
             self.config.head_dim, self.config.rope_theta, self.config.rope_scaling))
         full, windowed = masks.attention_masks(key_mask, mask.shape[1], index, segment_ids, self._window())
         flags = jnp.asarray(self.config.sliding_layers or (False,) * self.config.num_hidden_layers)
-        x, _ = self.layers(self.embed_tokens(input_ids), flags, cos, sin, full, windowed, index)
+        x = self.embed_tokens(input_ids)
+        if index is not None:
+            x = jnp.where(index + mask.shape[1] > key_mask.shape[1], jnp.nan, x)  # see masks.check_room
+        x, _ = self.layers(x, flags, cos, sin, full, windowed, index)
         return self.norm(x)
 
     def head(self, hidden):
@@ -218,9 +222,7 @@ class CausalLM(nn.Module):
         if not self.has_variable("cache", "index"):
             return None, mask
         index, held = self.get_variable("cache", "index"), self.get_variable("cache", "mask")
-        if segment_ids is not None or mask.shape[1] > held.shape[1]:
-            raise PeftJaxError(f"the cache holds {held.shape[1]} tokens a row and no packed segments; {mask.shape[1]} "
-                               "tokens came: make a longer cache, or run without one.")
+        masks.check_room(index, mask.shape[1], held.shape[1], segment_ids)
         held = jax.lax.dynamic_update_slice(held, mask, (0, index))
         self.put_variable("cache", "mask", held)
         self.put_variable("cache", "index", index + mask.shape[1])

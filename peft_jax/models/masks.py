@@ -1,5 +1,6 @@
 """Which token may see which. Boolean masks, ``True`` is visible. B batch, T query tokens, S key slots."""
 
+import jax
 import jax.numpy as jnp
 
 from peft_jax.errors import PeftJaxError
@@ -13,6 +14,18 @@ def check_inputs(input_ids, attention_mask, positions, segment_ids) -> None:
     for name, array in given.items():
         if array is not None and array.shape != input_ids.shape:
             raise PeftJaxError(f"{name} has shape {array.shape}, input_ids {input_ids.shape}: they must be equal.")
+
+
+def check_room(index, new: int, slots: int, segment_ids) -> None:
+    """Raise ``PeftJaxError`` unless ``new`` tokens fit a cache of ``slots`` whose first free one is ``index``.
+
+    A write past the end would overwrite the last slots silently. A traced ``index`` cannot be looked at: then only the
+    sizes are compared, and the model gives NaN for what does not fit.
+    """
+    used = 0 if isinstance(index, jax.core.Tracer) else int(index)
+    if segment_ids is not None or used + new > slots:
+        raise PeftJaxError(f"the cache holds {slots} tokens a row and no packed segments; {used} are in it and {new} "
+                           "more came: make a longer cache, or run without one.")
 
 
 def real_tokens(input_ids, attention_mask, segment_ids):

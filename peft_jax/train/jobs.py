@@ -68,6 +68,7 @@ def _already_done(folder: Path) -> int:
 def _batches(config, ready: Session) -> tuple[Batches, int]:
     """The training batches and the number of optimiser steps; says what is in them."""
     encoded, happened = encode_all(ready.train, ready.tokenizer, config.data)
+    session.check_fits(encoded, ready.model.config)
     batches = Batches(encoded, config.data, config.seed, config.optim.accumulate_steps)
     total = config.optim.steps or batches.num_steps(config.optim.epochs)
     print(f"training on {describe(happened)}")

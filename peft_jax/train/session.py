@@ -1,15 +1,16 @@
 """From a configuration to what a job needs: data, tokenizer, model, method. Cheap things first: quick errors."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from peft_jax import tree
-from peft_jax.data import load_examples
+from peft_jax.data import Encoded, load_examples
 from peft_jax.data.sources import Example, sample_by_hash
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.evaluation.evaluate import HeldOut, hold_out
-from peft_jax.hub import load_pretrained, load_tokenizer
+from peft_jax.hub import load_config, load_pretrained, load_tokenizer
 from peft_jax.method import Method
 from peft_jax.methods import METHODS
 
@@ -35,6 +36,7 @@ def load(config, probe_task=None) -> Session:
     probe = load_probe(config, probe_task)
     tokenizer = load_tokenizer(config.model.source)
     held = hold_out(held_out, probe, tokenizer, config.task, config.data)
+    check_fits([*held.encoded, *held.probe], load_config(config.model.source))
     model, base = load_model(config)
     return Session(examples["train"], held, tokenizer, model, base)
 
@@ -47,6 +49,18 @@ def load_probe(config, probe_task) -> list[Example]:
         return sample_by_hash(load_examples(probe_task)["validation"], config.eval.probe_limit)
     except PeftJaxError as error:
         raise PeftJaxError(f"general text: {error} (--config.eval.probe= evaluates without it)") from error
+
+
+def check_fits(encoded: Sequence[Encoded], model_config) -> None:
+    """Raise ``PeftJaxError`` where token ids or lengths are beyond the model's vocabulary or positions."""
+    highest = max(int(one.input_ids.max()) for one in encoded)
+    if highest >= model_config.vocab_size:
+        raise PeftJaxError(f"the tokenizer gives the id {highest}, but the model's vocabulary ends at "
+                           f"{model_config.vocab_size - 1}: take both from one model.source")
+    longest, most = max(len(one.input_ids) for one in encoded), model_config.max_position_embeddings
+    if longest > most:
+        raise PeftJaxError(f"an example has {longest} tokens, but the model has {most} positions: lower "
+                           "--config.data.max_length, and see --config.data.on_too_long")
 
 
 def load_model(config) -> tuple[Any, tree.Tree]:

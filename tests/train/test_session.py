@@ -1,0 +1,42 @@
+"""Whether examples fit the model, before it is loaded."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from configs import base
+from peft_jax.data import Encoded
+from peft_jax.errors import PeftJaxError
+from peft_jax.train import session
+
+
+def example(ids):
+    return Encoded(np.array(ids, np.int32), np.ones(len(ids), bool), 0)
+
+
+def test_ids_and_lengths_up_to_the_model_s_own_are_welcome_and_one_more_is_not(tiny_model):
+    config = dataclasses.replace(tiny_model[0].config, vocab_size=10, max_position_embeddings=4)
+    session.check_fits([example([0, 9]), example([1, 2, 3, 4])], config)
+    with pytest.raises(PeftJaxError, match="gives the id 10, but the model's vocabulary ends at 9"):
+        session.check_fits([example([0, 9]), example([10])], config)
+    with pytest.raises(PeftJaxError, match="has 5 tokens, but the model has 4 positions"):
+        session.check_fits([example([1, 2, 3, 4, 5])], config)
+
+
+@pytest.mark.parametrize("change, words", [({"vocab_size": 200}, "vocabulary ends at 199"),
+                                           ({"max_position_embeddings": 5}, "the model has 5 positions")])
+def test_a_session_stops_before_the_weights_are_read(tiny_folder, tmp_path, change, words):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    described = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(described))
+    for weights in folder.glob("*.safetensors"):
+        weights.unlink()
+    rows = [json.dumps({"prompt": f"the film number {i} is", "completion": " good"}) for i in range(20)]
+    (tmp_path / "films.jsonl").write_text("\n".join(rows))
+    config = base.get_config(model=str(folder), task=str(tmp_path / "films.jsonl"))
+    config.task.update(prompt_column="prompt", completion_column="completion", validation_fraction=0.3)
+    with pytest.raises(PeftJaxError, match=words):
+        session.load(config)
