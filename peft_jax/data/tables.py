@@ -49,7 +49,7 @@ def _matching_files(path: str) -> list[Path]:
 
 
 def _bad_line(files: Sequence[Path]) -> str | None:
-    """What is wrong with the first .jsonl file that is empty or has a line that is no JSON object; None where nothing."""
+    """What is wrong with the first .jsonl file that is empty or has a line that is no JSON object, or None."""
     for file in files:
         if file.suffix == ".jsonl" and not file.read_bytes().strip():
             return f"{file} is empty: put one JSON object on each line"
