@@ -10,6 +10,20 @@ text, ``file`` local .jsonl, .json, .csv or .parquet, ``hub`` a data set of the 
 VADER_SOURCE = "pypi:vaderSentiment==3.3.2"
 VADER_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 
+# Give either prompt_column and completion_column, or messages_column, or text_column.
+# The completion follows the prompt directly: write the space or line break between them into a template.
+COLUMNS = {
+    "prompt_column": "",
+    "completion_column": "",
+    "messages_column": "",
+    "text_column": "",
+    "prompt_template": "{prompt}",
+    "completion_template": "{completion}",
+    "validation_fraction": 0.05,
+    "train_limit": 0,
+    "validation_limit": 0,
+}
+
 TASKS = {
     "movie_rating": {
         "name": "movie_rating",
@@ -39,22 +53,12 @@ TASKS = {
         "train_limit": 0,
         "validation_limit": 0,
     },
-    # Give either prompt_column and completion_column, or messages_column, or text_column.
-    # The completion follows the prompt directly: write the space or line break between them into a template.
     "file": {
         "name": "file",
         "kind": "file",
         "source": "",  # a path, or a pattern such as data/*.jsonl
         "validation_source": "",  # its own file; "" holds out validation_fraction of source by a hash of the text
-        "prompt_column": "",
-        "completion_column": "",
-        "messages_column": "",
-        "text_column": "",
-        "prompt_template": "{prompt}",
-        "completion_template": "{completion}",
-        "validation_fraction": 0.05,
-        "train_limit": 0,
-        "validation_limit": 0,
+        **COLUMNS,
     },
     "hub": {
         "name": "hub",
@@ -63,14 +67,6 @@ TASKS = {
         "subset": "",  # the data set's configuration, such as main
         "train_split": "train",
         "validation_split": "",  # "" holds out validation_fraction of train_split by a hash of the text
-        "prompt_column": "",
-        "completion_column": "",
-        "messages_column": "",
-        "text_column": "",
-        "prompt_template": "{prompt}",
-        "completion_template": "{completion}",
-        "validation_fraction": 0.05,
-        "train_limit": 0,
-        "validation_limit": 0,
+        **COLUMNS,
     },
 }

@@ -18,19 +18,28 @@ TEXT = [
 
 
 @pytest.fixture(scope="session")
-def tiny_tokenizer():
-    """A byte-level BPE of 320 tokens, trained here; 0 is padding and the end of a text."""
+def train_bpe():
+    """``train_bpe(texts, vocab_size, special_tokens, **options)``: a byte-level BPE of transformers, trained here."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<end>"], initial_alphabet=alphabet,
-                                  show_progress=False)  # fmt: skip
-    backend.train_from_iterator(TEXT, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
+    def train(texts, vocab_size, special_tokens, **options):
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=alphabet,
+                                      show_progress=False)  # fmt: skip
+        backend.train_from_iterator(texts, trainer)
+        return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(train_bpe):
+    """A byte-level BPE of 320 tokens, trained here; 0 is padding and the end of a text."""
+    return train_bpe(TEXT, 320, ["<end>"], eos_token="<end>", pad_token="<end>")
 
 
 @pytest.fixture(scope="session")

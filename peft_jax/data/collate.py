@@ -1,8 +1,8 @@
 """Which examples go into which step, and how they lie in it: padding, bucketing and packing as pure functions.
 
 A collation is two functions. ``layout`` looks at the lengths once and fixes the shapes of the whole run. ``order``
-shuffles one
-epoch: an array (steps, slots) of example numbers, -1 for an empty slot, in which every example stands exactly once.
+shuffles one epoch: an array (steps, slots) of example numbers, -1 for an empty slot, in which every example stands
+exactly once.
 """
 
 from typing import NamedTuple
@@ -16,8 +16,7 @@ class Layout(NamedTuple):
     """The shapes of a run: slot s of a step lies in row ``slot_row[s]``, the examples of a row one after another.
 
     slot_row: (slots,) int. num_rows: rows of a batch. widths: (k,) the row widths that occur, rising; a step takes the
-      first
-    that holds its longest row. loss_counts: (k,) loss positions per row at that width.
+    first that holds its longest row. loss_counts: (k,) loss positions per row at that width.
     """
 
     slot_row: np.ndarray

@@ -1,8 +1,7 @@
 """Examples to token ids with a loss mask: loss on the answer and on the token that ends it, never on the question.
 
 Every kind of example becomes text pieces, each with or without loss, and one rule joins them: the tokens of what came
-before are never changed by what follows. So a trained sequence starts with exactly the tokens that generation will
-feed.
+before are never changed by what follows. So a trained sequence starts with the very tokens that generation will feed.
 """
 
 import itertools

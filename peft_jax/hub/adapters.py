@@ -9,8 +9,6 @@ import itertools
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +19,7 @@ import numpy as np
 
 from peft_jax import targets, tree
 from peft_jax.errors import PeftJaxError
-from peft_jax.hub import adapter_config, assets, names
+from peft_jax.hub import adapter_config, assets, files, names
 from peft_jax.method import FROZEN, Method
 from peft_jax.methods.lora import lora, ranks, scalings
 from peft_jax.models.llama import CausalLM, untie
@@ -187,17 +185,9 @@ def _check_scales(config, flat) -> None:
 def _write(folder: Path, tensors: dict[str, np.ndarray], stated: dict[str, Any]) -> None:
     from safetensors.numpy import save_file
 
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-            Path(scratch, CONFIG).write_text(json.dumps(stated, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            save_file(tensors, Path(scratch, WEIGHTS), metadata={"format": "pt"})
-            shutil.copymode(Path(scratch, CONFIG), Path(scratch, WEIGHTS))  # which safetensors makes private
-            folder.mkdir(exist_ok=True)
-            for name in (WEIGHTS, CONFIG):
-                os.replace(Path(scratch, name), folder / name)
-    except OSError as error:
-        raise PeftJaxError(f"the adapter cannot be written to {folder}: {error.strerror or error}.") from error
+    with files.written_aside(folder, "adapter", last=CONFIG) as scratch:
+        Path(scratch, CONFIG).write_text(json.dumps(stated, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        save_file(tensors, Path(scratch, WEIGHTS), metadata={"format": "pt"})
 
 
 def _folder(source: str | os.PathLike) -> Path:
@@ -245,9 +235,7 @@ def _check_tensors(folder, tensors, slots, flat, base) -> None:
                              for key, shape in sorted(shapes.items())
                              if key in tensors and tensors[key].shape != shape],
     }
-    if any(faults.values()):
-        said = "; ".join(f"{len(found)} {kind}: {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}"
-                         for kind, found in faults.items() if found)
+    if said := files.faults_text(faults):
         raise PeftJaxError(f"the adapter in {folder} does not fit the model or its own config. {said}.")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from peft_jax import tree
 from peft_jax.errors import PeftJaxError
-from peft_jax.hub import assets, gguf, names
+from peft_jax.hub import assets, files, gguf, names
 from peft_jax.hub import config as hub_config
 from peft_jax.hub.saving import save_pretrained
 from peft_jax.models.llama import CausalLM, LlamaConfig
@@ -89,13 +89,13 @@ def _weight_files(folder: Path) -> list[Path]:
         raise PeftJaxError(f"{folder} has {reason}: give a folder with model.safetensors (transformers' "
                            "save_pretrained writes one).")
     try:
-        files = sorted({folder / Path(file).name for file in hub_config.read_json(index)["weight_map"].values()})
+        named = sorted({folder / Path(file).name for file in hub_config.read_json(index)["weight_map"].values()})
     except (KeyError, AttributeError, TypeError) as error:
         raise PeftJaxError(f"{index} has no weight_map: fetch it again.") from error
-    absent = [file.name for file in files if not file.is_file()]
+    absent = [file.name for file in named if not file.is_file()]
     if absent:
-        raise PeftJaxError(f"{folder} lacks {_some(absent)}, which {index.name} names: fetch the missing files.")
-    return files
+        raise PeftJaxError(f"{folder} lacks {files.some(absent)}, which {index.name} names: fetch the missing files.")
+    return named
 
 
 class _Stored(NamedTuple):
@@ -132,8 +132,7 @@ def _check_tensors(folder, stored, places, shapes, config) -> None:
         if found != wanted:
             odd_shapes.append(f"{name} is {list(found)}, the config says {list(wanted)}")
     faults = {"missing": places.keys() - stored.keys(), "unexpected": unexpected, "of another shape": odd_shapes}
-    if any(faults.values()):
-        said = "; ".join(f"{len(found)} {kind}: {_some(sorted(found))}" for kind, found in faults.items() if found)
+    if said := files.faults_text(faults):
         raise PeftJaxError(f"the weights in {folder} do not fit its config.json ({config.model_type}). {said}.")
 
 
@@ -170,7 +169,3 @@ def _aligned(shape: tuple[int, ...], dtype: jnp.dtype) -> np.ndarray:
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start:start + size].view(dtype).reshape(shape)
-
-
-def _some(items: list[str], most: int = 5) -> str:
-    return ", ".join(items[:most]) + (f", and {len(items) - most} more" if len(items) > most else "")

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import numpy as np
 from peft_jax import tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub import config as hub_config
-from peft_jax.hub import names
+from peft_jax.hub import files, names
 from peft_jax.models.llama import CausalLM, LlamaConfig
 
 _INDEX = "model.safetensors.index.json"
@@ -49,19 +47,12 @@ def save_pretrained(
     tied = model.config.tie_word_embeddings and "lm_head/kernel" not in flat
     config = dataclasses.replace(model.config, tie_word_embeddings=tied)
     places = _checked_places(flat, config)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-            _write_weights(Path(scratch), flat, places, max_shard_bytes)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(scratch)
-            given = hub_config.to_hf(config, _torch_dtype(flat), _token_ids(tokenizer))
-            Path(scratch, "config.json").write_text(json.dumps(given, indent=2) + "\n", encoding="utf-8")
-            for file in Path(scratch).glob("*.safetensors"):  # which safetensors makes private
-                shutil.copymode(Path(scratch, "config.json"), file)
-            _move_into_place(Path(scratch), folder)
-    except OSError as error:
-        raise PeftJaxError(f"the model cannot be written to {folder}: {error.strerror or error}.") from error
+    with files.written_aside(folder, "model", last="config.json", stale=("model*.safetensors", _INDEX)) as scratch:
+        _write_weights(scratch, flat, places, max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        given = hub_config.to_hf(config, _torch_dtype(flat), _token_ids(tokenizer))
+        Path(scratch, "config.json").write_text(json.dumps(given, indent=2) + "\n", encoding="utf-8")
 
 
 def _checked_places(flat: dict[str, Any], config: LlamaConfig) -> dict[str, names.Place]:
@@ -84,13 +75,13 @@ def _write_weights(folder: Path, flat: dict[str, Any], places: dict[str, names.P
     from safetensors.numpy import save_file
 
     shards = _shards(flat, places, most)
-    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    parts = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
-        files = ["model.safetensors"]
-    for file, shard in zip(files, shards, strict=True):  # one shard in host memory at a time
+        parts = ["model.safetensors"]
+    for file, shard in zip(parts, shards, strict=True):  # one shard in host memory at a time
         save_file({name: _tensor(flat, places[name]) for name in shard}, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
-        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        weight_map = {name: file for file, shard in zip(parts, shards, strict=True) for name in shard}
         total = sum(leaf.nbytes for leaf in flat.values())
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
         Path(folder, _INDEX).write_text(text + "\n", encoding="utf-8")
@@ -124,14 +115,3 @@ def _torch_dtype(flat: dict[str, Any]) -> str:
 def _token_ids(tokenizer: Any) -> dict[str, int | None]:
     keys = () if tokenizer is None else ("bos_token_id", "eos_token_id", "pad_token_id")
     return {key: getattr(tokenizer, key) for key in keys}
-
-
-def _move_into_place(scratch: Path, folder: Path) -> None:
-    """Weights before config.json; then the files of an older model that would be read with, or instead of, the new."""
-    folder.mkdir(exist_ok=True)
-    new = sorted((file.name for file in scratch.iterdir()), key=lambda name: (name == "config.json", name))
-    for name in new:
-        os.replace(scratch / name, folder / name)
-    for old in [*folder.glob("model*.safetensors"), folder / _INDEX]:
-        if old.name not in new:
-            old.unlink(missing_ok=True)

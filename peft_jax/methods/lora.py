@@ -134,12 +134,12 @@ def scalings(config: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
 
 
 def _init(config, rng, params, axes=None):
-    if held := [path for path in tree.flatten(params) if path.endswith("lora_a")]:
-        raise PeftJaxError(f"the parameters already hold LoRA ('{held[0]}'): start from the base's, or merge first.")
+    if held := _adapted(flat := tree.flatten(params)):
+        raise PeftJaxError(f"the parameters already hold LoRA ('{held[0]}lora_a'): start from the base's, "
+                           "or merge first.")
     found = targets.find(params, axes, selection(config))
     _check_saved(config, params, found)
-    _check_biases(config, params, found)
-    flat = tree.flatten(params)
+    _check_biases(config, flat, found)
     for target in found:
         key = jax.random.fold_in(rng, zlib.crc32(target.path.encode()))  # by path: other targets change nothing here
         flat |= {f"{target.path}/{name}".lstrip("/"): leaf for name, leaf in _leaves(config, key, target).items()}
@@ -152,8 +152,9 @@ def _leaves(config, key, target) -> dict[str, jax.Array]:
     each = ranks(config, target.names).reshape(*stack, 1, 1)
     width, most, how = math.prod(inputs), each.max(), config["init_lora_weights"]
     own = np.maximum(each, 1)  # 0 is a layer without an update; nothing of it is kept
-    a = (_normal(key, (*stack, width, most), 1 / own) if how == "gaussian"
-         else _uniform(key, (*stack, width, most), 1 / math.sqrt(width)))
+    a = _uniform(key, (*stack, width, most), 1 / math.sqrt(width))
+    if how == "gaussian":
+        a = jax.random.normal(key, a.shape, jnp.float32) * (1 / own).astype(np.float32)
     bound = 1 / np.sqrt(own) if how is False else 0
     b = _uniform(jax.random.fold_in(key, 1), (*stack, most, math.prod(outputs)), bound)
     a = jnp.where(np.arange(most) < each, a, 0)
@@ -165,10 +166,6 @@ def _leaves(config, key, target) -> dict[str, jax.Array]:
 
 def _uniform(key, shape, bound):
     return jax.random.uniform(key, shape, jnp.float32, -1, 1) * np.float32(bound)
-
-
-def _normal(key, shape, deviation):
-    return jax.random.normal(key, shape, jnp.float32) * deviation.astype(np.float32)
 
 
 def _check_saved(config, params, found) -> None:
@@ -185,9 +182,8 @@ def _check_saved(config, params, found) -> None:
                                f"{nearest(module, {p for n in names for p in n.split('.')[:-1]})}.{hint}")
 
 
-def _check_biases(config, params, found) -> None:
+def _check_biases(config, flat, found) -> None:
     """A stacked bias leaf trains as a whole; peft's lora_only on some layers of a stack would need a part of it."""
-    flat = tree.flatten(params)
     partly = [t.path for t in found if not ranks(config, t.names).all() and f"{t.path}/bias" in flat]
     if config["bias"] == "lora_only" and partly:
         raise PeftJaxError(f"bias='lora_only' on some layers of a scanned stack ('{partly[0]}/bias') is not supported: "
@@ -273,11 +269,16 @@ def _trains(config, path, flat) -> bool:
 def _merge(params):
     """Fold s A B into each kernel, in float32, back to the kernel's dtype; the LoRA leaves are gone afterwards."""
     flat = tree.flatten(params)
-    for folder in [path.removesuffix("lora_a") for path in flat if path.endswith("lora_a")]:
+    for folder in _adapted(flat):
         a, b, scaling = (flat.pop(folder + name) for name in LEAVES)
         kernel = flat[folder + "kernel"]
         flat[folder + "kernel"] = (kernel.astype(jnp.float32) + delta(a, b, scaling)).astype(kernel.dtype)
     return tree.unflatten(flat)
+
+
+def _adapted(flat) -> list[str]:
+    """The folders, with a slash at the end, of all modules that hold LoRA."""
+    return [path.removesuffix("lora_a") for path in flat if path.endswith("lora_a")]
 
 
 def delta(a, b, scaling):
@@ -291,7 +292,7 @@ def _padding(config, params) -> int:
     """Elements of A and B beyond each layer's own rank."""
     flat = tree.flatten(params)
     unused = 0
-    for folder in [path.removesuffix("lora_a") for path in flat if path.endswith("lora_a")]:
+    for folder in _adapted(flat):
         a, b = flat[folder + "lora_a"], flat[folder + "lora_b"]
         held = ranks(config, targets.module_names(folder.rstrip("/"), flat[folder + "lora_scaling"].shape))
         width = (a.size + b.size) // (a.shape[-1] * len(held))  # of one rank in one layer

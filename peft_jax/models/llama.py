@@ -145,8 +145,8 @@ class CausalLM(nn.Module):
 
     ``dtype`` is the compute type, ``param_dtype`` that of freshly made parameters. The backward pass keeps the layers'
     projections and computes what lies between them again (attention too), which is faster than fetching it from memory
-    and takes a third of it (LOG.md, 2026-11-24); with ``remat`` it keeps each layer's input alone. A ``lm_head`` in the
-    parameters is used whenever there is one; without it the embedding serves as the head.
+    and halves what is kept there (LOG.md, 2026-11-24); with ``remat`` it keeps each layer's input alone. A ``lm_head``
+    in the parameters is used whenever there is one; without it the embedding serves as the head.
     """
 
     config: LlamaConfig

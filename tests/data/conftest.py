@@ -16,26 +16,10 @@ CHATML = (
 )
 
 
-def _train(backend, trainer, **tokens):
-    from transformers import PreTrainedTokenizerFast
-
-    backend.train_from_iterator(TEXT, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
-
-
 @pytest.fixture(scope="session")
-def tokenizer():
+def tokenizer(train_bpe):
     """Byte-level BPE with a ChatML template; adds no bos, like SmolLM2."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=450, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    made = _train(backend, trainer, bos_token="<s>", eos_token="<|im_end|>", pad_token="<|im_end|>")
+    made = train_bpe(TEXT, 450, SPECIAL, bos_token="<s>", eos_token="<|im_end|>", pad_token="<|im_end|>")
     made.chat_template = CHATML
     return made
 
@@ -44,11 +28,13 @@ def tokenizer():
 def spaced_tokenizer():
     """Writes a space before every text and <s> before every sequence, like Llama 2."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<s>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
     backend.decoder = decoders.Metaspace(prepend_scheme="always")
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, show_progress=False)
-    made = _train(backend, trainer, bos_token="<s>", eos_token="</s>")
+    backend.train_from_iterator(TEXT, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     made.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return made
