@@ -7,7 +7,7 @@ from ml_collections.config_dict import ConfigDict
 from configs.parse import keys, names
 from peft_jax.errors import PeftJaxError, nearest
 
-NAMES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+NAMES = ("layers_to_transform", "layers_pattern", "modules_to_save")  # and every argument that ends in _modules
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
@@ -39,8 +39,8 @@ PLACEHOLDERS = {  # what a task's templates must hold, or every example would re
 
 def tidy(config: ConfigDict) -> ConfigDict:
     """Give names of modules, however they were written, the one form that methods take."""
-    for key in NAMES:
-        if key in config.method:
+    for key in config.method:
+        if key in NAMES or key.endswith("_modules"):
             config.method[key] = names(config.method[key])
     return config
 

@@ -31,7 +31,18 @@ def _lora() -> dict:
     }
 
 
-METHODS = {"lora": _lora}
+def _ia3() -> dict:
+    return {
+        "name": "ia3",
+        "target_modules": any_type(("k_proj", "v_proj", "down_proj")),
+        "feedforward_modules": any_type(("down_proj",)),  # of these the input is scaled, not the output
+        "exclude_modules": any_type(None),
+        "modules_to_save": any_type(None),
+        "init_ia3_weights": True,
+    }
+
+
+METHODS = {"ia3": _ia3, "lora": _lora}
 
 
 def method_config(name: str) -> ConfigDict:

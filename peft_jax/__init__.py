@@ -13,6 +13,7 @@ CONTENTS = {
     "chain": "method",
     "check_read": "method",
     "METHODS": "methods",
+    "ia3": "methods",
     "lora": "methods",
     # parameter trees
     "combine": "tree",

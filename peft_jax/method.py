@@ -12,6 +12,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 from peft_jax import tree
 from peft_jax.errors import PeftJaxError
+from peft_jax.stored import Format
 
 TRAINABLE, FROZEN = "trainable", "frozen"
 
@@ -33,6 +34,8 @@ class Method(NamedTuple):
       config: the method's arguments in Hugging Face peft's words, with ``peft_type``; what a saved adapter states.
       padding: ``(params) -> int``: trainable elements that are only there to give stacked layers one shape. They are
         zero, stay zero, and are not counted as parameters.
+      stored: how an adapter file holds the leaves, ``None`` where it does not.
+      parts: the methods of a chain.
     """
 
     init: Callable[..., tree.Tree]
@@ -41,16 +44,20 @@ class Method(NamedTuple):
     merge: Callable[[Mapping], tree.Tree] | None
     config: Mapping[str, Any]
     padding: Callable[[Mapping], int] = _no_padding
+    stored: Format | None = None
+    parts: tuple["Method", ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Context(InterceptorContext):
-    """Flax's ``module``, ``method_name`` and ``orig_method``, and the names of the random streams of the whole call.
+    """Flax's ``module``, ``method_name`` and ``orig_method``, and of the whole call:
 
-    A module inside a lifted transform may see fewer streams than were given; here a method can tell.
+    rngs: the names of its random streams; a module inside a lifted transform may see fewer, here a method can tell.
+    params: the whole parameter tree, for leaves that several modules share.
     """
 
     rngs: frozenset[str]
+    params: Mapping[str, Any]
 
 
 def chain(*methods: Method) -> Method:
@@ -82,7 +89,7 @@ def chain(*methods: Method) -> Method:
     foldable = all(method.merge for method in methods)
     return Method(init, intercept, labels, merge if foldable else None,
                   {"peft_type": "CHAIN", "methods": tuple(m.config for m in methods)},
-                  lambda params: sum(m.padding(params) for m in methods))
+                  lambda params: sum(m.padding(params) for m in methods), parts=methods)
 
 
 def _intercepted(intercept, next_fun, context, *args, **kwargs):
@@ -111,11 +118,17 @@ def bind(method: Method, model: nn.Module) -> Callable[..., Any]:
 
     def apply(variables, *args, rngs=None, **kwargs):
         kwargs |= {} if rngs is None else {"rngs": rngs}
-        with nn.intercept_methods(partial(_with_streams, method.intercept, _streams(rngs))):
-            if "method" not in kwargs and (shape := jax.tree.structure(variables)) not in checked:
-                check_read(method, partial(_apply_params, model, variables, args, kwargs), variables["params"])
-                checked.add(shape)
-            return model.apply(variables, *args, **kwargs)
+
+        def run(params):
+            entered = partial(_in_context, method.intercept, _streams(rngs), params)
+            with nn.intercept_methods(entered):
+                return model.apply({**variables, "params": params}, *args, **kwargs)
+
+        params = variables.get("params", {})
+        if "method" not in kwargs and (shape := jax.tree.structure(variables)) not in checked:
+            check_read(method, run, params)
+            checked.add(shape)
+        return run(params)
 
     return apply
 
@@ -126,12 +139,9 @@ def _streams(rngs) -> frozenset[str]:
     return frozenset(rngs if isinstance(rngs, Mapping) else ("params",))  # a bare key is flax's "params" stream
 
 
-def _with_streams(intercept, rngs, next_fun, args, kwargs, context):
-    return intercept(next_fun, args, kwargs, Context(context.module, context.method_name, context.orig_method, rngs))
-
-
-def _apply_params(model, variables, args, kwargs, params):
-    return model.apply({**variables, "params": params}, *args, **kwargs)
+def _in_context(intercept, rngs, params, next_fun, args, kwargs, context):
+    whole = Context(context.module, context.method_name, context.orig_method, rngs, params)
+    return intercept(next_fun, args, kwargs, whole)
 
 
 def check_read(method: Method, forward: Callable[[Mapping], Any], params: Mapping) -> None:

@@ -86,3 +86,11 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="session")
+def peer_bases(tmp_path_factory):
+    """{name: (makes a fresh torch model, Flax model, params)}: tiny random models that both libraries hold."""
+    from tests.peer import make_bases
+
+    return make_bases(tmp_path_factory)

@@ -81,7 +81,7 @@ def test_two_groups_for_one_leaf_are_an_error():
 
 def test_two_loras_on_one_tree_are_an_error():
     """Each would read the other's leaves too, and add every branch twice."""
-    with pytest.raises(PeftJaxError, match="already hold LoRA"):
+    with pytest.raises(PeftJaxError, match="already hold LORA"):
         chain(on("first"), on("second")).init(jax.random.key(0), PARAMS)
 
 

@@ -1,17 +1,17 @@
-"""LoRA adapters as Hugging Face peft stores them, in and out: ``adapter_config.json``, ``adapter_model.safetensors``.
+"""Adapters as Hugging Face peft stores them, in and out: ``adapter_config.json``, ``adapter_model.safetensors``.
 
-A stacked leaf is split into its layers and cut to each layer's own rank on the way out, put together and filled with
-zeros on the way in. Modules of our own models have Hugging Face's names; those of other models their dotted Flax paths,
-and leaves that train as a whole are then stored as they are, under their path.
+What is in the files is each method's own matter (:mod:`peft_jax.stored`). Here: files, names, checks. Modules of our
+own models have Hugging Face's names; those of other models their dotted Flax paths, and leaves that train as a whole
+are then stored as they are, under their path.
 """
 
-import itertools
 import json
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,31 +20,13 @@ import numpy as np
 from peft_jax import targets, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub import adapter_config, assets, files, names
-from peft_jax.method import FROZEN, Method
-from peft_jax.methods.lora import lora, ranks, scalings
+from peft_jax.method import FROZEN, Method, chain
+from peft_jax.methods import FORMATS
 from peft_jax.models.llama import CausalLM, untie
+from peft_jax.stored import PREFIX, Naming, Slot
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # peft's two wrappers around the model
-_KEYS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
-
-
-class Slot(NamedTuple):
-    """Where one tensor of the file lies here: a leaf, an entry of its stack, the rank used of it, torch's (out, in)."""
-
-    path: str
-    entry: tuple[int, ...]
-    rank: int | None
-    transposed: bool
-
-    def of(self, leaf: np.ndarray) -> np.ndarray:
-        """The tensor as a view of its leaf, in the file's layout: lora_A (r, in), lora_B (out, r)."""
-        part = leaf[self.entry]
-        if self.path.endswith("lora_a"):
-            part = part.reshape(-1, part.shape[-1])[:, :self.rank]
-        elif self.path.endswith("lora_b"):
-            part = part.reshape(part.shape[0], -1)[:self.rank]
-        return part.T if self.transposed else part
+_TIED = (f"{PREFIX}lm_head.weight", f"{PREFIX}lm_head.base_layer.weight")
 
 
 def save_adapter(folder: str | os.PathLike, method: Method, params: Mapping[str, Any], model: Any,
@@ -53,25 +35,44 @@ def save_adapter(folder: str | os.PathLike, method: Method, params: Mapping[str,
 
     Args:
       folder: made where missing; files are written aside and then renamed.
-      method: ``lora(...)``, or a chain with one such in it.
+      method: any method but a plain full one; a chain is one file that lists its methods, which only this library
+        reads, unless one alone of them is stored.
       params: the whole tree; leaves are stored in their own dtype.
       model: the model the parameters are of. For a :class:`CausalLM` real peft reads the files.
       base_model: Hub id or path of the base model, which peft's AutoPeftModel and others look for.
 
     Raises:
-      PeftJaxError: a method that is no LoRA, scales that are not its own, trained leaves that peft has no place for,
-        or a folder that cannot be written.
+      PeftJaxError: a method that is not stored, leaves that are not its own, trained leaves that the file has no place
+        for, or a folder that cannot be written.
     """
-    config = _lora_config(method)
-    causal, flat = isinstance(model, CausalLM), tree.flatten(params)
+    parts = [part for part in method.parts or (method,) if part.stored is not None]
+    if not parts:
+        raise PeftJaxError(f"save_adapter: {method.config['peft_type']} has no adapter file: save the whole model with "
+                           "save_pretrained instead.")
+    portable = isinstance(model, CausalLM)
+    stated, tensors = [], {}
+    for part in parts:
+        config, flat = part.stored.plain(part.config, tree.flatten(params))
+        naming = _naming(flat, None, portable)
+        slots = part.stored.slots(config, flat, _trained(part, params, flat), naming)
+        if double := slots.keys() & tensors.keys():
+            raise PeftJaxError(f"save_adapter: two methods of the chain both store '{min(double)}'.")
+        tensors |= _tensors(slots, flat)
+        tied = portable and "lm_head/kernel" not in flat and any(s.path == "embed_tokens/embedding"
+                                                                 for s in slots.values())
+        stated.append(adapter_config.write(part.stored, config, flat, naming, tied=tied, base_model=base_model))
+    _write(Path(folder), tensors, stated[0] if len(stated) == 1 else {"peft_type": "CHAIN", "methods": stated})
+
+
+def _trained(method: Method, params, flat) -> list[str]:
+    """The trained leaves among those to be stored; what ``plain`` put in the place of others counts as trained."""
     labels = tree.flatten(method.labels(params))
-    slots = _slots(config, flat, [path for path in flat if labels[path] != FROZEN], causal)
-    _check_scales(config, flat)
+    return [path for path in flat if path not in labels or labels[path] != FROZEN]
+
+
+def _tensors(slots: Mapping[str, Slot], flat) -> dict[str, np.ndarray]:
     leaves = {path: np.asarray(flat[path]) for path in dict.fromkeys(slot.path for slot in slots.values())}
-    tensors = {key: np.ascontiguousarray(slot.of(leaves[slot.path])) for key, slot in slots.items()}
-    tied = causal and "embed_tokens/embedding" in leaves and "lm_head/kernel" not in flat
-    stated = adapter_config.write(config, _modules(flat, None, causal), causal=causal, tied=tied, base_model=base_model)
-    _write(Path(folder), tensors, stated)
+    return {key: slot.tensor(leaves[slot.path]) for key, slot in slots.items()}
 
 
 def load_adapter(source: str | os.PathLike, base_params: Mapping[str, Any],
@@ -91,95 +92,60 @@ def load_adapter(source: str | os.PathLike, base_params: Mapping[str, Any],
         missing, unexpected or of another shape; all of them are listed.
     """
     folder = _folder(source)
-    stated, tied = adapter_config.read(folder / CONFIG)
+    parts = adapter_config.read(folder / CONFIG, FORMATS)
     tensors = _read_tensors(folder / WEIGHTS)
-    causal = _is_ours(base_params)
-    if causal and not tied and _unties(stated, tensors):
-        base_params = untie(base_params)
-    ours = [name for name, _ in _modules(tree.flatten(base_params), axes, causal)]
-    method = lora(**adapter_config.without_unmatched(stated, ours))
-    params = method.init(jax.random.key(0), base_params, axes=axes)
-    flat, labels = tree.flatten(params), tree.flatten(method.labels(params))
-    slots = _slots(method.config, flat, [path for path in flat if labels[path] != FROZEN], causal)
-    _check_tensors(folder, tensors, slots, flat, tree.flatten(base_params) if causal else {})
-    return method, tree.unflatten(flat | _filled(tensors, slots, flat))
-
-
-def _lora_config(method: Method) -> Mapping[str, Any]:
-    parts = method.config["methods"] if method.config["peft_type"] == "CHAIN" else (method.config,)
-    loras = [part for part in parts if part["peft_type"] == "LORA"]
-    if len(loras) != 1:
-        kinds = ", ".join(part["peft_type"] for part in parts)
-        raise PeftJaxError(f"save_adapter: the method is {kinds}; an adapter file holds exactly one LORA.")
-    return loras[0]
+    portable, params = _is_ours(base_params), base_params
+    if portable and not any(part.tied for part in parts) and any(_unties(part.stated, tensors) for part in parts):
+        params = base_params = untie(base_params)
+    methods, slots = [], {}
+    for part in parts:
+        flat = tree.flatten(params)
+        naming = _naming(flat, axes, portable)
+        method = part.format.make(**adapter_config.without_unmatched(part.stated, [ours for ours, _ in naming.pairs]))
+        params = method.init(jax.random.key(0), params, axes=axes)
+        flat = tree.flatten(params)
+        slots |= part.format.slots(method.config, flat, _trained(method, params, flat), _naming(flat, axes, portable))
+        methods.append(method)
+    _check_tensors(folder, tensors, slots, flat, tree.flatten(base_params) if portable else {})
+    params = tree.unflatten(flat | _filled(tensors, slots, flat))
+    return methods[0] if len(methods) == 1 else chain(*methods), params
 
 
 def _is_ours(params) -> bool:
     return all(path.rpartition("/")[0] in names.MODULES for path in tree.flatten(params))
 
 
-def _modules(flat, axes, causal) -> list[tuple[str, str]]:
-    """(our name, name in the file) of every module with a kernel, layer by layer."""
+def _naming(flat, axes, portable) -> Naming:
     pairs = []
     for path, leaf in flat.items():
-        if path.endswith("/kernel"):
-            folder = path.removesuffix("/kernel")
+        if path.rpartition("/")[2] == "kernel":
+            module = path.removesuffix("kernel").rstrip("/")
             stack = axes[path].stack if axes and path in axes else targets.plain_axes(leaf.shape).stack
-            pairs += zip(targets.module_names(folder, stack), _file_names(folder, stack, causal))
-    return pairs
+            pairs += zip(targets.module_names(module, stack), _module_names(portable, module, stack))
+    return Naming(partial(_module_names, portable), partial(_whole, portable, flat), pairs, portable)
 
 
-def _file_names(folder: str, stack: tuple[int, ...], causal: bool) -> list[str]:
-    if not causal:
-        return list(targets.module_names(folder, stack))
-    return [names.hf_module(folder, layer) for layer in (range(*stack) if stack else [None])]
+def _module_names(portable: bool, module: str, stack: tuple[int, ...]) -> list[str]:
+    if not portable:
+        return list(targets.module_names(module, stack))
+    return [names.hf_module(module, layer) for layer in (range(*stack) if stack else [None])]
 
 
-def _slots(config, flat, trained: list[str], causal: bool) -> dict[str, Slot]:
-    """Every tensor of the adapter's file, by its key, for the leaves at the paths ``trained``."""
-    slots: dict[str, Slot] = {}
-    for path in trained:
-        folder, _, name = path.rpartition("/")
-        if name in _KEYS:
-            slots |= _branch_slots(config, path, flat[f"{folder}/lora_scaling".lstrip("/")].shape, causal)
-        elif causal:
-            slots |= _whole_slots(config, path, flat)
-        else:
-            slots[PREFIX + path.replace("/", ".")] = Slot(path, (), None, False)
-    return slots
-
-
-def _branch_slots(config, path, stack, causal) -> dict[str, Slot]:
-    folder, _, name = path.rpartition("/")
-    held = ranks(config, targets.module_names(folder, stack)).tolist()
-    entries = itertools.product(*map(range, stack))
-    return {f"{PREFIX}{module}.{_KEYS[name]}": Slot(path, entry, rank, True)
-            for module, entry, rank in zip(_file_names(folder, stack, causal), entries, held) if rank}
-
-
-def _whole_slots(config, path, flat) -> dict[str, Slot]:
-    """Of a leaf of our models that trains as a whole. In an adapted module peft keeps it in the ``base_layer``."""
-    folder, _, name = path.rpartition("/")
-    stack = flat[path].shape[:1] if path.startswith("layers/") else ()
-    held = ranks(config, targets.module_names(folder, stack))
-    slots = {}
-    for layer, rank in zip(range(*stack) if stack else [None], held):
-        module, _, theirs = names.hf_tensor(path, layer).rpartition(".")
-        entry = () if layer is None else (layer,)
-        slots[f"{PREFIX}{module}{'.base_layer' if rank else ''}.{theirs}"] = Slot(path, entry, None, name == "kernel")
+def _whole(portable: bool, flat, path: str) -> dict[str, Slot]:
+    """The tensors of a leaf that trains as a whole, by name."""
+    if not portable:
+        return {path.replace("/", "."): Slot(path)}
+    transposed = path.endswith("/kernel")
+    layers = range(flat[path].shape[0]) if path.startswith("layers/") else [None]
+    found = {names.hf_tensor(path, layer): Slot(path, partial(_layer, layer, transposed)) for layer in layers}
     if path == "embed_tokens/embedding" and "lm_head/kernel" not in flat:  # tied: peft stores it under both names
-        slots[f"{PREFIX}lm_head.weight"] = Slot(path, (), None, False)
-    return slots
+        found["lm_head.weight"] = Slot(path)
+    return found
 
 
-def _check_scales(config, flat) -> None:
-    for path, leaf in flat.items():
-        if path.endswith("lora_scaling"):
-            own = scalings(config, targets.module_names(path.removesuffix("lora_scaling").rstrip("/"),
-                                                                    leaf.shape))
-            if not np.array_equal(np.asarray(leaf).ravel(), own):
-                raise PeftJaxError(f"save_adapter: '{path}' is not what this method's r and lora_alpha give: save with "
-                                   "the method that made the parameters.")
+def _layer(layer: int | None, transposed: bool, leaf: np.ndarray) -> np.ndarray:
+    part = leaf if layer is None else leaf[layer]
+    return part.T if transposed else part
 
 
 def _write(folder: Path, tensors: dict[str, np.ndarray], stated: dict[str, Any]) -> None:
@@ -221,12 +187,12 @@ def _unties(stated, tensors) -> bool:
     """Whether peft gives a tied model a head of its own for this adapter."""
     saved = stated.get("modules_to_save")
     return (targets.saved(saved, "lm_head") or targets.saved(saved, "embed_tokens")
-            or any(key.startswith(f"{PREFIX}lm_head.lora_") for key in tensors))
+            or any(key.startswith(f"{PREFIX}lm_head.") and key not in _TIED for key in tensors))
 
 
 def _check_tensors(folder, tensors, slots, flat, base) -> None:
     """One error that lists every tensor that is missing, unexpected or of another shape."""
-    shapes = {key: slot.of(np.broadcast_to(np.int8(0), flat[slot.path].shape)).shape for key, slot in slots.items()}
+    shapes = {key: slot.tensor(np.broadcast_to(np.int8(0), flat[slot.path].shape)).shape for key, slot in slots.items()}
     faults = {
         "missing": sorted(shapes.keys() - tensors.keys()),
         "unexpected": [key for key in sorted(tensors.keys() - shapes.keys())
@@ -257,8 +223,8 @@ def _says_nothing_new(key: str, tensor, slots, base) -> bool:
 
 
 def _filled(tensors, slots, flat) -> dict[str, jax.Array]:
-    """The trained leaves, from the file; what lies beyond a layer's own rank is zero."""
-    leaves = {slot.path: np.zeros(flat[slot.path].shape, np.float32) for slot in slots.values()}
+    """The leaves that the file holds; what it does not say of them is as the method starts it."""
+    leaves = {slot.path: np.array(flat[slot.path], np.float32) for slot in slots.values()}
     for key, slot in slots.items():
-        slot.of(leaves[slot.path])[...] = tensors[key]
+        slot.fill(leaves[slot.path], tensors[key])
     return {path: jnp.asarray(leaf) for path, leaf in leaves.items()}

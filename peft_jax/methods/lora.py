@@ -9,8 +9,6 @@ are filled with zeros on both sides of the product, which stay zero under any gr
 """
 
 import math
-import re
-import zlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,13 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax.lax import optimization_barrier as barrier
 
-from peft_jax import targets, tree
-from peft_jax.errors import PeftJaxError, nearest
+from peft_jax import beside, targets, tree
+from peft_jax.errors import PeftJaxError
 from peft_jax.kept import keep
-from peft_jax.method import FROZEN, TRAINABLE, Method
+from peft_jax.method import Method
+from peft_jax.stored import Format, Naming, Slot
 from peft_jax.targets import Patterns
 
 LEAVES = ("lora_a", "lora_b", "lora_scaling")
@@ -63,66 +61,32 @@ def lora(r: int = 8, lora_alpha: float = 8, target_modules: Patterns = ("q_proj"
 
     Raises ``PeftJaxError`` for values out of range, and from ``init`` for patterns that match nothing.
     """
-    config = {"peft_type": "LORA", **locals()}
-    config["target_modules"] = ("q_proj", "v_proj") if target_modules is None else target_modules
-    config["modules_to_save"] = (modules_to_save,) if isinstance(modules_to_save, str) else modules_to_save
+    config = beside.tidy({"peft_type": "LORA", **locals()})
     _check(config)
-    return Method(partial(_init, config), partial(_intercept, lora_dropout), partial(_labels, config), _merge, config,
-                  partial(_padding, config))
+    return Method(partial(_init, config), partial(_intercept, lora_dropout), partial(labels, config), _merge, config,
+                  partial(padding, config), FORMAT)
 
 
-def _check(config: dict[str, Any]) -> None:
-    _check_types(config)
-    ranks = {"r": config["r"], **{f"rank_pattern['{k}']": v for k, v in (config["rank_pattern"] or {}).items()}}
-    for name, value in ranks.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise PeftJaxError(f"{name}={value!r}: a rank is a whole number of at least 1.")
-    if not 0 <= config["lora_dropout"] < 1:
-        raise PeftJaxError(f"lora_dropout={config['lora_dropout']!r}: a probability of at least 0 and below 1.")
-    for name, choices in {"bias": BIASES, "init_lora_weights": INITS}.items():
-        if config[name] not in choices:
-            raise PeftJaxError(f"{name}={config[name]!r}: {nearest(config[name], map(str, choices))}")
-    if isinstance(config["target_modules"], str) and config["layers_to_transform"] not in (None, (), []):
-        raise PeftJaxError(f"layers_to_transform needs target_modules as a list of names, as in peft; it is the string "
-                           f"{config['target_modules']!r}: name the modules, or put the layers into the regex.")
-    _check_regexes(config)
-
-
-def _check_types(config) -> None:
-    words = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save")
-    for name, kind in {**dict.fromkeys(words, str), "layers_to_transform": int}.items():
-        given = config[name] if isinstance(config[name], list | tuple) else (config[name],)
-        if not all(one is None or isinstance(one, kind) for one in given):
-            raise PeftJaxError(f"{name}={config[name]!r}: give {'names' if kind is str else 'whole numbers'} or None.")
+def _check(config: Mapping[str, Any]) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config[name], Mapping | None):
             raise PeftJaxError(f"{name}={config[name]!r}: give a dict, such as {{'layers.0.self_attn.q_proj': 4}}.")
+    ranks = {"r": config["r"], **{f"rank_pattern['{k}']": v for k, v in (config["rank_pattern"] or {}).items()}}
+    for name, value in ranks.items():
+        beside.check_rank(name, value)
     alphas = {f"alpha_pattern['{key}']": value for key, value in (config["alpha_pattern"] or {}).items()}
-    for name, value in {"lora_alpha": config["lora_alpha"], "lora_dropout": config["lora_dropout"], **alphas}.items():
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise PeftJaxError(f"{name}={value!r}: give a finite number.")
-
-
-def _check_regexes(config) -> None:
-    given = [config[name] for name in ("target_modules", "exclude_modules") if isinstance(config[name], str)]
-    for regex in (*given, *(config["rank_pattern"] or ()), *(config["alpha_pattern"] or ())):
-        try:
-            re.compile(regex)
-        except re.error as error:
-            raise PeftJaxError(f"'{regex}' is no regular expression: {error}.") from error
-
-
-def selection(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that say which modules are adapted."""
-    chosen = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-    return {name: config[name] for name in chosen}
+    for name, value in {"lora_alpha": config["lora_alpha"], **alphas}.items():
+        beside.check_number(name, value)
+    beside.check_probability("lora_dropout", config["lora_dropout"])
+    beside.check_choice("bias", config["bias"], BIASES)
+    beside.check_choice("init_lora_weights", config["init_lora_weights"], INITS)
+    beside.check_regexes([*(config["rank_pattern"] or ()), *(config["alpha_pattern"] or ())])
 
 
 def ranks(config: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
     """The rank of each module by its name, int (len(names),), 0 where it is not adapted."""
-    chosen = targets.chooser(**selection(config))
-    return np.array([targets.pattern_value(config["rank_pattern"], name, config["r"]) if chosen(name) else 0
-                     for name in names])
+    return np.array([targets.pattern_value(config["rank_pattern"], name, config["r"]) if chosen else 0
+                     for name, chosen in zip(names, beside.chosen(config, names))], int)
 
 
 def scalings(config: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
@@ -134,20 +98,13 @@ def scalings(config: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
 
 
 def _init(config, rng, params, axes=None):
-    if held := _adapted(flat := tree.flatten(params)):
-        raise PeftJaxError(f"the parameters already hold LoRA ('{held[0]}lora_a'): start from the base's, "
-                           "or merge first.")
-    found = targets.find(params, axes, selection(config))
-    _check_saved(config, params, found)
-    _check_biases(config, flat, found)
-    for target in found:
-        key = jax.random.fold_in(rng, zlib.crc32(target.path.encode()))  # by path: other targets change nothing here
-        flat |= {f"{target.path}/{name}".lstrip("/"): leaf for name, leaf in _leaves(config, key, target).items()}
-    return tree.unflatten({path: leaf.astype(jnp.float32) if _trains(config, path, flat) else leaf
-                           for path, leaf in flat.items()})  # a bfloat16 leaf would lose most of an update
+    params = beside.init(config, rng, params, axes, partial(leaves, config), partial(trains, config))
+    _check_biases(config, tree.flatten(params))
+    return params
 
 
-def _leaves(config, key, target) -> dict[str, jax.Array]:
+def leaves(config, key, target, kernel) -> dict[str, jax.Array]:
+    """``lora_a``, ``lora_b`` and ``lora_scaling`` of one target."""
     _, stack, inputs, outputs = target.axes
     each = ranks(config, target.names).reshape(*stack, 1, 1)
     width, most, how = math.prod(inputs), each.max(), config["init_lora_weights"]
@@ -168,54 +125,23 @@ def _uniform(key, shape, bound):
     return jax.random.uniform(key, shape, jnp.float32, -1, 1) * np.float32(bound)
 
 
-def _check_saved(config, params, found) -> None:
-    names = [path.replace("/", ".") for path in tree.flatten(params)]
-    both = [target.path for target in found if targets.saved(config["modules_to_save"], target.path.replace("/", "."))]
-    if both:
-        raise PeftJaxError(f"'{both[0]}' is both adapted and, by the ending of its name, in modules_to_save "
-                           f"({', '.join(config['modules_to_save'])}): spell out the names of one or the other.")
-    for module in config["modules_to_save"] or ():
-        if not any(targets.saved((module,), name.rpartition(".")[0]) for name in names):
-            hint = (" The head is tied to the embedding: untie it first with peft_jax.untie(params)."
-                    if module == "lm_head" else "")
-            raise PeftJaxError(f"modules_to_save has '{module}', which is no module of this model: "
-                               f"{nearest(module, {p for n in names for p in n.split('.')[:-1]})}.{hint}")
-
-
-def _check_biases(config, flat, found) -> None:
+def _check_biases(config, flat) -> None:
     """A stacked bias leaf trains as a whole; peft's lora_only on some layers of a stack would need a part of it."""
-    partly = [t.path for t in found if not ranks(config, t.names).all() and f"{t.path}/bias" in flat]
-    if config["bias"] == "lora_only" and partly:
-        raise PeftJaxError(f"bias='lora_only' on some layers of a scanned stack ('{partly[0]}/bias') is not supported: "
-                           "adapt all layers, or set bias to 'none' or 'all'.")
+    for folder in beside.folders(flat, "lora_scaling") if config["bias"] == "lora_only" else ():
+        names = targets.module_names(folder.rstrip("/"), flat[folder + "lora_scaling"].shape)
+        if f"{folder}bias" in flat and not ranks(config, names).all():
+            raise PeftJaxError(f"bias='lora_only' on some layers of a scanned stack ('{folder}bias') is not supported: "
+                               "adapt all layers, or set bias to 'none' or 'all'.")
 
 
 def _intercept(dropout, next_fun, args, kwargs, context):
-    module = context.module
     y = next_fun(*args, **kwargs)
-    if context.method_name != "__call__" or not module.has_variable("params", "lora_a"):
+    held = beside.read(context.module, context, LEAVES, "LoRA")
+    if held is None:
         return y
-    a, b, scaling = (module.get_variable("params", name) for name in LEAVES)
-    axis = _input_axes(module, args[0].ndim)
-    if scaling.ndim:  # else the products below could fit by accident
-        raise PeftJaxError(f"'{'/'.join(module.path)}' has one kernel, which was taken for a stack of {scaling.size}: "
-                           "give init axes=peft_jax.kernel_axes(model, params, *inputs).")
-    x = jnp.moveaxis(args[0], axis, range(-len(axis), 0))
-    if dropout and "dropout" in context.rngs:
-        if not module.has_rng("dropout"):
-            raise PeftJaxError(f"lora_dropout={dropout} cannot draw in '{'/'.join(module.path)}': the nn.scan around "
-                               "it withholds the stream; give it split_rngs={'params': True, 'dropout': True}.")
-        drop = nn.Dropout(dropout, deterministic=False, parent=None)
-        x = drop.apply({}, x, rngs={"dropout": module.make_rng("dropout")})
-    return y + branch(x.astype(y.dtype), a, b, scaling).reshape(y.shape)
-
-
-def _input_axes(module, ndim) -> tuple[int, ...]:
-    if not isinstance(module, (nn.Dense, nn.DenseGeneral)):
-        raise PeftJaxError(f"'{'/'.join(module.path)}' is a {type(module).__name__}: LoRA changes Dense and "
-                           "DenseGeneral modules only.")
-    axis = getattr(module, "axis", -1)
-    return tuple(i % ndim for i in (axis if isinstance(axis, (tuple, list)) else (axis,)))
+    x = beside.inputs_last(context.module, args[0])
+    x = beside.dropped(context.module, context, x, dropout, "lora_dropout")
+    return y + branch(x.astype(y.dtype), *held).reshape(y.shape)
 
 
 def branch(x, a, b, scaling):
@@ -252,33 +178,23 @@ def _product_backward(kept, gradient):
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _labels(config, params):
-    flat = tree.flatten(params)
-    return tree.unflatten({path: TRAINABLE if _trains(config, path, flat) else FROZEN for path in flat})
+def labels(config, params):
+    """``"trainable"`` for A, B, the biases that ``bias`` names and the saved modules."""
+    return beside.labels(params, partial(trains, config))
 
 
-def _trains(config, path, flat) -> bool:
+def trains(config, path, flat) -> bool:
+    """Whether the leaf at ``path`` trains."""
     folder, _, name = path.rpartition("/")
-    if name in LEAVES:
-        return name != "lora_scaling"
-    if name == "bias" and (config["bias"] == "all" or (config["bias"] == "lora_only" and f"{folder}/lora_a" in flat)):
+    adapted = f"{folder}/lora_a".lstrip("/") in flat
+    if name == "bias" and (config["bias"] == "all" or (config["bias"] == "lora_only" and adapted)):
         return True
-    return targets.saved(config["modules_to_save"], folder.replace("/", "."))
+    return beside.trains(config, LEAVES[:2], path, flat)
 
 
 def _merge(params):
     """Fold s A B into each kernel, in float32, back to the kernel's dtype; the LoRA leaves are gone afterwards."""
-    flat = tree.flatten(params)
-    for folder in _adapted(flat):
-        a, b, scaling = (flat.pop(folder + name) for name in LEAVES)
-        kernel = flat[folder + "kernel"]
-        flat[folder + "kernel"] = (kernel.astype(jnp.float32) + delta(a, b, scaling)).astype(kernel.dtype)
-    return tree.unflatten(flat)
-
-
-def _adapted(flat) -> list[str]:
-    """The folders, with a slash at the end, of all modules that hold LoRA."""
-    return [path.removesuffix("lora_a") for path in flat if path.endswith("lora_a")]
+    return beside.merge(params, LEAVES, lambda kernel, a, b, scaling: kernel + delta(a, b, scaling))
 
 
 def delta(a, b, scaling):
@@ -288,13 +204,66 @@ def delta(a, b, scaling):
     return (product * scaling[..., None, None]).reshape(*a.shape[:-1], *b.shape[len(stack) + 1:])
 
 
-def _padding(config, params) -> int:
+def padding(config, params) -> int:
     """Elements of A and B beyond each layer's own rank."""
     flat = tree.flatten(params)
     unused = 0
-    for folder in _adapted(flat):
+    for folder in beside.folders(flat, "lora_a"):
         a, b = flat[folder + "lora_a"], flat[folder + "lora_b"]
         held = ranks(config, targets.module_names(folder.rstrip("/"), flat[folder + "lora_scaling"].shape))
         width = (a.size + b.size) // (a.shape[-1] * len(held))  # of one rank in one layer
         unused += width * int((a.shape[-1] - held).sum())
     return unused
+
+
+def _slots(config, flat, trained: Sequence[str], naming: Naming) -> dict[str, Slot]:
+    for path in beside.folders(flat, "lora_scaling"):
+        held = flat[path + "lora_scaling"]
+        if not np.array_equal(np.ravel(held), scalings(config, targets.module_names(path.rstrip("/"), held.shape))):
+            raise PeftJaxError(f"save_adapter: '{path}lora_scaling' is not what this method's r and lora_alpha give: "
+                               "save with the method that made the parameters.")
+    return beside.slots(flat, trained, naming, "lora_scaling", KEYS, partial(_view, config))
+
+
+def _view(config, leaf, name):
+    """(*in, r) -> (r, in), (r, *out) -> (out, r), cut to the layer's own rank."""
+    rank = int(ranks(config, [name])[0])
+    if leaf == "lora_a":
+        return (lambda a: a.reshape(-1, a.shape[-1])[:, :rank].T) if rank else None
+    return (lambda b: b.reshape(b.shape[0], -1)[:rank].T) if rank else None
+
+
+def numbers(config, names) -> list:
+    """(rank, alpha) of each module; ``None`` where it is not adapted."""
+    alphas = [targets.pattern_value(config["alpha_pattern"], name, config["lora_alpha"]) for name in names]
+    return [(rank, alpha) if rank else None for rank, alpha in zip(ranks(config, names).tolist(), alphas)]
+
+
+def fields(config, flat, naming) -> dict[str, Any]:
+    """What peft needs in other words than ours: patterns with whole names, and empty dicts for None."""
+    config, spelled = beside.portable(config, naming, numbers)
+    if spelled is not None:
+        config["rank_pattern"] = {f"^{name}": r for name, (r, _) in spelled.items() if r != config["r"]}
+        config["alpha_pattern"] = {f"^{name}": a for name, (_, a) in spelled.items() if a != config["lora_alpha"]}
+    patterns = {name: dict(config[name] or {}) for name in ("rank_pattern", "alpha_pattern")}
+    return {**beside.selection(config), **patterns, "fan_in_fan_out": False}
+
+
+def _read(stated, where) -> dict[str, Any]:
+    value = stated.get("init_lora_weights", True)
+    if value not in PLAIN_INITS:
+        raise PeftJaxError(f"{where} has init_lora_weights={value!r}, with which peft also changes the base weights: "
+                           "save it from peft with path_initial_model_for_weight_conversion, as a plain LoRA.")
+    return {**stated, "init_lora_weights": PLAIN_INITS[value]}
+
+
+KEYS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+ARGUMENTS = ("r", "lora_alpha", "lora_dropout", *beside.SELECTION, "rank_pattern", "alpha_pattern", "use_rslora",
+             "bias", "init_lora_weights")
+# What peft starts from differs here, the base weights do not: once trained, each is a plain LoRA. All other named
+# inits (pissa, olora, corda, loftq, ...) also change the base weights when the adapter is loaded.
+PLAIN_INITS = {True: True, False: False, "gaussian": "gaussian", "eva": True, "orthogonal": True}
+# The last four act through init_lora_weights alone; what ensure_weight_tying says, the hub looks after.
+SILENT = ("fan_in_fan_out", "ensure_weight_tying", "megatron_core", "qalora_group_size", "runtime_config",
+          "loftq_config", "eva_config", "corda_config", "lora_ga_config")
+FORMAT = Format("LORA", lora, ARGUMENTS, _slots, fields, SILENT, _read)

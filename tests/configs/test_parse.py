@@ -79,7 +79,7 @@ def test_a_bad_override_is_one_clear_line(config, argument, message):
 
 
 def test_an_unknown_file_names_the_nearest(tmp_path):
-    with pytest.raises(PeftJaxError, match=r"did you mean experiments/lora.py\?"):
+    with pytest.raises(PeftJaxError, match=r"did you mean experiments/lora\.py"):
         parse.load_experiment("experiments/lorra.py")
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(PeftJaxError, match="no function get_config"):

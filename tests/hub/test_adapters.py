@@ -1,26 +1,19 @@
 """Adapters trained here give the same logits in real peft, and those made and trained by real peft the same here."""
 
-from functools import partial
-
 import jax
 import numpy as np
-import optax
 import pytest
 
 import peft_jax
 from peft_jax import bind, combine, flatten, load_adapter, lora, partition, save_adapter, untie
-from peft_jax.train.step import init_state, make_step
+from tests.peer import IDS, assert_close, forward, torch_logits, train_there
+from tests.properties import trained
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-SIZES = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 32}
-MODELS = {"llama": ("Llama", False), "tied": ("Llama", True), "qwen2": ("Qwen2", False)}  # Qwen2 has biases
-IDS = np.arange(20).reshape(2, 10) * 7 % SIZES["vocab_size"]
 
 # name: (model, LoraConfig's arguments). The same words make the adapter here and in peft.
 CASES = {
@@ -52,44 +45,10 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="session")
-def bases(tmp_path_factory):
-    """{name: (makes a fresh torch model, Flax model, params)}."""
-    torch.set_num_threads(1)  # tiny products: threads would only wait for one another
-
-    def make(kind, tied, folder):
-        torch.manual_seed(0)
-        theirs = getattr(transformers, f"{kind}ForCausalLM")(
-            getattr(transformers, f"{kind}Config")(**SIZES, tie_word_embeddings=tied)).eval()
-        with torch.no_grad():
-            for name, parameter in theirs.named_parameters():
-                parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
-        theirs.save_pretrained(folder)
-        fresh = getattr(transformers, f"{kind}ForCausalLM").from_pretrained
-        return (lambda: fresh(folder).eval()), *peft_jax.load_pretrained(folder)
-
-    return {name: make(*options, tmp_path_factory.mktemp(name)) for name, options in MODELS.items()}
-
-
-def torch_logits(model):
-    with torch.no_grad():
-        return model.eval()(torch.tensor(IDS)).logits.numpy()
-
-
-@partial(jax.jit, static_argnums=0)
-def forward(model, params):
-    """Logits of plain parameters; compiled once for each model, which bound methods are not."""
-    return model.apply({"params": params}, IDS)
-
-
-def assert_close(ours, theirs, relative=1e-4):
-    assert np.abs(np.asarray(ours) - theirs).max() <= relative * np.abs(theirs).max()
-
-
-def made_here(bases, case, **changes):
+def made_here(peer_bases, case, **changes):
     """(method, params, model) of a case, its base untied where peft unties it."""
     name, options = CASES[case]
-    _, model, base = bases[name]
+    _, model, base = peer_bases[name]
     if name == "tied" and case not in ("tied", "tie kept"):
         base = untie(base)
     options = {"r": 2, **options, **changes}
@@ -98,29 +57,13 @@ def made_here(bases, case, **changes):
     return method, method.init(jax.random.key(0), base), model
 
 
-def moved_here(bases, case):
+def moved_here(peer_bases, case):
     """The same with A and B random and every other trainable leaf moved, as if trained."""
-    method, params, model = made_here(bases, case, init_lora_weights=False)
+    method, params, model = made_here(peer_bases, case, init_lora_weights=False)
     labels, rng = flatten(method.labels(params)), np.random.default_rng(0)
     moved = {path: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32) for path, leaf in flatten(params).items()
              if labels[path] == "trainable" and "lora" not in path}
     return method, combine(params, peft_jax.unflatten(moved)), model
-
-
-BATCH = {
-    "input_ids": IDS[None], "segment_ids": np.ones_like(IDS)[None], "positions": np.arange(10)[None, None].repeat(2, 1),
-    "loss_index": np.arange(9)[None, None].repeat(2, 1), "loss_target": IDS[None, :, 1:],
-    "loss_weight": np.ones((1, 2, 9), np.float32),
-}  # fmt: skip
-
-
-def trained_here(method, params, model, steps=3):
-    trainable, frozen = partition(params, method.labels(params))
-    tx = optax.adam(0.05)
-    step, state = make_step(bind(method, model), tx, 64), init_state(trainable, tx, jax.random.key(1))
-    for _ in range(steps):
-        state, _ = step(state, frozen, BATCH)
-    return combine(frozen, state.trainable)
 
 
 def peft_model(fresh, options):
@@ -128,42 +71,33 @@ def peft_model(fresh, options):
     return peft.get_peft_model(fresh(), peft.LoraConfig(**{"r": 2, "task_type": "CAUSAL_LM", **options}))
 
 
-def train_there(model, steps=2):
-    model.train()
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.05)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(torch.tensor(IDS), labels=torch.tensor(IDS)).loss.backward()
-        optimizer.step()
-
-
 @pytest.mark.parametrize("case", ["patterns", "tied head and embedding"])
-def test_trained_here_opens_in_peft(bases, case, tmp_path):
-    method, before, model = made_here(bases, case)
-    params = trained_here(method, before, model)
+def test_trained_here_opens_in_peft(peer_bases, case, tmp_path):
+    method, before, model = made_here(peer_bases, case)
+    params = trained(method, model, before, IDS)
     apply = jax.jit(bind(method, model))
     ours, base = apply({"params": params}, IDS), apply({"params": before}, IDS)
     assert np.abs(np.asarray(ours - base)).max() > 0.05 * np.abs(base).max()
 
     save_adapter(tmp_path / "adapter", method, params, model)
-    theirs = peft.PeftModel.from_pretrained(bases[CASES[case][0]][0](), tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(peer_bases[CASES[case][0]][0](), tmp_path / "adapter")
     assert_close(ours, torch_logits(theirs))
     assert_close(forward(model, method.merge(params)), torch_logits(theirs.merge_and_unload()))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_saved_here_opens_in_peft(bases, case, tmp_path):
-    method, params, model = moved_here(bases, case)
+def test_saved_here_opens_in_peft(peer_bases, case, tmp_path):
+    method, params, model = moved_here(peer_bases, case)
     save_adapter(tmp_path / "adapter", method, params, model)
-    theirs = peft.PeftModel.from_pretrained(bases[CASES[case][0]][0](), tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(peer_bases[CASES[case][0]][0](), tmp_path / "adapter")
     assert_close(forward(model, method.merge(params)), torch_logits(theirs))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_saved_and_loaded_are_the_same_bits(bases, case, tmp_path):
-    method, params, model = moved_here(bases, case)
+def test_saved_and_loaded_are_the_same_bits(peer_bases, case, tmp_path):
+    method, params, model = moved_here(peer_bases, case)
     save_adapter(tmp_path / "adapter", method, params, model)
-    again, loaded = load_adapter(tmp_path / "adapter", bases[CASES[case][0]][2])
+    again, loaded = load_adapter(tmp_path / "adapter", peer_bases[CASES[case][0]][2])
     assert flatten(loaded).keys() == flatten(params).keys()
     for path, leaf in flatten(params).items():
         assert leaf.dtype == flatten(loaded)[path].dtype and np.array_equal(leaf, flatten(loaded)[path]), path
@@ -173,8 +107,8 @@ def test_saved_and_loaded_are_the_same_bits(bases, case, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_trained_by_peft_loads_here(bases, case, tmp_path):
-    fresh, model, base = bases[CASES[case][0]]
+def test_trained_by_peft_loads_here(peer_bases, case, tmp_path):
+    fresh, model, base = peer_bases[CASES[case][0]]
     theirs = peft_model(fresh, CASES[case][1])
     train_there(theirs)
     theirs.save_pretrained(tmp_path)
@@ -185,18 +119,18 @@ def test_trained_by_peft_loads_here(bases, case, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_as_many_parameters_train_as_in_peft(bases, case):
-    method, params, _ = made_here(bases, case)
+def test_as_many_parameters_train_as_in_peft(peer_bases, case):
+    method, params, _ = made_here(peer_bases, case)
     trainable, _ = partition(params, method.labels(params))
-    count, _ = peft_model(bases[CASES[case][0]][0], CASES[case][1]).get_nb_trainable_parameters()
+    count, _ = peft_model(peer_bases[CASES[case][0]][0], CASES[case][1]).get_nb_trainable_parameters()
     assert peft_jax.count(trainable) - method.padding(params) == count
 
 
-def test_the_config_says_what_peft_says(bases, tmp_path):
-    method, params, model = moved_here(bases, "defaults")
+def test_the_config_says_what_peft_says(peer_bases, tmp_path):
+    method, params, model = moved_here(peer_bases, "defaults")
     save_adapter(tmp_path, method, params, model, base_model="org/base")
     ours = peft.PeftConfig.from_pretrained(tmp_path)
-    theirs = peft_model(bases["llama"][0], {"target_modules": ["q_proj", "v_proj"]}).peft_config["default"]
+    theirs = peft_model(peer_bases["llama"][0], {"target_modules": ["q_proj", "v_proj"]}).peft_config["default"]
     assert (ours.base_model_name_or_path, ours.task_type, ours.inference_mode) == ("org/base", "CAUSAL_LM", True)
     same = {name: value for name, value in vars(theirs).items()
             if name not in ("base_model_name_or_path", "inference_mode", "init_lora_weights", "target_modules")}
@@ -204,9 +138,9 @@ def test_the_config_says_what_peft_says(bases, tmp_path):
     assert set(ours.target_modules) == set(theirs.target_modules)
 
 
-def test_patterns_that_peft_reads_otherwise_are_spelled_out(bases, tmp_path):
+def test_patterns_that_peft_reads_otherwise_are_spelled_out(peer_bases, tmp_path):
     """Without peft's "model." in front a regex matches here, and in peft nothing."""
-    fresh, model, base = bases["llama"]
+    fresh, model, base = peer_bases["llama"]
     method = lora(r=2, target_modules=r"layers\.[01]\.self_attn\.q_proj", init_lora_weights=False,
                   alpha_pattern={r"^layers\.1\.self_attn\.q_proj": 5}, rank_pattern={"^layers.0.self_attn.q_proj": 3})
     params = method.init(jax.random.key(0), base)

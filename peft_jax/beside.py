@@ -1,0 +1,274 @@
+"""Methods that put leaves beside chosen kernels: what they share. A method adds its equation and its leaves' layout.
+
+Beside each chosen kernel stand the method's leaves, with the kernel's stack in front, and one frozen leaf (*stack) that
+is zero for the layers of a stack that are not adapted: its shape says what the stack is, so that nothing else has to.
+"""
+
+import math
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from peft_jax import targets, tree
+from peft_jax.errors import PeftJaxError, nearest
+from peft_jax.method import FROZEN, TRAINABLE
+from peft_jax.stored import PREFIX, Naming, Slot
+
+SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+
+
+def tidy(config: dict[str, Any], default: targets.Patterns = ("q_proj", "v_proj")) -> dict[str, Any]:
+    """The arguments with peft's ``None`` for target_modules made ``default`` and checked.
+
+    Raises ``PeftJaxError`` for values of the wrong type, a regex that is none, or layers beside a regex.
+    """
+    saved, wanted = config["modules_to_save"], config["target_modules"]
+    config = {**config, "target_modules": default if wanted is None else wanted,
+              "modules_to_save": (saved,) if isinstance(saved, str) else saved}
+    for name, kind in {**dict.fromkeys(SELECTION, str), "layers_to_transform": int}.items():
+        given = config[name] if isinstance(config[name], list | tuple) else (config[name],)
+        if not all(one is None or isinstance(one, kind) for one in given):
+            raise PeftJaxError(f"{name}={config[name]!r}: give {'names' if kind is str else 'whole numbers'} or None.")
+    if isinstance(config["target_modules"], str) and config["layers_to_transform"] not in (None, (), []):
+        raise PeftJaxError(f"layers_to_transform needs target_modules as a list of names, as in peft; it is the string "
+                           f"{config['target_modules']!r}: name the modules, or put the layers into the regex.")
+    check_regexes([config[name] for name in ("target_modules", "exclude_modules") if isinstance(config[name], str)])
+    return config
+
+
+def check_regexes(given: Sequence[str]) -> None:
+    for regex in given:
+        try:
+            re.compile(regex)
+        except re.error as error:
+            raise PeftJaxError(f"'{regex}' is no regular expression: {error}.") from error
+
+
+def check_rank(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise PeftJaxError(f"{name}={value!r}: a rank is a whole number of at least 1.")
+
+
+def check_number(name: str, value: Any) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise PeftJaxError(f"{name}={value!r}: give a finite number.")
+
+
+def check_probability(name: str, value: Any) -> None:
+    check_number(name, value)
+    if not 0 <= value < 1:
+        raise PeftJaxError(f"{name}={value!r}: a probability of at least 0 and below 1.")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        raise PeftJaxError(f"{name}={value!r}: {nearest(str(value), map(str, choices))}")
+
+
+def selection(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that say which modules are adapted."""
+    return {name: config[name] for name in SELECTION}
+
+
+def chosen(config: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
+    """Whether each module is adapted, by its name: bool (len(names),)."""
+    return np.array(list(map(targets.chooser(**selection(config)), names)), bool)
+
+
+def init(config, rng, params, axes, leaves: Callable[..., Mapping[str, jax.Array]],
+         trains: Callable[[str, Mapping], bool]) -> tree.Tree:
+    """``params`` with ``leaves(key, target, kernel)`` beside every chosen kernel; what trains becomes float32.
+
+    A bfloat16 leaf would lose most of an update. ``leaves`` may replace the kernel or the bias of its module.
+
+    Raises ``PeftJaxError`` where nothing is chosen, a module is both adapted and saved, or leaves are there already.
+    """
+    flat = tree.flatten(params)
+    found = targets.find(params, axes, selection(config))
+    check_saved(config, params, found)
+    before = {path.rpartition("/")[2] for path in flat} - {"kernel", "bias"}
+    for target in found:
+        key = jax.random.fold_in(rng, zlib.crc32(target.path.encode()))  # by path: other targets change nothing here
+        folder = f"{target.path}/".lstrip("/")
+        new = leaves(key, target, flat[f"{folder}kernel"])
+        if held := new.keys() & before:
+            raise PeftJaxError(f"the parameters already hold {config['peft_type']} ('{min(held)}' leaves): start from "
+                               "the base's, or merge first.")
+        flat |= {folder + name: leaf for name, leaf in new.items()}
+    return tree.unflatten({path: leaf.astype(jnp.float32) if trains(path, flat) else leaf
+                           for path, leaf in flat.items()})
+
+
+def check_saved(config, params, found) -> None:
+    """Raise ``PeftJaxError`` where modules_to_save names nothing, or a module of ``found`` too."""
+    names = [path.replace("/", ".") for path in tree.flatten(params)]
+    both = [target.path for target in found if targets.saved(config["modules_to_save"], target.path.replace("/", "."))]
+    if both:
+        raise PeftJaxError(f"'{both[0]}' is both adapted and, by the ending of its name, in modules_to_save "
+                           f"({', '.join(config['modules_to_save'])}): spell out the names of one or the other.")
+    for module in config["modules_to_save"] or ():
+        if not any(targets.saved((module,), name.rpartition(".")[0]) for name in names):
+            hint = (" The head is tied to the embedding: untie it first with peft_jax.untie(params)."
+                    if module == "lm_head" else "")
+            raise PeftJaxError(f"modules_to_save has '{module}', which is no module of this model: "
+                               f"{nearest(module, {p for n in names for p in n.split('.')[:-1]})}.{hint}")
+
+
+def trains(config, leaves: Sequence[str], path: str, flat: Mapping[str, Any]) -> bool:
+    """Whether the leaf at ``path`` is one of the method's trained ``leaves`` or of a saved module."""
+    folder, _, name = path.rpartition("/")
+    return name in leaves or targets.saved(config["modules_to_save"], folder.replace("/", "."))
+
+
+def labels(params: Mapping[str, Any], trained: Callable[[str, Mapping], bool]) -> tree.Tree:
+    """``"trainable"`` where ``trained(path, flat params)``, else ``"frozen"``."""
+    flat = tree.flatten(params)
+    return tree.unflatten({path: TRAINABLE if trained(path, flat) else FROZEN for path in flat})
+
+
+def folders(flat: Mapping[str, Any], leaf: str) -> list[str]:
+    """The folders, with a slash at the end, of all modules that hold ``leaf``."""
+    return [path.removesuffix(leaf) for path in flat if path.rpartition("/")[2] == leaf]
+
+
+def merge(params, leaves: Sequence[str], fold: Callable[..., jax.Array]) -> tree.Tree:
+    """Each adapted kernel replaced by ``fold(kernel float32, *leaves)``, back in its dtype; the leaves are gone."""
+    flat = tree.flatten(params)
+    for folder in folders(flat, leaves[0]):
+        held = [flat.pop(folder + name) for name in leaves]
+        kernel = flat[folder + "kernel"]
+        flat[folder + "kernel"] = fold(kernel.astype(jnp.float32), *held).astype(kernel.dtype)
+    return tree.unflatten(flat)
+
+
+def padding(params, config, leaves: Sequence[str], switch: str) -> int:
+    """Elements of ``leaves`` in layers of a stack that are not adapted; ``switch`` is the frozen leaf (*stack)."""
+    flat, unused = tree.flatten(params), 0
+    for folder in folders(flat, switch):
+        off = ~chosen(config, targets.module_names(folder.rstrip("/"), flat[folder + switch].shape))
+        held = sum(flat[folder + name].size for name in leaves if folder + name in flat)
+        unused += held // len(off) * int(off.sum())
+    return unused
+
+
+def read(module: nn.Module, context, leaves: Sequence[str], what: str) -> list[jax.Array] | None:
+    """A module's ``leaves``, the frozen one (*stack) last, inside its ``__call__``; ``None`` where there are none.
+
+    Raises ``PeftJaxError`` for a module that is no Dense or DenseGeneral, and for a stack that the pass does not slice.
+    """
+    if context.method_name != "__call__" or not module.has_variable("params", leaves[0]):
+        return None
+    if not isinstance(module, (nn.Dense, nn.DenseGeneral)):
+        raise PeftJaxError(f"'{'/'.join(module.path)}' is a {type(module).__name__}: {what} changes Dense and "
+                           "DenseGeneral modules only.")
+    held = [module.get_variable("params", name) for name in leaves]
+    if held[-1].ndim:  # else products below could fit by accident
+        raise PeftJaxError(f"'{'/'.join(module.path)}' has one kernel, which was taken for a stack of {held[-1].size}: "
+                           "give init axes=peft_jax.kernel_axes(model, params, *inputs).")
+    return held
+
+
+def input_axes(module: nn.Module, ndim: int) -> tuple[int, ...]:
+    """The axes of a Dense or DenseGeneral module's input that its kernel contracts."""
+    axis = getattr(module, "axis", -1)
+    return tuple(i % ndim for i in (axis if isinstance(axis, (tuple, list)) else (axis,)))
+
+
+def inputs_last(module: nn.Module, x: jax.Array) -> jax.Array:
+    """The module's input with the axes that its kernel contracts moved to the end."""
+    axis = input_axes(module, x.ndim)
+    return jnp.moveaxis(x, axis, range(-len(axis), 0))
+
+
+def dropped(module: nn.Module, context, x: jax.Array, rate: float, argument: str) -> jax.Array:
+    """``x`` with dropout where the call was given a ``dropout`` stream; raises where a scan withholds the stream."""
+    if not rate or "dropout" not in context.rngs:
+        return x
+    if not module.has_rng("dropout"):
+        raise PeftJaxError(f"{argument}={rate} cannot draw in '{'/'.join(module.path)}': the nn.scan around "
+                           "it withholds the stream; give it split_rngs={'params': True, 'dropout': True}.")
+    drop = nn.Dropout(rate, deterministic=False, parent=None)
+    return drop.apply({}, x, rngs={"dropout": module.make_rng("dropout")})
+
+
+def slots(flat, trained: Sequence[str], naming: Naming, switch: str, keys: Mapping[str, str],
+          view: Callable[[str, str], Callable | None]) -> dict[str, Slot]:
+    """The tensors of a method's leaves and of the leaves that train as a whole.
+
+    Args:
+      switch: the frozen leaf (*stack).
+      keys: ``{leaf: ending of its tensors' keys}``.
+      view: ``(leaf, our name of the module) -> function`` from one layer's part of the leaf to the tensor, a view;
+        ``None`` where the layer holds none.
+    """
+    found: dict[str, Slot] = {}
+    for path in trained:
+        folder, _, leaf = path.rpartition("/")
+        if leaf not in keys:
+            adapted = f"{folder}/{switch}".lstrip("/") in flat
+            found |= _whole(naming, path, [view(next(iter(keys)), name) is not None for name in
+                                           _names(folder, flat, switch)] if adapted else [])
+            continue
+        stack = flat[f"{folder}/{switch}".lstrip("/")].shape
+        for entry, ours, theirs in zip(np.ndindex(*stack), _names(folder, flat, switch), naming.modules(folder, stack)):
+            if (cut := view(leaf, ours)) is not None:
+                found[f"{PREFIX}{theirs}.{keys[leaf]}"] = Slot(path, _Entry(entry, cut))
+    return found
+
+
+def _names(folder, flat, switch) -> tuple[str, ...]:
+    return targets.module_names(folder, flat[f"{folder}/{switch}".lstrip("/")].shape)
+
+
+class _Entry:
+    """A view of one entry of a stack; a class, so that each holds its own entry."""
+
+    def __init__(self, entry, cut):
+        self.entry, self.cut = entry, cut
+
+    def __call__(self, leaf):
+        return self.cut(leaf[(*self.entry, ...)])
+
+
+def _whole(naming, path, adapted: list[bool]) -> dict[str, Slot]:
+    """Of a leaf that trains as a whole. In an adapted module peft keeps it in the ``base_layer``."""
+    named = naming.whole(path)
+    inside = adapted if len(adapted) == len(named) else [False] * len(named)
+    found = {}
+    for (name, slot), within in zip(named.items(), inside, strict=True):
+        module, _, weight = name.rpartition(".")
+        found[f"{PREFIX}{module}{'.base_layer' if within and naming.portable else ''}.{weight}"] = slot
+    return found
+
+
+def portable(config: Mapping[str, Any], naming: Naming,
+             numbers: Callable[..., list] = chosen) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The config in words that peft reads as we do, and ``{name: numbers}`` where every module had to be spelled out.
+
+    Our patterns may leave out peft's "model." in front of a name, which peft's may not: then every module is spelled
+    out. "all-linear" becomes a list of names, as peft itself saves it. ``numbers(config, names)`` says for each module
+    what it gets, something false where it is not adapted.
+    """
+    if not naming.portable:
+        return dict(config), None
+    ours, theirs = zip(*naming.pairs, strict=True)
+    wanted = list(numbers(config, ours))
+    if config["target_modules"] == "all-linear":
+        last = {name.rsplit(".", 1)[-1] for name, number in zip(theirs, wanted) if number}
+        config = {**config, "target_modules": tuple(sorted(last))}
+    if list(numbers(config, theirs)) == wanted:
+        return dict(config), None
+    adapted = {name: number for name, number in zip(theirs, wanted) if number}
+    plain = {**config, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+    return {**plain, "target_modules": tuple(adapted)}, adapted
+
+
+def fields(config, flat, naming) -> dict[str, Any]:
+    """The selection as peft reads it: the whole of what most methods have to restate."""
+    return {name: value for name, value in portable(config, naming)[0].items() if name in SELECTION}

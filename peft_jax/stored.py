@@ -1,0 +1,104 @@
+"""How a method's leaves lie in an adapter's two files: told by the method, carried out by :mod:`peft_jax.hub`.
+
+The files are Hugging Face peft's, ``adapter_config.json`` and ``adapter_model.safetensors``. A stacked leaf is one
+tensor per layer there, in torch's layout; a :class:`Slot` is the tensor as a view of the leaf, so that one description
+serves both ways.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from peft_jax.errors import PeftJaxError
+
+PREFIX = "base_model.model."  # peft's two wrappers around the model
+
+
+def _same(leaf):
+    return leaf
+
+
+class Slot(NamedTuple):
+    """Where one tensor of the file lies: the leaf's path, the tensor as a numpy view of the leaf, its shape in the file
+    where that has other axes than the view."""
+
+    path: str
+    view: Callable[[np.ndarray], np.ndarray] = _same
+    shape: tuple[int, ...] | None = None
+
+    def tensor(self, leaf: np.ndarray) -> np.ndarray:
+        """The tensor as the file has it."""
+        part = self.view(leaf)
+        return np.ascontiguousarray(part if self.shape is None else part.reshape(self.shape))
+
+    def fill(self, leaf: np.ndarray, tensor: np.ndarray) -> None:
+        """Write the file's tensor into its place in the leaf."""
+        part = self.view(leaf)
+        part[...] = tensor.reshape(part.shape)
+
+
+class Naming(NamedTuple):
+    """What the file calls the modules of a model: Hugging Face's names of our own models, dotted paths of others.
+
+    Fields:
+      modules: ``(path, stack) -> [name]``, of a module's path, in the order of its stack; ``PREFIX`` not included.
+      whole: ``(path of a leaf) -> {name of a tensor: Slot}``, of a leaf that trains as a whole.
+      pairs: (our name, name in the file) of every module with a kernel, layer by layer.
+      portable: whether the file's names are Hugging Face's, so that real peft reads it.
+    """
+
+    modules: Callable[[str, tuple[int, ...]], Sequence[str]]
+    whole: Callable[[str], dict[str, Slot]]
+    pairs: Sequence[tuple[str, str]]
+    portable: bool
+
+
+def _no_fields(config, flat, naming) -> dict[str, Any]:
+    return {}
+
+
+def _always(given) -> bool:
+    return True
+
+
+def _as_given(given, where) -> dict[str, Any]:
+    return dict(given)
+
+
+def _as_it_is(config, flat):
+    return config, flat
+
+
+class Format(NamedTuple):
+    """How one kind of adapter is stored.
+
+    Fields:
+      kind: ``peft_type``.
+      make: the method's function; ``arguments``: those of its arguments that the file states under the same names.
+      slots: ``(config, flat params, paths of trained leaves, naming) -> {key in the file: Slot}``; raises where a
+        trained leaf has no place.
+      fields: ``(config, flat params, naming) -> {field: value}``, fields of the config beside or instead of the
+        arguments.
+      silent: fields that change nothing about what a stored adapter computes.
+      read: ``(arguments found, where) -> arguments`` as ``make`` takes them; raises ``PeftJaxError`` naming the file
+        ``where`` for a value that is not supported.
+      claims: ``(config file's content) -> bool``, where several methods share a ``peft_type``.
+      plain: ``(config, flat params) -> (config, flat params)`` without what only training needed, before saving.
+    """
+
+    kind: str
+    make: Callable[..., Any]
+    arguments: tuple[str, ...]
+    slots: Callable[..., dict[str, Slot]]
+    fields: Callable[..., dict[str, Any]] = _no_fields
+    silent: tuple[str, ...] = ()
+    read: Callable[[Mapping[str, Any], str], dict[str, Any]] = _as_given
+    claims: Callable[[Mapping[str, Any]], bool] = _always
+    plain: Callable[..., tuple] = _as_it_is
+
+
+def no_place(paths: Sequence[str], kind: str) -> PeftJaxError:
+    """The error for trained leaves that a kind of adapter file has no place for."""
+    return PeftJaxError(f"'{paths[0]}' (of {len(paths)} such leaves) is trained, but a {kind} adapter file has no "
+                        "place for it.")

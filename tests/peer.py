@@ -1,0 +1,117 @@
+"""The exchange of adapters with real Hugging Face peft, the same checks for every method that peft has."""
+
+from functools import partial
+
+import jax
+import numpy as np
+
+import peft_jax
+from peft_jax import bind, flatten, load_adapter, partition, save_adapter
+from tests.properties import moved
+
+SIZES = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 32}
+MODELS = {"llama": ("Llama", False), "tied": ("Llama", True), "qwen2": ("Qwen2", False)}  # Qwen2 has biases
+IDS = np.arange(20).reshape(2, 10) * 7 % SIZES["vocab_size"]
+
+
+def make_bases(tmp_path_factory):
+    """See the fixture ``peer_bases``."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)  # tiny products: threads would only wait for one another
+
+    def make(kind, tied, folder):
+        torch.manual_seed(0)
+        theirs = getattr(transformers, f"{kind}ForCausalLM")(
+            getattr(transformers, f"{kind}Config")(**SIZES, tie_word_embeddings=tied)).eval()
+        with torch.no_grad():
+            for name, parameter in theirs.named_parameters():
+                parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
+        theirs.save_pretrained(folder)
+        fresh = getattr(transformers, f"{kind}ForCausalLM").from_pretrained
+        return (lambda: fresh(folder).eval()), *peft_jax.load_pretrained(folder)
+
+    return {name: make(*options, tmp_path_factory.mktemp(name)) for name, options in MODELS.items()}
+
+
+def torch_logits(model):
+    import torch
+
+    with torch.no_grad():
+        return model.eval()(torch.tensor(IDS)).logits.numpy()
+
+
+@partial(jax.jit, static_argnums=0)
+def forward(model, params):
+    """Logits of plain parameters; compiled once for each model, which bound methods are not."""
+    return model.apply({"params": params}, IDS)
+
+
+def assert_close(ours, theirs, relative=1e-4):
+    assert np.abs(np.asarray(ours) - theirs).max() <= relative * np.abs(theirs).max()
+
+
+def bound_logits(method, model, params):
+    return np.asarray(jax.jit(bind(method, model))({"params": params}, IDS))
+
+
+def train_there(model, steps=2):
+    import torch
+
+    model.train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.05)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.tensor(IDS), labels=torch.tensor(IDS)).loss.backward()
+        optimizer.step()
+
+
+def check_opens_in_peft(base, method, folder, relative=1e-4):
+    """Made and moved here, saved, opened by peft: the same logits, merged too; loaded here: the same bits."""
+    import peft
+
+    fresh, model, params = base
+    before = method.init(jax.random.key(0), params)
+    tuned = moved(method, before)
+    ours = bound_logits(method, model, tuned)
+    assert np.abs(ours - forward(model, params)).max() > 1e-2 * np.abs(ours).max()  # else nothing would be tested
+    save_adapter(folder, method, tuned, model)
+    theirs = peft.PeftModel.from_pretrained(fresh(), folder)
+    assert_close(ours, torch_logits(theirs), relative)
+    if method.merge:
+        assert_close(forward(model, method.merge(tuned)), ours, relative)
+    check_same_bits(params, method, tuned, folder)
+
+
+def check_same_bits(params, method, tuned, folder):
+    """What was saved to ``folder`` loads as ``tuned``, bit for bit, zeros of layers that are not adapted aside."""
+    again, loaded = load_adapter(folder, params)
+    labels = flatten(again.labels(loaded))
+    assert labels == flatten(method.labels(tuned))
+    padded = method.padding(tuned)
+    for path, leaf in flatten(tuned).items():
+        assert leaf.dtype == flatten(loaded)[path].dtype
+        assert padded or np.array_equal(leaf, flatten(loaded)[path]), path
+
+
+def check_loads_from_peft(base, config, folder, relative=1e-4):
+    """Made and trained by peft with ``config``, saved, loaded here: the same logits and as many trained parameters."""
+    import peft
+    import torch
+
+    fresh, model, params = base
+    torch.manual_seed(1)
+    theirs = peft.get_peft_model(fresh(), config)
+    count, _ = theirs.get_nb_trainable_parameters()
+    before = torch_logits(theirs)
+    train_there(theirs)
+    expected = torch_logits(theirs)
+    assert np.abs(expected - before).max() > 1e-2 * np.abs(before).max()
+    theirs.save_pretrained(folder)
+    method, tuned = load_adapter(folder, params)
+    assert_close(bound_logits(method, model, tuned), expected, relative)
+    trainable, _ = partition(tuned, method.labels(tuned))
+    assert peft_jax.count(trainable) - method.padding(tuned) == count
+    return method, tuned
