@@ -1,0 +1,126 @@
+"""IA3, learned rescaling of activations (arXiv 2205.05638, eq. 1).
+
+    keys, values:   y = l * (x W + b)         feed-forward:   y = (l * x) W + b
+
+Beside each adapted ``kernel`` stands ``ia3_out`` (*stack, *out), or ``ia3_in`` (*stack, *in) for a feed-forward module,
+and the frozen switch ``ia3_on`` (*stack), zero for layers of a stack that are not adapted. l starts at one, so training
+starts from the base model.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax import beside, targets, tree
+from peft_jax.errors import PeftJaxError
+from peft_jax.method import Method
+from peft_jax.stored import Format
+from peft_jax.targets import Patterns
+
+KEYS = {"ia3_in": "ia3_l", "ia3_out": "ia3_l"}
+
+
+def ia3(target_modules: Patterns = ("k_proj", "v_proj", "down_proj"), feedforward_modules: Patterns = ("down_proj",), *,
+        exclude_modules: Patterns = None, modules_to_save: tuple[str, ...] | None = None,
+        init_ia3_weights: bool = True) -> Method:
+    """IA3 with the arguments and meanings of Hugging Face peft's ``IA3Config``; defaults are peft's for a Llama.
+
+    Args:
+      target_modules: as of :func:`peft_jax.lora`.
+      feedforward_modules: those of them whose input is scaled instead of the output, a list of endings or a regex.
+      exclude_modules, modules_to_save: as of :func:`peft_jax.lora`.
+      init_ia3_weights: False starts from normal random numbers (not the base model; for tests).
+
+    Returns a :class:`Method`; its leaves are float32.
+
+    >>> method = ia3(target_modules=("up_proj",), feedforward_modules=())
+    >>> params = method.init(jax.random.key(0), {"up_proj": {"kernel": jnp.ones((6, 8))}})
+    >>> {name: leaf.shape for name, leaf in params["up_proj"].items()}
+    {'kernel': (6, 8), 'ia3_out': (8,), 'ia3_on': ()}
+
+    Raises ``PeftJaxError`` for arguments of the wrong type, and from ``init`` for patterns that match nothing and for
+    a stack of which only some layers are feed-forward modules.
+    """
+    config = beside.tidy({"peft_type": "IA3", "layers_to_transform": None, "layers_pattern": None, **locals()},
+                         ("k_proj", "v_proj", "down_proj"))
+    beside.check_choice("init_ia3_weights", init_ia3_weights, (True, False))
+    trains = partial(beside.trains, config, tuple(KEYS))
+    padding = partial(beside.padding, config=config, leaves=tuple(KEYS), switch="ia3_on")
+    return Method(partial(_init, config, trains), _intercept, partial(beside.labels, trained=trains), _merge, config,
+                  padding, FORMAT)
+
+
+def _init(config, trains, rng, params, axes=None):
+    return beside.init(config, rng, params, axes, partial(_leaves, config), trains)
+
+
+def _leaves(config, key, target, kernel):
+    inside = {targets.listed(config["feedforward_modules"] or (), name) for name in target.names}
+    if len(inside) > 1:
+        raise PeftJaxError(f"feedforward_modules={config['feedforward_modules']!r} names some layers of the stack "
+                           f"'{target.path}' and not others: one leaf scales all inputs or all outputs.")
+    _, stack, inputs, outputs = target.axes
+    name, width = ("ia3_in", inputs) if inside.pop() else ("ia3_out", outputs)
+    start = jnp.ones((*stack, *width), jnp.float32)
+    if not config["init_ia3_weights"]:
+        start = jax.random.normal(key, start.shape, jnp.float32)
+    on = beside.chosen(config, target.names).astype(np.float32).reshape(stack)
+    return {name: start, "ia3_on": jnp.asarray(on)}
+
+
+def _intercept(next_fun, args, kwargs, context):
+    module = context.module
+    if held := beside.read(module, context, ("ia3_in", "ia3_on"), "IA3"):
+        x = beside.inputs_last(module, args[0])
+        x = jnp.moveaxis(x * _scale(*held, x.dtype), range(-held[0].ndim, 0), beside.input_axes(module, x.ndim))
+        return next_fun(x, *args[1:], **kwargs)
+    y = next_fun(*args, **kwargs)
+    held = beside.read(module, context, ("ia3_out", "ia3_on"), "IA3")
+    return y * _scale(*held, y.dtype) if held else y
+
+
+def _scale(scale, on, dtype):
+    """l, and one where the layer is not adapted, whatever an optimiser did to it there."""
+    return jnp.where(on.reshape(*on.shape, *[1] * (scale.ndim - on.ndim)) > 0, scale, 1).astype(dtype)
+
+
+def _merge(params):
+    """Scale the rows or columns of each kernel, and the bias behind scaled columns; back to their own dtypes."""
+    flat = tree.flatten(params)
+    for folder in beside.folders(flat, "ia3_on"):
+        on = flat.pop(folder + "ia3_on")
+        name = "ia3_in" if folder + "ia3_in" in flat else "ia3_out"
+        scale = _scale(flat.pop(folder + name), on, jnp.float32)
+        kernel, inside = flat[folder + "kernel"], scale.ndim - on.ndim
+        other = kernel.ndim - scale.ndim
+        at = (*scale.shape, *[1] * other) if name == "ia3_in" else (*on.shape, *[1] * other, *scale.shape[on.ndim:])
+        flat[folder + "kernel"] = (kernel.astype(jnp.float32) * scale.reshape(at)).astype(kernel.dtype)
+        if name == "ia3_out" and (bias := flat.get(folder + "bias")) is not None and inside:
+            flat[folder + "bias"] = (bias.astype(jnp.float32) * scale).astype(bias.dtype)
+    return tree.unflatten(flat)
+
+
+def _slots(config, flat, trained, naming):
+    return beside.slots(flat, trained, naming, "ia3_on", KEYS, partial(_view, config))
+
+
+def _view(config, leaf, name):
+    """peft keeps a row (1, in) for inputs and a column (out, 1) for outputs."""
+    if not beside.chosen(config, [name])[0]:
+        return None
+    return (lambda scale: scale.reshape(1, -1)) if leaf == "ia3_in" else (lambda scale: scale.reshape(-1, 1))
+
+
+def _fields(config, flat, naming):
+    """peft matches feedforward_modules by the ends of whole names too."""
+    feedforward = config["feedforward_modules"]
+    both = {theirs for ours, theirs in naming.pairs if targets.listed(feedforward or (), ours)}
+    told = {theirs for _, theirs in naming.pairs if targets.listed(feedforward or (), theirs)}
+    listed = feedforward if both == told else tuple(both)
+    return {**beside.fields(config, flat, naming), "feedforward_modules": listed, "fan_in_fan_out": False}
+
+
+ARGUMENTS = ("target_modules", "feedforward_modules", "exclude_modules", "modules_to_save", "init_ia3_weights")
+FORMAT = Format("IA3", ia3, ARGUMENTS, _slots, _fields, ("fan_in_fan_out",))
