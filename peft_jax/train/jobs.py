@@ -61,7 +61,7 @@ def train(command) -> int:
 def _already_done(folder: Path) -> int:
     print(f"{folder} holds this run, finished; nothing is left to train. --mode=eval evaluates it again, --overwrite "
           "trains it again. Its results:\n")  # fmt: skip
-    print(report.summary(workdir.read_json(folder / "results.json")))
+    print(report.summary(workdir.read_json(folder / "results.json", *report.SHOWN)))
     return 0
 
 
@@ -79,7 +79,7 @@ def _batches(config, ready: Session) -> tuple[Batches, int]:
 def _before(folder: Path, evaluate, params, settings: dict[str, Any]) -> dict[str, float]:
     """The metrics before training; a resumed run reads what was found when it was new, if it evaluates the same."""
     path, asked = folder / "before.json", workdir.plain(settings)
-    if not path.exists() or workdir.read_json(path)["eval"] != asked:
+    if not path.exists() or workdir.read_json(path, "eval", "metrics")["eval"] != asked:
         print("evaluating before training", flush=True)
         workdir.write_json(path, {"eval": asked, "metrics": evaluate(params)})
     return workdir.read_json(path)["metrics"]

@@ -39,7 +39,7 @@ def check_config(folder: Path, config: dict[str, Any], sections: tuple[str, ...]
     """Raise ``PeftJaxError``, naming the keys, where the run in ``folder`` differs in one of these sections."""
     if not (folder / "config.json").exists():
         return
-    changes = differences(read_json(folder / "config.json"), config, sections)
+    changes = differences(read_json(folder / "config.json", *sections), config, sections)
     if changes:
         raise PeftJaxError(
             f"{folder} holds a run with other settings: {'; '.join(changes)}. Choose another --workdir, or --overwrite "
@@ -92,8 +92,16 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(aside, path)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *needed: str) -> dict[str, Any]:
+    """The JSON object in a file; raises ``PeftJaxError`` where it is damaged, no object, or lacks a ``needed`` key."""
+    mend = "remove it, or train again with --overwrite"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise PeftJaxError(f"{path} cannot be read ({error}); remove it, or train again with --overwrite") from error
+        raise PeftJaxError(f"{path} cannot be read ({error}); {mend}") from error
+    if not isinstance(value, dict):
+        raise PeftJaxError(f"{path} holds {json.dumps(value)[:40]}, not a JSON object as a run writes it; {mend}")
+    missing = [key for key in needed if key not in value]
+    if missing:
+        raise PeftJaxError(f"{path} lacks {', '.join(missing)}, which a run writes there; {mend}")
+    return value

@@ -54,3 +54,14 @@ def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"seed": ')
     with pytest.raises(PeftJaxError, match=r"config.json cannot be read"):
         workdir.check_config(tmp_path, settings())
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [("[]", r"holds \[\], not a JSON object"), ("3", "holds 3, not a JSON object"), ("null", "holds null, not a JSON"),
+     ("{}", "lacks seed, model, method, task, data, optim"), ('{"model": {}}', "lacks seed, method")],
+)  # fmt: skip
+def test_a_configuration_that_no_run_wrote_is_named(tmp_path, content, words):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(PeftJaxError, match=rf"config.json {words}.*; remove it, or train again with --overwrite$"):
+        workdir.check_config(tmp_path, settings())
