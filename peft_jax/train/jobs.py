@@ -174,7 +174,7 @@ def _trained(command) -> Path:
     folder = Path(command.workdir)
     if not (folder / "adapter").is_dir():
         raise PeftJaxError(f"{folder} holds no adapter: train one first (the same command with --mode=train)")
-    workdir.check_config(folder, command.config.to_dict(), ("model",))
+    workdir.check_config(folder, command.config.to_dict(), workdir.ADAPTER_MATTERS)
     return folder
 
 

@@ -24,6 +24,7 @@ WRITTEN = (
     "eval.json",
 )  # fmt: skip
 MATTERS = ("seed", "model", "method", "task", "data", "optim")  # sections that a resumed run may not change
+ADAPTER_MATTERS = ("model.source",)  # what its adapter needs; the method is in the adapter's own files
 
 
 def check_writable(folder: Path) -> None:
@@ -35,11 +36,12 @@ def check_writable(folder: Path) -> None:
         raise PeftJaxError(f"workdir {folder}: no permission to write in {existing}; choose another with --workdir")
 
 
-def check_config(folder: Path, config: dict[str, Any], sections: tuple[str, ...] = MATTERS) -> None:
-    """Raise ``PeftJaxError``, naming the keys, where the run in ``folder`` differs in one of these sections."""
+def check_config(folder: Path, config: dict[str, Any], matters: tuple[str, ...] = MATTERS) -> None:
+    """Raise ``PeftJaxError``, naming the keys, where the run in ``folder`` differs in these sections or keys."""
     if not (folder / "config.json").exists():
         return
-    changes = differences(read_json(folder / "config.json", *sections), config, sections)
+    sections = dict.fromkeys(name.split(".")[0] for name in matters)
+    changes = differences(read_json(folder / "config.json", *sections), config, matters)
     if changes:
         raise PeftJaxError(
             f"{folder} holds a run with other settings: {'; '.join(changes)}. Choose another --workdir, or --overwrite "
@@ -47,13 +49,14 @@ def check_config(folder: Path, config: dict[str, Any], sections: tuple[str, ...]
         )
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], sections: tuple[str, ...]) -> list[str]:
-    """``"key was old, now new"`` for each key of these sections that differs."""
-    before, now = (tree.flatten(plain({name: settings[name] for name in sections})) for settings in (old, new))
+def differences(old: dict[str, Any], new: dict[str, Any], matters: tuple[str, ...]) -> list[str]:
+    """``"key was old, now new"`` for each key that differs and is in, or below, ``matters``."""
+    before, now = ({path.replace("/", "."): value for path, value in tree.flatten(plain(settings)).items()}
+                   for settings in (old, new))  # fmt: skip
     return [
-        f"{key.replace('/', '.')} was {_shown(key, before)}, now {_shown(key, now)}"
+        f"{key} was {_shown(key, before)}, now {_shown(key, now)}"
         for key in dict.fromkeys((*before, *now))
-        if _shown(key, before) != _shown(key, now)
+        if f"{key}.".startswith(tuple(f"{name}." for name in matters)) and _shown(key, before) != _shown(key, now)
     ]
 
 

@@ -65,3 +65,13 @@ def test_a_configuration_that_no_run_wrote_is_named(tmp_path, content, words):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(PeftJaxError, match=rf"config.json {words}.*; remove it, or train again with --overwrite$"):
         workdir.check_config(tmp_path, settings())
+
+
+def test_only_the_model_s_source_matters_to_a_trained_adapter(tmp_path):
+    workdir.start(tmp_path, settings(), overwrite=False)
+    other = {"model.dtype": "bfloat16", "model.param_dtype": "bfloat16", "model.remat": True}
+    workdir.check_config(tmp_path, settings(**other), workdir.ADAPTER_MATTERS)
+    with pytest.raises(PeftJaxError, match=r"other settings: model.source was [^;]*, now \"a/b\"\."):
+        workdir.check_config(tmp_path, settings(**other, **{"model.source": "a/b"}), workdir.ADAPTER_MATTERS)
+    with pytest.raises(PeftJaxError, match=r"model.dtype was .*model.param_dtype was .*model.remat was "):
+        workdir.check_config(tmp_path, settings(**other))
