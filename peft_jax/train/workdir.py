@@ -10,9 +10,11 @@
     merged/, eval.json   by --mode=merge (a whole model) and --mode=eval
 """
 
+import contextlib
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,24 @@ ADAPTER_MATTERS = ("model.source",)  # what its adapter needs; the method is in 
 
 
 def check_writable(folder: Path) -> None:
-    """Raise ``PeftJaxError`` where ``folder`` cannot be made or written; makes nothing."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    """Raise ``PeftJaxError`` where ``folder`` cannot be made or written; leaves nothing behind."""
+    missing = [path for path in (folder, *folder.absolute().parents) if not os.path.exists(path)]
+    try:  # not os.access, which answers root "yes" for folders that nobody can write, such as /proc
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):  # never made
+                path.rmdir()
+
+
+def _unwritable(folder: Path, error: OSError) -> PeftJaxError:
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not existing.is_dir():
-        raise PeftJaxError(f"workdir {folder}: {existing} is a file, not a folder; choose another with --workdir")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise PeftJaxError(f"workdir {folder}: no permission to write in {existing}; choose another with --workdir")
+        return PeftJaxError(f"workdir {folder}: {existing} is a file, not a folder; choose another with --workdir")
+    return PeftJaxError(f"workdir {folder} cannot be written: {error.strerror}; choose another with --workdir")
 
 
 def check_config(folder: Path, config: dict[str, Any], matters: tuple[str, ...] = MATTERS) -> None:
@@ -77,8 +91,7 @@ def start(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
             remove(folder / name)
         write_json(folder / "config.json", config)
     except OSError as error:
-        why = f"workdir {folder} cannot be written: {error.strerror}"
-        raise PeftJaxError(f"{why}; choose another with --workdir") from error
+        raise _unwritable(folder, error) from error
 
 
 def remove(path: Path) -> None:
