@@ -8,6 +8,7 @@ import numpy as np
 
 from peft_jax import tree
 from peft_jax.data import Batches, encode_all, encode_prompts
+from peft_jax.data.sources import is_chat
 from peft_jax.data.tokenize import describe
 from peft_jax.errors import PeftJaxError
 from peft_jax.evaluation.evaluate import complete, make_evaluator
@@ -159,7 +160,7 @@ def generate(command) -> int:
 
 def _as_asked(prompt: str, task) -> dict[str, Any]:
     """A prompt of the command line in the form that the task trains on: as it is, or as the user's turn of a chat."""
-    if "messages_column" in task and task.messages_column:
+    if is_chat(task):
         return {"messages": [{"role": "user", "content": prompt}]}
     return {"prompt": prompt}
 
