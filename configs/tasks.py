@@ -10,7 +10,8 @@ text, ``file`` local .jsonl, .json, .csv or .parquet, ``hub`` a data set of the 
 VADER_SOURCE = "pypi:vaderSentiment==3.3.2"
 VADER_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 
-# Give either prompt_column and completion_column, or messages_column, or text_column.
+# Give either prompt_column and completion_column, or messages_column, or text_column; or none, where the columns' names
+# say it: messages; prompt, completion; question, answer; instruction, output or response (with input or context); text.
 # The completion follows the prompt directly: write the space or line break between them into a template.
 COLUMNS = {
     "prompt_column": "",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_jax.data.tables import named_columns, read_hub, read_table, table_examples
+from peft_jax.data.tables import KNOWN, named_columns, read_hub, read_table, table_examples
 from peft_jax.errors import PeftJaxError, nearest
 
 Example = dict[str, Any]
@@ -43,6 +43,13 @@ def load_examples(task) -> dict[str, list[Example]]:
         "train": sample_by_hash(train, task.train_limit),
         "validation": sample_by_hash(validation, task.validation_limit),
     }
+
+
+def is_chat(task) -> bool:
+    """Whether the examples are chats; the data is read only where the task has columns and names none."""
+    if not hasattr(task, "messages_column"):
+        return False
+    return "messages" in (named_columns(task) or load_examples(task)["train"][0])
 
 
 def _check_split(task, train: list, validation: list) -> None:
@@ -177,8 +184,10 @@ def _sentences_task(task):
 
 
 def _file_task(task):
+    columns = list(named_columns(task).values()) or [name for use in KNOWN for name in use.values()]
+
     def read(path):
-        return table_examples(task, read_table(path, list(named_columns(task).values())), path)
+        return table_examples(task, read_table(path, columns), path)
 
     return read(task.source), read(task.validation_source) if task.validation_source else None
 

@@ -2,11 +2,23 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from peft_jax.errors import PeftJaxError, nearest
 
+# Columns whose names say what they hold, for a task that names none. "input" is what an instruction is about.
+KNOWN = (
+    {"messages": "messages"},
+    {"prompt": "prompt", "completion": "completion"},
+    {"prompt": "question", "completion": "answer"},
+    {"prompt": "instruction", "completion": "output"},
+    {"prompt": "instruction", "completion": "output", "input": "input"},
+    {"prompt": "instruction", "completion": "response"},
+    {"prompt": "instruction", "completion": "response", "input": "input"},
+    {"prompt": "instruction", "completion": "response", "input": "context"},
+    {"text": "text"},
+)
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -88,13 +100,13 @@ def read_hub(source: str, subset: str, split: str) -> list[dict]:
 
 
 def table_examples(task, rows: Sequence[dict], where: str) -> list[dict]:
-    """Rows as examples, by the columns that ``task`` names.
+    """Rows as examples, by the columns that ``task`` names or, where it names none, by those of ``KNOWN``.
 
     Raises:
-      PeftJaxError: no or conflicting columns named, a column that does not exist (with the nearest), a row without a
-        value.
+      PeftJaxError: conflicting columns named, none named and none known, a column that does not exist (with the
+        nearest), a row without a value.
     """
-    columns = named_columns(task)
+    columns = named_columns(task) or (known_columns(rows[0], where) if rows else {})
     for name in columns.values():
         if rows and name not in rows[0]:
             raise PeftJaxError(f"{where} has no column {name!r}; {nearest(name, rows[0])}")
@@ -102,7 +114,7 @@ def table_examples(task, rows: Sequence[dict], where: str) -> list[dict]:
 
 
 def named_columns(task) -> dict[str, str]:
-    """{"prompt", "completion", "messages" or "text": the column's name}, for those that the task names."""
+    """{"prompt", "completion", "messages" or "text": the column's name}, for those that the task names; {} for none."""
     given = {
         "prompt": task.prompt_column,
         "completion": task.completion_column,
@@ -110,22 +122,43 @@ def named_columns(task) -> dict[str, str]:
         "text": task.text_column,
     }
     given = {key: name for key, name in given.items() if name}
-    if set(given) not in ({"prompt", "completion"}, {"messages"}, {"text"}):
+    if set(given) not in (set(), {"prompt", "completion"}, {"messages"}, {"text"}):
         raise PeftJaxError(
             "name the columns: either task.prompt_column and task.completion_column, or task.messages_column, "
-            f"or task.text_column (given: {', '.join(given) or 'none'})"
+            f"or task.text_column (given: {', '.join(given)})"
         )
     return given
+
+
+def known_columns(names: Iterable[str], where: str) -> dict[str, str]:
+    """The one use of ``KNOWN`` that these columns allow. Raises ``PeftJaxError`` where there is none or a choice."""
+    names = list(names)
+    fits = [use for use in KNOWN if set(use.values()) <= set(names)]
+    fits = [use for use in fits if not any(use.items() < other.items() for other in fits)]
+    if len(fits) != 1:
+        raise PeftJaxError(
+            f"{where}: {'more than one use fits' if fits else 'no known use fits'} the columns {', '.join(names)}; "
+            "name those to use with --config.task.prompt_column and --config.task.completion_column, or "
+            "--config.task.messages_column, or --config.task.text_column"
+        )
+    return fits[0]
 
 
 def _table_example(task, columns: dict[str, str], row: dict, origin: str) -> dict:
     if "messages" in columns:
         return {"messages": _messages(row[columns["messages"]], origin), "origin": origin}
-    values = {key: _text(row[name], name, origin) for key, name in columns.items()}
+    values = {key: _text(row[name], name, origin) for key, name in columns.items() if key != "input"}
     if "prompt" in values:
-        values["prompt"] = task.prompt_template.replace("{prompt}", values["prompt"])
+        about = f"\n\n{row[columns['input']]}" if "input" in columns and row[columns["input"]] else ""
+        values["prompt"] = _prompt_template(task, columns).replace("{prompt}", values["prompt"] + about)
         values["completion"] = task.completion_template.replace("{completion}", values["completion"])
     return {**values, "origin": origin}
+
+
+def _prompt_template(task, columns: dict[str, str]) -> str:
+    """The task's; where that says nothing, a question or instruction that was not named ends its line."""
+    plain = task.prompt_template == "{prompt}" and not task.prompt_column and columns["prompt"] != "prompt"
+    return "{prompt}\n" if plain else task.prompt_template
 
 
 def _text(value, name: str, origin: str) -> str:

@@ -3,7 +3,7 @@
 import os
 
 from peft_jax.errors import PeftJaxError
-from peft_jax.hub import assets, gguf
+from peft_jax.hub import assets, config, gguf
 
 
 def load_tokenizer(source: str | os.PathLike):
@@ -16,13 +16,16 @@ def load_tokenizer(source: str | os.PathLike):
       A ``PreTrainedTokenizerFast``. ``pad_token_id`` may be ``eos_token_id``: mask padding by length, never by id.
 
     Raises:
-      PeftJaxError: the source or its tokenizer files are missing or unreadable, or it has no fast tokenizer.
+      PeftJaxError: the source or its tokenizer files are missing or unreadable, it has no fast tokenizer, or the
+        model's config.json beside it is damaged.
     """
     path = assets.resolve(source, weights=False)
     folder = gguf.convert(path) if path.is_file() else path
     if not folder.joinpath("tokenizer_config.json").is_file() and not folder.joinpath("tokenizer.json").is_file():
         raise PeftJaxError(f"{folder} has no tokenizer (tokenizer.json, tokenizer_config.json): name the folder that "
                            "the tokenizer was saved in.")
+    if folder.joinpath("config.json").is_file():
+        config.read(folder)  # transformers reads it too, and its error would look like the tokenizer's
     from transformers import AutoTokenizer
 
     try:

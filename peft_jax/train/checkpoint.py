@@ -33,18 +33,28 @@ class Checkpoints:
     def restore(self, like: TrainState) -> TrainState:
         """The newest checkpoint, bit for bit, with the structure, shapes and placement of ``like``.
 
-        Returns ``like`` itself where there is none yet. Raises ``PeftJaxError`` where it is of another shape.
+        Returns ``like`` itself where there is none yet. Raises ``PeftJaxError`` where it is damaged or of another
+        shape.
         """
         if self.latest is None:
             return like
         try:
             stored = self.manager.restore(self.latest, args=ocp.args.StandardRestore(_storable(like)))
-        except (ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            where = self.folder / str(self.latest)
-            raise PeftJaxError(f"the checkpoint {where} is not of this run: {reason}") from error
+        except Exception as error:  # a damaged file raises whatever orbax and tensorstore meet, bare Exception too
+            raise PeftJaxError(self._fault(error)) from error
         rng = jax.random.wrap_key_data(stored.pop("rng"), impl=jax.random.key_impl(like.rng))
         return TrainState(**stored, rng=rng)
+
+    def _fault(self, error: Exception) -> str:
+        """What is wrong with the newest checkpoint: it is damaged if it cannot be read without a ``like`` either."""
+        what, reason = f"the checkpoint {self.folder / str(self.latest)}", " ".join(str(error).split())[:120]
+        try:
+            self.manager.restore(self.latest, args=ocp.args.StandardRestore())
+        except Exception:
+            earlier = max((step for step in self.manager.all_steps() if step != self.latest), default=0)
+            return (f"{what} cannot be read: {reason}. Remove that folder to go on from step {earlier}, or --overwrite "
+                    "to train again from the start")
+        return f"{what} is not of this run: {reason}. Choose another --workdir, or --overwrite to train from the start"
 
     def close(self) -> None:
         self.manager.close()

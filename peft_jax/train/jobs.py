@@ -8,6 +8,7 @@ import numpy as np
 
 from peft_jax import tree
 from peft_jax.data import Batches, encode_all, encode_prompts
+from peft_jax.data.sources import is_chat
 from peft_jax.data.tokenize import describe
 from peft_jax.errors import PeftJaxError
 from peft_jax.evaluation.evaluate import complete, make_evaluator
@@ -61,7 +62,7 @@ def train(command) -> int:
 def _already_done(folder: Path) -> int:
     print(f"{folder} holds this run, finished; nothing is left to train. --mode=eval evaluates it again, --overwrite "
           "trains it again. Its results:\n")  # fmt: skip
-    print(report.summary(workdir.read_json(folder / "results.json")))
+    print(report.summary(workdir.read_json(folder / "results.json", *report.SHOWN)))
     return 0
 
 
@@ -79,7 +80,7 @@ def _batches(config, ready: Session) -> tuple[Batches, int]:
 def _before(folder: Path, evaluate, params, settings: dict[str, Any]) -> dict[str, float]:
     """The metrics before training; a resumed run reads what was found when it was new, if it evaluates the same."""
     path, asked = folder / "before.json", workdir.plain(settings)
-    if not path.exists() or workdir.read_json(path)["eval"] != asked:
+    if not path.exists() or workdir.read_json(path, "eval", "metrics")["eval"] != asked:
         print("evaluating before training", flush=True)
         workdir.write_json(path, {"eval": asked, "metrics": evaluate(params)})
     return workdir.read_json(path)["metrics"]
@@ -159,7 +160,7 @@ def generate(command) -> int:
 
 def _as_asked(prompt: str, task) -> dict[str, Any]:
     """A prompt of the command line in the form that the task trains on: as it is, or as the user's turn of a chat."""
-    if "messages_column" in task and task.messages_column:
+    if is_chat(task):
         return {"messages": [{"role": "user", "content": prompt}]}
     return {"prompt": prompt}
 
@@ -174,7 +175,7 @@ def _trained(command) -> Path:
     folder = Path(command.workdir)
     if not (folder / "adapter").is_dir():
         raise PeftJaxError(f"{folder} holds no adapter: train one first (the same command with --mode=train)")
-    workdir.check_config(folder, command.config.to_dict(), ("model",))
+    workdir.check_config(folder, command.config.to_dict(), workdir.ADAPTER_MATTERS)
     return folder
 
 

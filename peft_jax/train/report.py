@@ -62,8 +62,12 @@ class Progress:
             self.bar.close()
 
 
+# What the table at the end of a run is made of.
+SHOWN = ("before", "after", "trainable", "all", "seconds", "steps", "peak_memory", "adapter", "adapter_bytes")
+
+
 def summary(results: Mapping[str, Any]) -> str:
-    """The table at the end of a run: metrics before and after, then what it cost."""
+    """The table at the end of a run: metrics before and after, then what it cost. ``results`` has all of ``SHOWN``."""
     cost = [
         ("trainable", f"{100 * results['trainable'] / results['all']:.4f} %"),
         ("train time", f"{duration(results['seconds'])} ({results['steps']} steps)"),

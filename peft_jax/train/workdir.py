@@ -10,9 +10,11 @@
     merged/, eval.json   by --mode=merge (a whole model) and --mode=eval
 """
 
+import contextlib
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +26,36 @@ WRITTEN = (
     "eval.json",
 )  # fmt: skip
 MATTERS = ("seed", "model", "method", "task", "data", "optim")  # sections that a resumed run may not change
+ADAPTER_MATTERS = ("model.source",)  # what its adapter needs; the method is in the adapter's own files
 
 
 def check_writable(folder: Path) -> None:
-    """Raise ``PeftJaxError`` where ``folder`` cannot be made or written; makes nothing."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    """Raise ``PeftJaxError`` where ``folder`` cannot be made or written; leaves nothing behind."""
+    missing = [path for path in (folder, *folder.absolute().parents) if not os.path.exists(path)]
+    try:  # not os.access, which answers root "yes" for folders that nobody can write, such as /proc
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):  # never made
+                path.rmdir()
+
+
+def _unwritable(folder: Path, error: OSError) -> PeftJaxError:
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not existing.is_dir():
-        raise PeftJaxError(f"workdir {folder}: {existing} is a file, not a folder; choose another with --workdir")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise PeftJaxError(f"workdir {folder}: no permission to write in {existing}; choose another with --workdir")
+        return PeftJaxError(f"workdir {folder}: {existing} is a file, not a folder; choose another with --workdir")
+    return PeftJaxError(f"workdir {folder} cannot be written: {error.strerror}; choose another with --workdir")
 
 
-def check_config(folder: Path, config: dict[str, Any], sections: tuple[str, ...] = MATTERS) -> None:
-    """Raise ``PeftJaxError``, naming the keys, where the run in ``folder`` differs in one of these sections."""
+def check_config(folder: Path, config: dict[str, Any], matters: tuple[str, ...] = MATTERS) -> None:
+    """Raise ``PeftJaxError``, naming the keys, where the run in ``folder`` differs in these sections or keys."""
     if not (folder / "config.json").exists():
         return
-    changes = differences(read_json(folder / "config.json"), config, sections)
+    sections = dict.fromkeys(name.split(".")[0] for name in matters)
+    changes = differences(read_json(folder / "config.json", *sections), config, matters)
     if changes:
         raise PeftJaxError(
             f"{folder} holds a run with other settings: {'; '.join(changes)}. Choose another --workdir, or --overwrite "
@@ -47,13 +63,14 @@ def check_config(folder: Path, config: dict[str, Any], sections: tuple[str, ...]
         )
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], sections: tuple[str, ...]) -> list[str]:
-    """``"key was old, now new"`` for each key of these sections that differs."""
-    before, now = (tree.flatten(plain({name: settings[name] for name in sections})) for settings in (old, new))
+def differences(old: dict[str, Any], new: dict[str, Any], matters: tuple[str, ...]) -> list[str]:
+    """``"key was old, now new"`` for each key that differs and is in, or below, ``matters``."""
+    before, now = ({path.replace("/", "."): value for path, value in tree.flatten(plain(settings)).items()}
+                   for settings in (old, new))  # fmt: skip
     return [
-        f"{key.replace('/', '.')} was {_shown(key, before)}, now {_shown(key, now)}"
+        f"{key} was {_shown(key, before)}, now {_shown(key, now)}"
         for key in dict.fromkeys((*before, *now))
-        if _shown(key, before) != _shown(key, now)
+        if f"{key}.".startswith(tuple(f"{name}." for name in matters)) and _shown(key, before) != _shown(key, now)
     ]
 
 
@@ -74,8 +91,7 @@ def start(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
             remove(folder / name)
         write_json(folder / "config.json", config)
     except OSError as error:
-        why = f"workdir {folder} cannot be written: {error.strerror}"
-        raise PeftJaxError(f"{why}; choose another with --workdir") from error
+        raise _unwritable(folder, error) from error
 
 
 def remove(path: Path) -> None:
@@ -92,8 +108,16 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(aside, path)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *needed: str) -> dict[str, Any]:
+    """The JSON object in a file; raises ``PeftJaxError`` where it is damaged, no object, or lacks a ``needed`` key."""
+    mend = "remove it, or train again with --overwrite"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise PeftJaxError(f"{path} cannot be read ({error}); remove it, or train again with --overwrite") from error
+        raise PeftJaxError(f"{path} cannot be read ({error}); {mend}") from error
+    if not isinstance(value, dict):
+        raise PeftJaxError(f"{path} holds {json.dumps(value)[:40]}, not a JSON object as a run writes it; {mend}")
+    missing = [key for key in needed if key not in value]
+    if missing:
+        raise PeftJaxError(f"{path} lacks {', '.join(missing)}, which a run writes there; {mend}")
+    return value

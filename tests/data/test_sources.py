@@ -161,6 +161,46 @@ def test_json_array_of_texts(tmp_path):
     assert [e["text"] for e in train] == ["one", "two"]
 
 
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+
+
+@pytest.mark.parametrize(
+    "row, example",
+    [
+        ({"messages": CHAT, "id": 7}, {"messages": CHAT}),
+        ({"prompt": "Q:", "completion": " A"}, {"prompt": "Q:", "completion": " A"}),
+        ({"question": "Q?", "answer": "A"}, {"prompt": "Q?\n", "completion": "A"}),
+        ({"instruction": "Do", "output": "done"}, {"prompt": "Do\n", "completion": "done"}),
+        ({"instruction": "Do", "input": "it", "output": "done"}, {"prompt": "Do\n\nit\n", "completion": "done"}),
+        ({"instruction": "Do", "input": "", "output": "done"}, {"prompt": "Do\n", "completion": "done"}),
+        ({"instruction": "Do", "context": None, "response": "done"}, {"prompt": "Do\n", "completion": "done"}),
+        ({"text": "Once."}, {"text": "Once."}),
+    ],
+)
+def test_columns_whose_names_say_it_need_not_be_named(tmp_path, row, example):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    given = task(source=str(path), validation_fraction=0.0)
+    assert load_examples(given)["train"] == [{**example, "origin": f"{path} row 1"}]
+    assert sources.is_chat(given) == ("messages" in row)
+
+
+def test_unnamed_columns_keep_a_given_template_and_the_text_of_a_csv(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("question,answer\n01,007\n")
+    loaded = load_examples(task(source=str(path), prompt_template="Q: {prompt}\nA: ", validation_fraction=0.0))
+    assert (loaded["train"][0]["prompt"], loaded["train"][0]["completion"]) == ("Q: 01\nA: ", "007")
+
+
+@pytest.mark.parametrize("row", [{"body": "a", "label": "b"}, {"text": "a", "question": "b", "answer": "c"},
+                                 {"instruction": "a", "output": "b", "response": "c"}])  # fmt: skip
+def test_columns_that_do_not_say_it_are_listed_with_the_keys_to_set(tmp_path, row):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(PeftJaxError, match=rf"a.jsonl: .* columns {', '.join(row)}; name .*--config.task.text_column"):
+        load_examples(task(source=str(path), validation_fraction=0.0))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

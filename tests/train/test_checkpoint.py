@@ -1,6 +1,8 @@
 """Checkpoints: bit for bit, only what trains, clear errors."""
 
+import shutil
 from contextlib import closing
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -57,5 +59,32 @@ def test_only_the_newest_are_kept_and_saving_a_step_twice_is_no_error(tmp_path):
 
 def test_a_checkpoint_of_another_shape_is_a_clear_error(tmp_path):
     save(tmp_path, state_of(rank=3, step=1))
-    with pytest.raises(PeftJaxError, match="is not of this run"):
+    with pytest.raises(PeftJaxError, match=r"1 is not of this run: .*Choose another --workdir, or --overwrite"):
         restore(tmp_path, state_of(rank=4))
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+def halve(file):
+    file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, empty, halve])
+@pytest.mark.parametrize("file", ["default/_METADATA", "default/manifest.ocdbt", "the values"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_still_serves(tmp_path, damage, file):
+    save(tmp_path, *(state_of(step=step, rank=400) for step in (1, 2)))
+    values = max((tmp_path / "2").rglob("*"), key=lambda found: found.stat().st_size)
+    damage(values if file == "the values" else tmp_path / "2" / file)
+    with pytest.raises(PeftJaxError, match=rf"{tmp_path}/2 cannot be read: .*go on from step 1, or .*--overwrite"):
+        restore(tmp_path, state_of(rank=400))
+    shutil.rmtree(tmp_path / "2")
+    same(restore(tmp_path, state_of(rank=400)), state_of(step=1, rank=400))
+
+
+def test_without_a_checkpoint_before_the_damaged_one_training_starts_anew(tmp_path):
+    save(tmp_path, state_of(step=3))
+    shutil.rmtree(tmp_path / "3" / "default")
+    with pytest.raises(PeftJaxError, match=rf"{tmp_path}/3 cannot be read: .*Remove that folder to go on from step 0"):
+        restore(tmp_path, state_of())

@@ -17,6 +17,15 @@ def example(ids):
     return Encoded(np.array(ids, np.int32), np.ones(len(ids), bool), 0)
 
 
+def configured(model, folder):
+    """A configuration of this model and of a few films written to this folder."""
+    rows = [json.dumps({"prompt": f"the film number {i} is", "completion": " good"}) for i in range(20)]
+    (folder / "films.jsonl").write_text("\n".join(rows))
+    config = base.get_config(model=str(model), task=str(folder / "films.jsonl"))
+    config.task.update(prompt_column="prompt", completion_column="completion", validation_fraction=0.3)
+    return config
+
+
 def test_ids_and_lengths_up_to_the_model_s_own_are_welcome_and_one_more_is_not(tiny_model):
     config = dataclasses.replace(tiny_model[0].config, vocab_size=10, max_position_embeddings=4)
     session.check_fits([example([0, 9]), example([1, 2, 3, 4])], config)
@@ -34,9 +43,13 @@ def test_a_session_stops_before_the_weights_are_read(tiny_folder, tmp_path, chan
     (folder / "config.json").write_text(json.dumps(described))
     for weights in folder.glob("*.safetensors"):
         weights.unlink()
-    rows = [json.dumps({"prompt": f"the film number {i} is", "completion": " good"}) for i in range(20)]
-    (tmp_path / "films.jsonl").write_text("\n".join(rows))
-    config = base.get_config(model=str(folder), task=str(tmp_path / "films.jsonl"))
-    config.task.update(prompt_column="prompt", completion_column="completion", validation_fraction=0.3)
     with pytest.raises(PeftJaxError, match=words):
-        session.load(config)
+        session.load(configured(folder, tmp_path))
+
+
+@pytest.mark.parametrize("content, words", [('{"vocab_size": ', "not readable"), ("[]", "holds no JSON object")])
+def test_a_damaged_config_of_the_model_is_not_the_tokenizer_s_fault(tiny_folder, tmp_path, content, words):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / "config.json").write_text(content)
+    with pytest.raises(PeftJaxError, match=f"^{folder}/config.json .*{words}"):
+        session.load(configured(folder, tmp_path))
