@@ -101,7 +101,7 @@ def generate(apply: Callable, model, params, input_ids, attention_mask, *, max_n
     if length + max_new_tokens > model.config.max_position_embeddings:
         raise PeftJaxError(f"generate: {length} prompt tokens and {max_new_tokens} new ones are more than the model's "
                            f"{model.config.max_position_embeddings} positions: shorten one of them.")
-    cache = model.init_cache(batch, length + max_new_tokens)
+    cache = apply({"params": params}, batch, length + max_new_tokens, method="init_cache")
     rng = jax.random.key(0) if rng is None else rng
     tokens = decode(apply, params, cache, jnp.asarray(input_ids), jnp.asarray(mask), jnp.asarray(stop_ids), rng,
                     max_new_tokens=max_new_tokens, sampling=sampling)

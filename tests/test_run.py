@@ -194,7 +194,7 @@ def test_another_configuration_is_refused_unless_told_to_overwrite(trained, argu
     "argv, words",
     [
         ([], ["--config=experiments/lora.py"]),
-        (["--config=experiments/lorra.py"], ["did you mean experiments/lora.py?"]),
+        (["--config=experiments/lorra.py"], ["did you mean experiments/lora.py"]),
         ([f"--config={LORA}:modle=x"], ["model, task"]),
         ([f"--config={LORA}:model=smollm2-135n"], ["did you mean smollm2-135m"]),
         ([f"--config={LORA}", "--config.method.rr=8"], ["did you mean --config.method.r?"]),

@@ -190,7 +190,7 @@ class CausalLM(nn.Module):
         index, key_mask = self._extend_cache(mask, segment_ids)
         if positions is None:
             positions = masks.count_positions(mask, segment_ids, key_mask, index)
-        cos, sin = rope.angles(positions, rope.inverse_frequencies(
+        cos, sin = rope.angles(self.place(positions), rope.inverse_frequencies(
             self.config.head_dim, self.config.rope_theta, self.config.rope_scaling))
         full, windowed = masks.attention_masks(key_mask, mask.shape[1], index, segment_ids, self._window())
         flags = jnp.asarray(self.config.sliding_layers or (False,) * self.config.num_hidden_layers)
@@ -199,6 +199,10 @@ class CausalLM(nn.Module):
             x = jnp.where(index + mask.shape[1] > key_mask.shape[1], jnp.nan, x)  # see masks.check_room
         x, _ = self.layers(x, flags, cos, sin, full, windowed, index)
         return self.norm(x)
+
+    def place(self, positions):
+        """The positions that are rotated by, int (batch, seq), of tokens at ``positions``: the same ones."""
+        return positions
 
     def head(self, hidden):
         """Logits (..., vocab) of hidden states (..., hidden)."""
