@@ -186,15 +186,22 @@ def inputs_last(module: nn.Module, x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x, axis, range(-len(axis), 0))
 
 
-def dropped(module: nn.Module, context, x: jax.Array, rate: float, argument: str) -> jax.Array:
-    """``x`` with dropout where the call was given a ``dropout`` stream; raises where a scan withholds the stream."""
-    if not rate or "dropout" not in context.rngs:
-        return x
+def dropout_key(module: nn.Module, context, argument: str) -> jax.Array | None:
+    """A key of the call's ``dropout`` stream, ``None`` where it has none; raises where a scan withholds the stream."""
+    if "dropout" not in context.rngs:
+        return None
     if not module.has_rng("dropout"):
-        raise PeftJaxError(f"{argument}={rate} cannot draw in '{'/'.join(module.path)}': the nn.scan around "
+        raise PeftJaxError(f"{argument} cannot draw in '{'/'.join(module.path)}': the nn.scan around "
                            "it withholds the stream; give it split_rngs={'params': True, 'dropout': True}.")
-    drop = nn.Dropout(rate, deterministic=False, parent=None)
-    return drop.apply({}, x, rngs={"dropout": module.make_rng("dropout")})
+    return module.make_rng("dropout")
+
+
+def dropped(module: nn.Module, context, x: jax.Array, rate: float, argument: str) -> jax.Array:
+    """``x`` with dropout where the call was given a ``dropout`` stream, see :func:`dropout_key`."""
+    key = dropout_key(module, context, f"{argument}={rate}") if rate else None
+    if key is None:
+        return x
+    return nn.Dropout(rate, deterministic=False, parent=None).apply({}, x, rngs={"dropout": key})
 
 
 def slots(flat, trained: Sequence[str], naming: Naming, switch: str, keys: Mapping[str, str],

@@ -22,6 +22,7 @@ from peft_jax import beside, targets, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.kept import keep
 from peft_jax.method import Method
+from peft_jax.methods import biases
 from peft_jax.stored import Format, Naming, Slot
 from peft_jax.targets import Patterns
 
@@ -99,7 +100,7 @@ def scalings(config: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
 
 def _init(config, rng, params, axes=None):
     params = beside.init(config, rng, params, axes, partial(leaves, config), partial(trains, config))
-    _check_biases(config, tree.flatten(params))
+    biases.check(config, tree.flatten(params), "lora_scaling")
     return params
 
 
@@ -123,15 +124,6 @@ def leaves(config, key, target, kernel) -> dict[str, jax.Array]:
 
 def _uniform(key, shape, bound):
     return jax.random.uniform(key, shape, jnp.float32, -1, 1) * np.float32(bound)
-
-
-def _check_biases(config, flat) -> None:
-    """A stacked bias leaf trains as a whole; peft's lora_only on some layers of a stack would need a part of it."""
-    for folder in beside.folders(flat, "lora_scaling") if config["bias"] == "lora_only" else ():
-        names = targets.module_names(folder.rstrip("/"), flat[folder + "lora_scaling"].shape)
-        if f"{folder}bias" in flat and not ranks(config, names).all():
-            raise PeftJaxError(f"bias='lora_only' on some layers of a scanned stack ('{folder}bias') is not supported: "
-                               "adapt all layers, or set bias to 'none' or 'all'.")
 
 
 def _intercept(dropout, next_fun, args, kwargs, context):
@@ -185,11 +177,7 @@ def labels(config, params):
 
 def trains(config, path, flat) -> bool:
     """Whether the leaf at ``path`` trains."""
-    folder, _, name = path.rpartition("/")
-    adapted = f"{folder}/lora_a".lstrip("/") in flat
-    if name == "bias" and (config["bias"] == "all" or (config["bias"] == "lora_only" and adapted)):
-        return True
-    return beside.trains(config, LEAVES[:2], path, flat)
+    return biases.trains(config, path, flat, "lora_scaling") or beside.trains(config, LEAVES[:2], path, flat)
 
 
 def _merge(params):
