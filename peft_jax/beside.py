@@ -66,6 +66,18 @@ def check_probability(name: str, value: Any) -> None:
         raise PeftJaxError(f"{name}={value!r}: a probability of at least 0 and below 1.")
 
 
+def check_patterns(config: Mapping[str, Any], rank: str, alpha: str) -> None:
+    """Raise ``PeftJaxError`` where a rank or an alpha, by itself or in its pattern, is none."""
+    for name, pattern, check in ((rank, "rank_pattern", check_rank), (alpha, "alpha_pattern", check_number)):
+        if not isinstance(config[pattern], Mapping | None):
+            raise PeftJaxError(f"{pattern}={config[pattern]!r}: give a dict, such as {{'layers.0.self_attn.q_proj': "
+                               "4}.")
+        check(name, config[name])
+        for key, value in (config[pattern] or {}).items():
+            check(f"{pattern}['{key}']", value)
+        check_regexes(list(config[pattern] or ()))
+
+
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     if value not in choices:
         raise PeftJaxError(f"{name}={value!r}: {nearest(str(value), map(str, choices))}")

@@ -69,19 +69,10 @@ def lora(r: int = 8, lora_alpha: float = 8, target_modules: Patterns = ("q_proj"
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config[name], Mapping | None):
-            raise PeftJaxError(f"{name}={config[name]!r}: give a dict, such as {{'layers.0.self_attn.q_proj': 4}}.")
-    ranks = {"r": config["r"], **{f"rank_pattern['{k}']": v for k, v in (config["rank_pattern"] or {}).items()}}
-    for name, value in ranks.items():
-        beside.check_rank(name, value)
-    alphas = {f"alpha_pattern['{key}']": value for key, value in (config["alpha_pattern"] or {}).items()}
-    for name, value in {"lora_alpha": config["lora_alpha"], **alphas}.items():
-        beside.check_number(name, value)
+    beside.check_patterns(config, "r", "lora_alpha")
     beside.check_probability("lora_dropout", config["lora_dropout"])
     beside.check_choice("bias", config["bias"], BIASES)
     beside.check_choice("init_lora_weights", config["init_lora_weights"], INITS)
-    beside.check_regexes([*(config["rank_pattern"] or ()), *(config["alpha_pattern"] or ())])
 
 
 def ranks(config: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
@@ -204,12 +195,17 @@ def padding(config, params) -> int:
     return unused
 
 
-def _slots(config, flat, trained: Sequence[str], naming: Naming) -> dict[str, Slot]:
-    for path in beside.folders(flat, "lora_scaling"):
-        held = flat[path + "lora_scaling"]
+def check_scalings(config, flat, leaf: str, alpha: str = "lora_alpha") -> None:
+    """Raise ``PeftJaxError`` where the scale stored in ``leaf`` is not what the config gives."""
+    for path in beside.folders(flat, leaf):
+        held = flat[path + leaf]
         if not np.array_equal(np.ravel(held), scalings(config, targets.module_names(path.rstrip("/"), held.shape))):
-            raise PeftJaxError(f"save_adapter: '{path}lora_scaling' is not what this method's r and lora_alpha give: "
+            raise PeftJaxError(f"save_adapter: '{path}{leaf}' is not what this method's r and {alpha} give: "
                                "save with the method that made the parameters.")
+
+
+def _slots(config, flat, trained: Sequence[str], naming: Naming) -> dict[str, Slot]:
+    check_scalings(config, flat, "lora_scaling")
     return beside.slots(flat, trained, naming, "lora_scaling", KEYS, partial(_view, config))
 
 
