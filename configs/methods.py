@@ -70,7 +70,59 @@ def _lokr() -> dict:
     }
 
 
-METHODS = {"ia3": _ia3, "loha": _loha, "lokr": _lokr, "lora": _lora}
+def _vera() -> dict:
+    return {
+        "name": "vera",
+        "r": 256,
+        "target_modules": any_type(("q_proj", "v_proj")),
+        "vera_dropout": 0.0,
+        "d_initial": 0.1,
+        "projection_prng_key": 0,  # seed of the shared projections
+        "bias": "none",  # none, all, vera_only
+        "layers_to_transform": any_type(None),
+        "layers_pattern": any_type(None),
+        "modules_to_save": any_type(None),
+        "init_weights": True,
+    }
+
+
+def _oft() -> dict:
+    return {
+        "name": "oft",
+        "r": 0,  # number of blocks, or oft_block_size: one of the two is 0
+        "oft_block_size": 32,
+        "module_dropout": 0.0,  # of blocks
+        "target_modules": any_type(("q_proj", "v_proj")),
+        "bias": "none",  # none, all, oft_only
+        "coft": False,
+        "eps": 6e-5,
+        "block_share": False,
+        "use_cayley_neumann": True,
+        "num_cayley_neumann_terms": 5,
+        "exclude_modules": any_type(None),
+        "layers_to_transform": any_type(None),
+        "layers_pattern": any_type(None),
+        "modules_to_save": any_type(None),
+        "init_weights": True,
+    }
+
+
+def _hra() -> dict:
+    return {
+        "name": "hra",
+        "r": 8,
+        "apply_GS": False,  # Gram-Schmidt
+        "target_modules": any_type(("q_proj", "v_proj")),
+        "bias": "none",  # none, all, hra_only
+        "exclude_modules": any_type(None),
+        "layers_to_transform": any_type(None),
+        "layers_pattern": any_type(None),
+        "modules_to_save": any_type(None),
+        "init_weights": True,
+    }
+
+
+METHODS = {"hra": _hra, "ia3": _ia3, "loha": _loha, "lokr": _lokr, "lora": _lora, "oft": _oft, "vera": _vera}
 
 
 def method_config(name: str) -> ConfigDict:

@@ -13,10 +13,13 @@ CONTENTS = {
     "chain": "method",
     "check_read": "method",
     "METHODS": "methods",
+    "hra": "methods",
     "ia3": "methods",
     "loha": "methods",
     "lokr": "methods",
     "lora": "methods",
+    "oft": "methods",
+    "vera": "methods",
     # parameter trees
     "combine": "tree",
     "count": "tree",

@@ -1,0 +1,15 @@
+"""HRA: the inputs of a module are reflected a few times, orthogonal and of low rank at once.
+
+    python run.py --config=experiments/hra.py
+
+Paper: Yuan et al. 2024, arXiv:2405.17484 (r = 8 there). Number: not measured yet.
+"""
+
+from configs import base, parse
+
+
+def get_config(arg: str = ""):
+    config = base.get_config(**parse.typed_args(arg, model="smollm2-135m", task="movie_rating"), method="hra")
+    config.method.update(r=8)
+    config.optim.update(learning_rate=1e-3, steps=60)
+    return config

@@ -1,0 +1,16 @@
+"""OFT: the inputs of a module are rotated, which keeps their lengths and angles.
+
+    python run.py --config=experiments/oft.py
+
+Paper: Qiu et al. 2023, arXiv:2306.07280; on the inputs, with the series, Qiu et al. 2025, arXiv:2506.19847.
+Number: not measured yet.
+"""
+
+from configs import base, parse
+
+
+def get_config(arg: str = ""):
+    config = base.get_config(**parse.typed_args(arg, model="smollm2-135m", task="movie_rating"), method="oft")
+    config.method.update(oft_block_size=32)
+    config.optim.update(learning_rate=1e-3, steps=60)
+    return config

@@ -1,0 +1,15 @@
+"""VeRA: two small vectors a module between shared random projections, at a high learning rate.
+
+    python run.py --config=experiments/vera.py
+
+Paper: Kopiczko et al. 2023, arXiv:2310.11454 (rank 256 and rates from 2e-3 to 2e-2 there). Number: not measured yet.
+"""
+
+from configs import base, parse
+
+
+def get_config(arg: str = ""):
+    config = base.get_config(**parse.typed_args(arg, model="smollm2-135m", task="movie_rating"), method="vera")
+    config.method.update(r=256)
+    config.optim.update(learning_rate=1e-2, steps=60)
+    return config

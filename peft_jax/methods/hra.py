@@ -1,0 +1,132 @@
+"""HRA, Householder reflection adaptation: the input of a module is reflected r times (arXiv 2405.17484, eq. 3).
+
+    y = (x H_r ... H_1) W + b        H_i = I - 2 u_i u_i'        each u_i scaled to length one
+
+The product of reflections is I - U T' U' with U = [u_1 ... u_r] and a small upper triangle T, T^-1 = I / 2 + the part
+of U' U above its diagonal (the compact WY form), so that x is read once and not r times. With ``apply_GS`` the columns
+are made orthonormal, Q, as by a Gram-Schmidt process, and the product is I - 2 Q Q'.
+
+Beside each adapted ``kernel`` stand ``hra_u`` (*stack, *in, r) and the frozen switch ``hra_on`` (*stack), zero for
+layers of a stack that are not adapted. Columns start in equal pairs, whose reflections cancel but for rounding.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax import beside, tree
+from peft_jax.kept import keep
+from peft_jax.method import Method
+from peft_jax.methods import biases
+from peft_jax.stored import Format
+from peft_jax.targets import Patterns
+
+LEAVES = ("hra_u", "hra_on")
+BIASES = ("none", "all", "hra_only")
+
+
+def hra(r: int = 8, apply_GS: bool = False, target_modules: Patterns = ("q_proj", "v_proj"), *, bias: str = "none",
+        exclude_modules: Patterns = None, layers_to_transform: int | tuple[int, ...] | None = None,
+        layers_pattern: Patterns = None, modules_to_save: tuple[str, ...] | None = None,
+        init_weights: bool = True) -> Method:
+    """HRA with the arguments, meanings and defaults of Hugging Face peft's ``HRAConfig``, linear modules only.
+
+    Args:
+      r: number of reflections. Odd ones cannot start in pairs: then training does not start from the base model.
+      apply_GS: make the columns orthonormal. Reflections in orthogonal directions cannot cancel, so training does not
+        start from the base model either; all columns then start at random.
+      bias: which biases train: "none", "all", "hra_only" (of adapted modules).
+      init_weights: False starts all columns at random (for tests).
+      The others as of :func:`peft_jax.lora`.
+
+    Returns a :class:`Method`; its leaves are float32.
+
+    >>> method = hra(r=4, target_modules=("up_proj",))
+    >>> params = method.init(jax.random.key(0), {"up_proj": {"kernel": jnp.ones((6, 8))}})
+    >>> {name: leaf.shape for name, leaf in params["up_proj"].items()}
+    {'kernel': (6, 8), 'hra_u': (6, 4), 'hra_on': ()}
+
+    Raises ``PeftJaxError`` for values out of range, and from ``init`` for patterns that match nothing.
+    """
+    config = beside.tidy({"peft_type": "HRA", **locals()})
+    beside.check_rank("r", r)
+    beside.check_choice("apply_GS", apply_GS, (True, False))
+    beside.check_choice("bias", bias, BIASES)
+    beside.check_choice("init_weights", init_weights, (True, False))
+    trains = partial(_trains, config)
+    padding = partial(beside.padding, config=config, leaves=LEAVES[:1], switch="hra_on")
+    return Method(partial(_init, config), partial(_intercept, apply_GS), partial(beside.labels, trained=trains),
+                  partial(_merge, apply_GS), config, padding, FORMAT)
+
+
+def _trains(config, path, flat) -> bool:
+    return biases.trains(config, path, flat, "hra_on") or beside.trains(config, LEAVES[:1], path, flat)
+
+
+def _init(config, rng, params, axes=None):
+    params = beside.init(config, rng, params, axes, partial(_leaves, config), partial(_trains, config))
+    biases.check(config, tree.flatten(params), "hra_on")
+    return params
+
+
+def _leaves(config, key, target, kernel) -> dict[str, jax.Array]:
+    _, stack, inputs, _ = target.axes
+    r, paired = config["r"], config["init_weights"] and not config["apply_GS"] and config["r"] % 2 == 0
+    random = jax.random.uniform(key, (*stack, *inputs, r // 2 if paired else r), jnp.float32, -1, 1)
+    u = jnp.repeat(random, 2, -1) if paired else random
+    on = beside.chosen(config, target.names).astype(np.float32).reshape(stack)
+    u = u / math.sqrt(random.shape[-1]) * on.reshape(*stack, *[1] * (u.ndim - len(stack)))
+    return {"hra_u": u, "hra_on": jnp.asarray(on)}
+
+
+def _intercept(orthogonal, next_fun, args, kwargs, context):
+    module = context.module
+    if (held := beside.read(module, context, LEAVES, "HRA")) is None:
+        return next_fun(*args, **kwargs)
+    x = beside.inputs_last(module, args[0])
+    left, right = (side.astype(x.dtype) for side in sides(*held, orthogonal))
+    low = keep(x.reshape(-1, left.shape[0]) @ left)
+    moved = x - (low @ right.T).reshape(x.shape)
+    count = held[0].ndim - 1
+    return next_fun(jnp.moveaxis(moved, range(-count, 0), beside.input_axes(module, x.ndim)), *args[1:], **kwargs)
+
+
+def sides(u, on, orthogonal):
+    """Float32 matrices (*stack, in, r), left and right, with I - left right' the product that x is multiplied by."""
+    r, switch = u.shape[-1], on[..., None, None] > 0
+    u = u.reshape(*on.shape, -1, r)
+    if orthogonal:
+        q, _ = jnp.linalg.qr(jnp.where(switch, u, jnp.eye(*u.shape[-2:], dtype=u.dtype)))
+        return jnp.where(switch, 2 * q, 0), q
+    u = jnp.where(switch, u, 1)  # a column without a length has no direction
+    u = u / jnp.linalg.norm(u, axis=-2, keepdims=True)
+    gram = jnp.einsum("...ni,...nj->...ij", u, u, precision="highest")
+    inverse = jnp.triu(gram, 1) + jnp.eye(r, dtype=u.dtype) / 2
+    right = jax.lax.linalg.triangular_solve(inverse, u, left_side=False)
+    return jnp.where(switch, u, 0), right
+
+
+def _merge(orthogonal, params):
+    """Reflect each kernel's inputs, in float32, back to the kernel's dtype; the leaves are gone afterwards."""
+
+    def fold(kernel, u, on):
+        left, right = sides(u, on, orthogonal)
+        rows = kernel.reshape(*left.shape[:-1], -1)
+        low = jnp.einsum("...nr,...no->...ro", right, rows, precision="highest")
+        return kernel - jnp.matmul(left, low, precision="highest").reshape(kernel.shape)
+
+    return beside.merge(params, LEAVES, fold)
+
+
+def _slots(config, flat, trained, naming):
+    def view(leaf, name):
+        return (lambda u: u.reshape(-1, u.shape[-1])) if beside.chosen(config, [name])[0] else None
+
+    return beside.slots(flat, trained, naming, "hra_on", {"hra_u": "hra_u"}, view)
+
+
+ARGUMENTS = ("r", "apply_GS", *beside.SELECTION, "bias", "init_weights")
+FORMAT = Format("HRA", hra, ARGUMENTS, _slots, beside.fields)

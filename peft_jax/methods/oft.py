@@ -1,0 +1,201 @@
+"""OFT, orthogonal fine-tuning: the input of a module is rotated, block by block (arXiv 2306.07280; 2506.19847).
+
+    y = (x R) W + b        R = diag(R_1, ..., R_blocks),  Q_i = -Q_i' the skew-symmetric matrix of one block
+
+    exactly (Cayley):      R_i = (I - Q_i) (I + Q_i)^-1
+    approximately:         R_i = I + 2 Q_i + 2 Q_i^2 + ... + Q_i^n, a Neumann series of (I + Q_i) (I - Q_i)^-1
+
+Both as Hugging Face peft 0.21 has them: they turn opposite ways. Beside each adapted ``kernel`` stand ``oft_r``
+(*stack, blocks, block_size (block_size - 1) / 2), the upper triangles of the Q_i row by row, and the frozen switch
+``oft_on`` (*stack), zero for layers of a stack that are not adapted. Q starts at zero, so that training starts from the
+base model; what is added to x is x (R - I), which is then zero.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax import beside, tree
+from peft_jax.errors import PeftJaxError
+from peft_jax.method import Method
+from peft_jax.methods import biases
+from peft_jax.stored import Format
+from peft_jax.targets import Patterns
+
+LEAVES = ("oft_r", "oft_on")
+BIASES = ("none", "all", "oft_only")
+
+
+def oft(r: int = 0, oft_block_size: int = 32, module_dropout: float = 0.0,
+        target_modules: Patterns = ("q_proj", "v_proj"), *, bias: str = "none", coft: bool = False, eps: float = 6e-5,
+        block_share: bool = False, use_cayley_neumann: bool = True, num_cayley_neumann_terms: int = 5,
+        exclude_modules: Patterns = None, layers_to_transform: int | tuple[int, ...] | None = None,
+        layers_pattern: Patterns = None, modules_to_save: tuple[str, ...] | None = None,
+        init_weights: bool = True) -> Method:
+    """OFT with the arguments, meanings and defaults of Hugging Face peft's ``OFTConfig``, linear modules only.
+
+    Args:
+      r: number of blocks; oft_block_size: inputs in a block. One of them is 0 and follows from the other. Where it
+        does not divide a module's inputs, that module takes the nearest number that does, the smaller of two, as in
+        peft.
+      module_dropout: the part of a module's blocks that is left unrotated, other ones in each call; needs
+        ``rngs={"dropout": key}``. (peft 0.21 accepts the argument and drops nothing.)
+      bias: which biases train: "none", "all", "oft_only" (of adapted modules).
+      coft, eps: constrained OFT: each Q_i is scaled back to a norm of eps / sqrt(blocks) where it is longer. The
+        gradient passes as if it were not.
+      block_share: one block's Q for all blocks of a module.
+      use_cayley_neumann: the series instead of the inverse; num_cayley_neumann_terms: its terms, I included (3 is 4).
+      init_weights: False starts from normal random numbers of deviation 0.1 (not the base model; for tests).
+      The others as of :func:`peft_jax.lora`.
+
+    Returns a :class:`Method`; its leaves are float32 and so are the rotations.
+
+    >>> method = oft(oft_block_size=3, target_modules=("up_proj",))
+    >>> params = method.init(jax.random.key(0), {"up_proj": {"kernel": jnp.ones((6, 8))}})
+    >>> {name: leaf.shape for name, leaf in params["up_proj"].items()}
+    {'kernel': (6, 8), 'oft_r': (2, 3), 'oft_on': ()}
+
+    Raises ``PeftJaxError`` for values out of range, and from ``init`` for patterns that match nothing.
+    """
+    config = beside.tidy({"peft_type": "OFT", **locals()})
+    _check(config)
+    trains = partial(_trains, config)
+    return Method(partial(_init, config), partial(_intercept, config), partial(beside.labels, trained=trains),
+                  partial(_merge, config), config,
+                  partial(beside.padding, config=config, leaves=LEAVES[:1], switch="oft_on"), FORMAT)
+
+
+def _check(config) -> None:
+    r, size = config["r"], config["oft_block_size"]
+    if not all(isinstance(number, int) and number >= 0 for number in (r, size)) or bool(r) == bool(size):
+        raise PeftJaxError(f"r={r!r} and oft_block_size={size!r}: give one of them, a whole number, and 0 for the "
+                           "other; their product is the number of a module's inputs.")
+    beside.check_probability("module_dropout", config["module_dropout"])
+    beside.check_number("eps", config["eps"])
+    beside.check_choice("bias", config["bias"], BIASES)
+    beside.check_choice("init_weights", config["init_weights"], (True, False))
+    beside.check_rank("num_cayley_neumann_terms", config["num_cayley_neumann_terms"])
+
+
+def _trains(config, path, flat) -> bool:
+    return biases.trains(config, path, flat, "oft_on") or beside.trains(config, LEAVES[:1], path, flat)
+
+
+def _init(config, rng, params, axes=None):
+    params = beside.init(config, rng, params, axes, partial(_leaves, config), partial(_trains, config))
+    biases.check(config, tree.flatten(params), "oft_on")
+    return params
+
+
+def _leaves(config, key, target, kernel) -> dict[str, jax.Array]:
+    _, stack, inputs, outputs = target.axes
+    width, blocks = math.prod(inputs), config["r"]
+    size = width // nearest_divisor(width, blocks) if blocks else nearest_divisor(width, config["oft_block_size"])
+    if size < 2:
+        raise PeftJaxError(f"'{target.path}' has {width} inputs: in blocks of one nothing can be rotated.")
+    if config["block_share"] and len(inputs) + len(outputs) > 2:
+        raise PeftJaxError(f"block_share=True needs kernels of one input and one output axis; '{target.path}' has "
+                           f"{inputs} and {outputs}: set block_share=False.")
+    shape = (*stack, 1 if config["block_share"] else width // size, size * (size - 1) // 2)
+    on = beside.chosen(config, target.names).astype(np.float32).reshape(stack)
+    start = jnp.zeros(shape, jnp.float32)
+    if not config["init_weights"]:
+        start = 0.1 * jax.random.normal(key, shape, jnp.float32) * on[..., None, None]
+    return {"oft_r": start, "oft_on": jnp.asarray(on)}
+
+
+def nearest_divisor(width: int, wanted: int) -> int:
+    """The divisor of ``width`` nearest to ``wanted``, the smaller of two.
+
+    >>> nearest_divisor(576, 32), nearest_divisor(576, 30), nearest_divisor(24, 7)
+    (32, 32, 6)
+    """
+    return min((abs(wanted - d), d) for d in range(1, width + 1) if width % d == 0)[1]
+
+
+def _intercept(config, next_fun, args, kwargs, context):
+    module = context.module
+    if (held := beside.read(module, context, LEAVES, "OFT")) is None:
+        return next_fun(*args, **kwargs)
+    x = beside.inputs_last(module, args[0])
+    count = len(beside.input_axes(module, x.ndim))
+    turns = excess(config, *held)
+    blocks = x.reshape(-1, math.prod(x.shape[x.ndim - count:]) // turns.shape[-1], turns.shape[-1])
+    turns = _dropped(module, context, jnp.broadcast_to(turns, (blocks.shape[1], *turns.shape[1:])), config)
+    moved = x + jnp.einsum("tbi,bij->tbj", blocks, turns.astype(x.dtype)).reshape(x.shape)
+    return next_fun(jnp.moveaxis(moved, range(-count, 0), beside.input_axes(module, x.ndim)), *args[1:], **kwargs)
+
+
+def excess(config, upper, on):
+    """R - I of each block, float32 (..., blocks, size, size), from the upper triangles of its Q."""
+    q = skew(_constrained(config, upper) * on[..., None, None])
+    if not config["use_cayley_neumann"]:  # (I - Q) (I + Q)^-1 - I = -2 Q (I + Q)^-1, and transposed of a skew Q
+        eye = jnp.eye(q.shape[-1], dtype=q.dtype)
+        return jnp.swapaxes(jnp.linalg.solve(eye - q, 2 * q), -1, -2)
+    terms, power = config["num_cayley_neumann_terms"], q
+    total = 2 * q if terms > 1 else jnp.zeros_like(q)
+    for _ in range(max(terms - 3, terms > 2)):
+        power = jnp.matmul(power, q, precision="highest")
+        total = total + 2 * power
+    return total + jnp.matmul(power, q, precision="highest") if terms > 2 else total
+
+
+def skew(upper):
+    """The skew-symmetric matrices (..., size, size) of upper triangles (..., size (size - 1) / 2), row by row."""
+    size = (1 + math.isqrt(1 + 8 * upper.shape[-1])) // 2
+    rows, columns = np.triu_indices(size, 1)
+    half = jnp.zeros((*upper.shape[:-1], size, size), upper.dtype).at[..., rows, columns].set(upper)
+    return half - jnp.swapaxes(half, -1, -2)
+
+
+def _constrained(config, upper):
+    """Triangles of which each Q has a norm of at most eps / sqrt(blocks), in constrained OFT."""
+    if not config["coft"]:
+        return upper
+    limit = config["eps"] / math.sqrt(upper.shape[-2])
+    norm = jnp.sqrt(2 * jnp.sum(jnp.square(upper), -1, keepdims=True))  # each element stands in Q twice
+    held = upper * jnp.minimum(1, limit / jnp.where(norm > 0, norm, limit))
+    return upper + jax.lax.stop_gradient(held - upper)
+
+
+def _dropped(module, context, turns, config):
+    """Some blocks unrotated, where there are several and the call was given a ``dropout`` stream."""
+    rate, blocks = config["module_dropout"], turns.shape[0]
+    if not rate or blocks == 1 or config["block_share"]:
+        return turns
+    key = beside.dropout_key(module, context, f"module_dropout={rate}")
+    if key is None:
+        return turns
+    held = jax.random.permutation(key, np.arange(blocks) >= int(rate * blocks))
+    return jnp.where(held[:, None, None], turns, 0)
+
+
+def _merge(config, params):
+    """Rotate each kernel's inputs, in float32, back to the kernel's dtype; the leaves are gone afterwards."""
+
+    def fold(kernel, upper, on):
+        turns = excess(config, upper, on)
+        inputs = kernel.shape[on.ndim] if config["block_share"] else math.prod(turns.shape[-3:-1])
+        rows = kernel.reshape(*on.shape, inputs // turns.shape[-1], turns.shape[-1], -1)
+        return kernel + jnp.matmul(turns, rows, precision="highest").reshape(kernel.shape)
+
+    return beside.merge(params, LEAVES, fold)
+
+
+def _slots(config, flat, trained, naming):
+    def view(leaf, name):
+        return (lambda upper: upper) if beside.chosen(config, [name])[0] else None
+
+    return beside.slots(flat, trained, naming, "oft_on", {"oft_r": "oft_R.weight"}, view)
+
+
+def _fields(config, flat, naming):
+    return {**beside.fields(config, flat, naming), "fan_in_fan_out": False}
+
+
+ARGUMENTS = ("r", "oft_block_size", "module_dropout", *beside.SELECTION, "bias", "coft", "eps", "block_share",
+             "use_cayley_neumann", "num_cayley_neumann_terms", "init_weights")
+FORMAT = Format("OFT", oft, ARGUMENTS, _slots, _fields, ("fan_in_fan_out",))

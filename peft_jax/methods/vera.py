@@ -1,0 +1,149 @@
+"""VeRA, vectors between random projections that all modules share (arXiv 2310.11454, eq. 2).
+
+    y = x W + (drop(x) A * d) B * b
+
+A (in, r) and B (r, out) are random, frozen and one pair for the whole model: the root leaves ``vera_a`` (largest in, r)
+and ``vera_b`` (r, largest out), of which each module takes its corner. Beside each adapted ``kernel`` stand the trained
+vectors ``vera_lambda_d`` (*stack, r) and ``vera_lambda_b`` (*stack, *out), and the frozen switch ``vera_on`` (*stack),
+zero for layers of a stack that are not adapted. b starts at zero, so that training starts from the base model.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax import beside, tree
+from peft_jax.errors import PeftJaxError
+from peft_jax.kept import keep
+from peft_jax.method import Method
+from peft_jax.methods import biases
+from peft_jax.stored import Format, Slot
+from peft_jax.targets import Patterns
+
+VECTORS = ("vera_lambda_b", "vera_lambda_d")
+LEAVES = (*VECTORS, "vera_on")
+SHARED = {"vera_a": "base_model.vera_A", "vera_b": "base_model.vera_B"}
+BIASES = ("none", "all", "vera_only")
+
+
+def vera(r: int = 256, target_modules: Patterns = ("q_proj", "v_proj"), vera_dropout: float = 0.0, *,
+         d_initial: float = 0.1, projection_prng_key: int = 0, bias: str = "none",
+         layers_to_transform: int | tuple[int, ...] | None = None, layers_pattern: Patterns = None,
+         modules_to_save: tuple[str, ...] | None = None, init_weights: bool = True) -> Method:
+    """VeRA with the arguments, meanings and defaults of Hugging Face peft's ``VeraConfig``.
+
+    Args:
+      r: rank of the shared projections. vera_dropout: probability that an input element of the branch is dropped;
+        needs ``rngs={"dropout": key}``.
+      d_initial: what d starts at.
+      projection_prng_key: seed of A and B, the same for every run. torch draws other numbers from it than jax, so
+        adapter files always hold A and B (peft's ``save_projection=True``) and are read only where they do.
+      bias: which biases train: "none", "all", "vera_only" (of adapted modules).
+      init_weights: False starts b at one and d at random (not the base model at the start; for tests).
+      The others as of :func:`peft_jax.lora`.
+
+    Returns a :class:`Method`; its leaves are float32.
+
+    >>> method = vera(r=4, target_modules=("up_proj",))
+    >>> params = method.init(jax.random.key(0), {"up_proj": {"kernel": jnp.ones((6, 8))}})
+    >>> {name: leaf.shape for name, leaf in tree.flatten(params).items()}  # doctest: +NORMALIZE_WHITESPACE
+    {'up_proj/kernel': (6, 8), 'up_proj/vera_lambda_b': (8,), 'up_proj/vera_lambda_d': (4,), 'up_proj/vera_on': (),
+     'vera_a': (6, 4), 'vera_b': (4, 8)}
+
+    Raises ``PeftJaxError`` for values out of range, and from ``init`` for patterns that match nothing.
+    """
+    config = beside.tidy({"peft_type": "VERA", "exclude_modules": None, **locals()})
+    beside.check_rank("r", r)
+    beside.check_probability("vera_dropout", vera_dropout)
+    beside.check_number("d_initial", d_initial)
+    beside.check_choice("bias", bias, BIASES)
+    beside.check_choice("init_weights", init_weights, (True, False))
+    if not isinstance(projection_prng_key, int):
+        raise PeftJaxError(f"projection_prng_key={projection_prng_key!r}: a seed is a whole number.")
+    trains = partial(_trains, config)
+    return Method(partial(_init, config), partial(_intercept, vera_dropout), partial(beside.labels, trained=trains),
+                  _merge, config, partial(beside.padding, config=config, leaves=VECTORS, switch="vera_on"), FORMAT)
+
+
+def _trains(config, path, flat) -> bool:
+    return biases.trains(config, path, flat, "vera_on") or beside.trains(config, VECTORS, path, flat)
+
+
+def _init(config, rng, params, axes=None):
+    sizes = []
+    params = beside.init(config, rng, params, axes, partial(_leaves, config, sizes), partial(_trains, config))
+    biases.check(config, tree.flatten(params), "vera_on")
+    inputs, outputs = (max(side) for side in zip(*sizes))
+    one, other = jax.random.split(jax.random.key(config["projection_prng_key"]))
+    # peft's bound: Kaiming's for a ReLU, by the second side of its (r, in) and (out, r).
+    a = jax.random.uniform(one, (inputs, config["r"]), jnp.float32, -1, 1) * math.sqrt(6 / inputs)
+    b = jax.random.uniform(other, (config["r"], outputs), jnp.float32, -1, 1) * math.sqrt(6 / config["r"])
+    return {**params, "vera_a": a, "vera_b": b}
+
+
+def _leaves(config, sizes, key, target, kernel) -> dict[str, jax.Array]:
+    """The leaves of one target; its (in, out) is noted in ``sizes``."""
+    _, stack, inputs, outputs = target.axes
+    sizes.append((math.prod(inputs), math.prod(outputs)))
+    on = beside.chosen(config, target.names).astype(np.float32).reshape(stack)
+    b, d = jnp.zeros((*stack, *outputs), jnp.float32), jnp.full((*stack, config["r"]), config["d_initial"], jnp.float32)
+    if not config["init_weights"]:
+        b, d = jnp.ones_like(b), jax.random.normal(key, d.shape, jnp.float32)
+    return {"vera_lambda_b": b, "vera_lambda_d": d, "vera_on": jnp.asarray(on)}
+
+
+def _intercept(dropout, next_fun, args, kwargs, context):
+    y, module = next_fun(*args, **kwargs), context.module
+    if (held := beside.read(module, context, LEAVES, "VeRA")) is None:
+        return y
+    x = beside.dropped(module, context, beside.inputs_last(module, args[0]), dropout, "vera_dropout").astype(y.dtype)
+    b, d, on = (leaf.astype(y.dtype) for leaf in held)
+    inside = math.prod(module.get_variable("params", "kernel").shape) // b.size
+    low = keep(x.reshape(-1, inside) @ context.params["vera_a"][:inside].astype(y.dtype))
+    change = (low * (d * on)) @ context.params["vera_b"][:, :b.size].astype(y.dtype)
+    return y + (change * b.reshape(-1)).reshape(y.shape)
+
+
+def _merge(params):
+    """Add the update A d B b to each kernel, in float32, back to the kernel's dtype; the leaves are gone afterwards."""
+    shared = {name: params[name] for name in SHARED}
+    merged = beside.merge({path: leaf for path, leaf in params.items() if path not in SHARED}, LEAVES,
+                          partial(_folded, *shared.values()))
+    return merged
+
+
+def _folded(a, b, kernel, scale_b, scale_d, on):
+    stack, width = on.shape, math.prod(scale_b.shape[on.ndim:])
+    inside = kernel.size // (on.size * width)
+    low = a[:inside] * (scale_d * on[..., None])[..., None, :]
+    change = jnp.matmul(low, b[:, :width], precision="highest") * scale_b.reshape(*stack, 1, width)
+    return kernel + change.reshape(kernel.shape)
+
+
+def _slots(config, flat, trained, naming):
+    def view(leaf, name):
+        return np.ravel if beside.chosen(config, [name])[0] else None
+
+    keys = {name: name for name in VECTORS}
+    return {**beside.slots(flat, trained, naming, "vera_on", keys, view),
+            **{key: Slot(path, np.transpose) for path, key in SHARED.items()}}
+
+
+def _fields(config, flat, naming):
+    """peft has no exclude_modules for VeRA; ours has none either."""
+    return {**beside.fields(config, flat, naming), "save_projection": True, "fan_in_fan_out": False}
+
+
+def _read(stated, where):
+    if not stated.get("save_projection", True):
+        raise PeftJaxError(f"{where} has save_projection=False: its projections are torch's random numbers, which only "
+                           "torch can draw again; save it from peft with save_projection=True.")
+    return {name: value for name, value in stated.items() if name != "save_projection"}
+
+
+ARGUMENTS = ("r", "target_modules", "vera_dropout", "d_initial", "projection_prng_key", "bias", "layers_to_transform",
+             "layers_pattern", "modules_to_save", "init_weights", "save_projection")
+FORMAT = Format("VERA", vera, ARGUMENTS, _slots, _fields, ("fan_in_fan_out",), _read)
