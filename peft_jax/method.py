@@ -21,6 +21,10 @@ def _no_padding(params) -> int:
     return 0
 
 
+def _as_given(optimizer, total_steps):
+    return optimizer
+
+
 class Method(NamedTuple):
     """A fine-tuning method: pure functions over a parameter tree.
 
@@ -35,6 +39,9 @@ class Method(NamedTuple):
       padding: ``(params) -> int``: trainable elements that are only there to give stacked layers one shape. They are
         zero, stay zero, and are not counted as parameters.
       stored: how an adapter file holds the leaves, ``None`` where it does not.
+      optimizer: ``(optax transformation, steps of the training) -> optax transformation`` over the trainable leaves,
+        where a method has a say in what a step does to them.
+      penalty: ``(params) -> float32 scalar``, added to the loss, in nats per answer token, where the method wants one.
       parts: the methods of a chain.
     """
 
@@ -45,6 +52,8 @@ class Method(NamedTuple):
     config: Mapping[str, Any]
     padding: Callable[[Mapping], int] = _no_padding
     stored: Format | None = None
+    optimizer: Callable[[Any, int], Any] = _as_given
+    penalty: Callable[[Mapping], jax.Array] | None = None
     parts: tuple["Method", ...] = ()
 
 
@@ -86,10 +95,19 @@ def chain(*methods: Method) -> Method:
             params = method.merge(params)
         return params
 
+    def optimizer(inner, total_steps):
+        for method in methods:
+            inner = method.optimizer(inner, total_steps)
+        return inner
+
+    def penalty(params):
+        return sum(method.penalty(params) for method in methods if method.penalty)
+
     foldable = all(method.merge for method in methods)
     return Method(init, intercept, labels, merge if foldable else None,
                   {"peft_type": "CHAIN", "methods": tuple(m.config for m in methods)},
-                  lambda params: sum(m.padding(params) for m in methods), parts=methods)
+                  lambda params: sum(m.padding(params) for m in methods), None, optimizer,
+                  penalty if any(m.penalty for m in methods) else None, methods)
 
 
 def _intercepted(intercept, next_fun, context, *args, **kwargs):

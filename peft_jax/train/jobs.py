@@ -88,7 +88,7 @@ def _before(folder: Path, evaluate, params, settings: dict[str, Any]) -> dict[st
 
 def _train(config, folder: Path, method: Method, apply, params, batches, total) -> tuple[TrainState, tree.Tree, float]:
     """(state, frozen leaves, seconds of training) after training or a request to stop."""
-    optimizer = make_optimizer(config.optim, total)
+    optimizer = method.optimizer(make_optimizer(config.optim, total), total)
     trainable, frozen = tree.partition(params, method.labels(params))
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     state = checkpoints.restore(init_state(trainable, optimizer, jax.random.key(config.seed)))
@@ -96,9 +96,10 @@ def _train(config, folder: Path, method: Method, apply, params, batches, total) 
         print(f"resuming {folder} after step {int(state.step)} of {total}", flush=True)
     log = MetricsLog(folder, int(state.step), config.log.tensorboard)
     try:
-        state = fit(make_step(apply, optimizer, config.optim.loss_chunk), state, frozen, batches, total_steps=total,
-                    schedule=make_schedule(config.optim, total), checkpoints=checkpoints, log=log,
-                    checkpoint_every=config.checkpoint.every, log_every=config.log.every)  # fmt: skip
+        step = make_step(apply, optimizer, config.optim.loss_chunk, method.penalty)
+        state = fit(step, state, frozen, batches, total_steps=total, schedule=make_schedule(config.optim, total),
+                    checkpoints=checkpoints, log=log, checkpoint_every=config.checkpoint.every,
+                    log_every=config.log.every)  # fmt: skip
     finally:
         checkpoints.close()
         log.close()

@@ -26,11 +26,13 @@ def init_state(trainable: tree.Tree, tx: optax.GradientTransformation, rng: jax.
     return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable), rng)
 
 
-def make_step(apply: Callable, tx: optax.GradientTransformation, loss_chunk: int) -> Callable:
+def make_step(apply: Callable, tx: optax.GradientTransformation, loss_chunk: int,
+              penalty: Callable[[tree.Tree], jax.Array] | None = None) -> Callable:
     """A jitted ``step(state, frozen, batch) -> (state, metrics)``; ``state`` is donated.
 
     Leaves of ``batch`` are (accumulate_steps, batch, ...). The gradient is that of the mean loss over all answer tokens
-    of all micro-batches, so splitting a batch changes nothing but rounding. Metrics are float32 scalars: ``loss`` in
+    of all micro-batches, so splitting a batch changes nothing but rounding; ``penalty(params)`` is added to that mean
+    for the gradient, and is not in the ``loss`` that is reported. Metrics are float32 scalars: ``loss`` in
     nats per answer token, ``grad_norm`` before clipping, ``update_norm`` of what was added to the
     trainable leaves: if these are finite, so is the new state where the old one was.
     """
@@ -60,6 +62,9 @@ def make_step(apply: Callable, tx: optax.GradientTransformation, loss_chunk: int
         (loss, weight), gradient = accumulate(state, frozen, batch)
         weight = jnp.maximum(weight, 1)
         gradient = jax.tree.map(lambda g: g / weight, gradient)
+        if penalty is not None:
+            more = jax.grad(lambda leaves: penalty(tree.combine(frozen, leaves)))(state.trainable)
+            gradient = jax.tree.map(jnp.add, gradient, more)
         updates, opt_state = tx.update(gradient, state.opt_state, state.trainable)
         metrics = {"loss": loss / weight, "grad_norm": optax.tree.norm(gradient),
                    "update_norm": optax.tree.norm(updates)}
