@@ -122,7 +122,33 @@ def _hra() -> dict:
     }
 
 
-METHODS = {"hra": _hra, "ia3": _ia3, "loha": _loha, "lokr": _lokr, "lora": _lora, "oft": _oft, "vera": _vera}
+def _adalora() -> dict:
+    return {
+        "name": "adalora",
+        "target_r": 8,  # mean rank at the end
+        "init_r": 12,
+        "lora_alpha": 8,
+        "target_modules": any_type(("q_proj", "v_proj")),
+        "lora_dropout": 0.0,
+        "tinit": 0,  # steps before ranks begin to fall
+        "tfinal": 0,  # steps after they have fallen
+        "deltaT": 1,  # steps between two cuts
+        "beta1": 0.85,
+        "beta2": 0.85,
+        "orth_reg_weight": 0.5,
+        "total_step": any_type(None),  # None: the steps of the run
+        "rank_pattern": any_type(None),
+        "exclude_modules": any_type(None),
+        "layers_to_transform": any_type(None),
+        "layers_pattern": any_type(None),
+        "bias": "none",  # none, all, lora_only
+        "modules_to_save": any_type(None),
+        "init_lora_weights": True,
+    }
+
+
+METHODS = {"adalora": _adalora, "hra": _hra, "ia3": _ia3, "loha": _loha, "lokr": _lokr, "lora": _lora, "oft": _oft,
+           "vera": _vera}
 
 
 def method_config(name: str) -> ConfigDict:

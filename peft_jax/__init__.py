@@ -13,6 +13,7 @@ CONTENTS = {
     "chain": "method",
     "check_read": "method",
     "METHODS": "methods",
+    "adalora": "methods",
     "hra": "methods",
     "ia3": "methods",
     "loha": "methods",

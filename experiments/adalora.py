@@ -1,0 +1,15 @@
+"""AdaLoRA: ranks go where they matter, a third of them are cut during the run.
+
+    python run.py --config=experiments/adalora.py
+
+Paper: Zhang et al. 2023, arXiv:2303.10512 (init_r one and a half times target_r there). Number: not measured yet.
+"""
+
+from configs import base, parse
+
+
+def get_config(arg: str = ""):
+    config = base.get_config(**parse.typed_args(arg, model="smollm2-135m", task="movie_rating"), method="adalora")
+    config.method.update(target_r=8, init_r=12, lora_alpha=32, tinit=10, tfinal=20, orth_reg_weight=0.1)
+    config.optim.update(learning_rate=2e-3, steps=60)
+    return config
