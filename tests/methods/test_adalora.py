@@ -201,8 +201,8 @@ def test_counts_are_the_closed_form():
 def test_what_cannot_be_meant_is_an_error(peer_bases):
     base = peer_bases["llama"][2]
     for options, said in (({"target_r": 9, "init_r": 8}, "target_r=9 is above init_r=8"),
-                          ({"lora_alpha": 0}, "above 0"), ({"tinit": 6, "tfinal": 4, "total_step": 10}, "leave none of 10 steps"),
-                          ({"beta1": 1}, "beta1=1"), ({"init_r": 0}, "init_r=0")):
+                          ({"lora_alpha": 0}, "above 0"), ({"beta1": 1}, "beta1=1"), ({"init_r": 0}, "init_r=0"),
+                          ({"tinit": 6, "tfinal": 4, "total_step": 10}, "leave none of 10 steps")):
         with pytest.raises(PeftJaxError, match=said):
             adalora(**options)
     with pytest.raises(PeftJaxError, match="leave none of 5 steps"):
