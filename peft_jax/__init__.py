@@ -31,6 +31,10 @@ CONTENTS = {
     "load_tokenizer": "hub",
     "load_adapter": "hub",
     "save_adapter": "hub",
+    # many adapters on one base
+    "mix_adapters": "mixed",
+    "use_adapters": "mixed",
+    "weighted_adapter": "weighted",
     # decoding
     "Sampling": "generation",
     "generate": "generation",
