@@ -141,6 +141,6 @@ def test_what_cannot_be_mixed_is_an_error(tiny_model, adapters, mixed):
         mix_adapters({}, base)
     with pytest.raises(PeftJaxError, match="already hold mixed"):
         mix_adapters(adapters, params)
-    for other, why in ((ia3(), "is IA3|trains"), (lora(modules_to_save=("norm",)), "trains 'layers/input_layernorm/scale'")):
+    for other, why in ((ia3(), "trains"), (lora(modules_to_save=("norm",)), "trains 'layers/input_layernorm/scale'")):
         with pytest.raises(PeftJaxError, match=why):
             mix_adapters({"odd": (other, other.init(jax.random.key(0), base))}, base)
