@@ -98,7 +98,7 @@ def jax_step(method, example: dict) -> tuple[Step, dict[str, float]]:
 
 
 def torch_step(config, folder: str) -> Step:
-    """Hugging Face peft's step on the same weights, read from ``folder``; ``config`` ``None`` trains every parameter."""
+    """Hugging Face peft's step on the same weights, read from ``folder``; without a ``config`` all parameters train."""
     import peft
     import torch
     import transformers

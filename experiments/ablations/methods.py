@@ -2,9 +2,9 @@
 
     python experiments/ablations/methods.py --steps=40 --limit=100
 
-Question: on SmolLM2-135M and the default task, how do the methods compare when all see the same batches and each has its
-own learning rate? (A shared rate makes IA3 and prefix tuning look bad.) Every run is ``run.py`` on the method's own
-experiment, with the budget, the rate and nothing else changed; a finished run is not run again, an interrupted one goes
+Question: on SmolLM2-135M and the default task, how do the methods compare when all see the same batches and each has
+its own learning rate? (A shared rate makes IA3 and prefix tuning look bad.) Every run is ``run.py`` on the method's own
+experiment with the budget, the rate and nothing else changed; a finished run is not run again, an interrupted one goes
 on. Prints every run, and for each method the best by accuracy among the five words. The rate is chosen on the sentences
 that are reported, for all methods alike: compare within the table. Measured figures are in LOG.md.
 """
