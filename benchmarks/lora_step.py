@@ -188,15 +188,15 @@ def peak_memory(side: str, name: str, folder: str, args) -> None:
     batch = random_batch(args.rows, args.length, 49152)
     ours = side == "peft_jax"
     step = jax_step(our_lora(CASES[name]), batch)[0] if ours else torch_step(their_lora(CASES[name]), folder)
-    run_and_report_peak(step, batch, side, name)
+    print(f"  {side:<9} peak resident {peak_of(step, batch):.0f} MiB ({name})", flush=True)
 
 
-def run_and_report_peak(step: Step, batch: dict, side: str, name: str) -> None:
+def peak_of(step: Step, batch: dict) -> float:
+    """The most MiB that this process ever held, after three steps."""
     for _ in range(3):
         step(batch)
     status = Path("/proc/self/status").read_text()  # getrusage would tell the parent's peak where that was higher
-    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    print(f"  {side:<9} peak resident {peak / 2**10:.0f} MiB ({name})", flush=True)
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 2**10
 
 
 def main() -> None:
