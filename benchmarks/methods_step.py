@@ -4,7 +4,7 @@
     python benchmarks/methods_step.py --methods=lora,ia3 --steps=8
 
 Prints a table: median step in seconds on each side, the ratio ours / peft's of medians of interleaved steps, and the
-peak resident memory of each library run alone. Clipping and AdamW are inside the clock, compilation and data outside it.
+peak resident memory of each library run alone. Clipping and AdamW are inside the clock, compiling and data outside it.
 Where peft has no such method its columns are empty; "full" is compared with plain torch.
 """
 
