@@ -3,8 +3,8 @@
     python benchmarks/methods_table.py
 
 Trainable parameters are counted from the arrays of ``init`` with each method's defaults (or what is said in brackets);
-the adapter's bytes are those of the files that ``save_adapter`` writes; whether it merges and has a place in peft's file
-format is asked of the method and of peft. What a method is checked against is its test file's business, and said here.
+the adapter's bytes are those of the files that ``save_adapter`` writes; whether it merges and has a place in peft's
+file format is asked of the method and of peft. What a method is checked against is done in its tests, and said here.
 """
 
 import argparse
