@@ -10,10 +10,10 @@ import numpy as np
 
 from peft_jax import tree
 from peft_jax.errors import PeftJaxError
-from peft_jax.hub import assets, files, gguf, names
+from peft_jax.hub import assets, families, files, gguf, names
 from peft_jax.hub import config as hub_config
+from peft_jax.hub.family import Family, table_of
 from peft_jax.hub.saving import save_pretrained
-from peft_jax.models.llama import CausalLM, LlamaConfig
 
 __all__ = ["load_config", "load_pretrained", "save_pretrained"]
 
@@ -21,7 +21,7 @@ __all__ = ["load_config", "load_pretrained", "save_pretrained"]
 _DERIVED = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 
 
-def load_config(source: str | os.PathLike) -> LlamaConfig:
+def load_config(source: str | os.PathLike) -> Any:
     """The config of a pretrained model; no weights are read (of a Hub id none are downloaded).
 
     ``source`` and errors as of :func:`load_pretrained`.
@@ -30,7 +30,7 @@ def load_config(source: str | os.PathLike) -> LlamaConfig:
     return hub_config.from_hf(gguf.read_config(path) if path.is_file() else hub_config.read(path))
 
 
-def load_pretrained(source: str | os.PathLike, dtype: Any = jnp.float32, remat: bool = False) -> tuple[CausalLM, dict]:
+def load_pretrained(source: str | os.PathLike, dtype: Any = jnp.float32, remat: bool = False) -> tuple[Any, dict]:
     """A pretrained model and its parameters.
 
     Args:
@@ -52,7 +52,7 @@ def load_pretrained(source: str | os.PathLike, dtype: Any = jnp.float32, remat: 
     path = assets.resolve(source)
     folder = gguf.convert(path) if path.is_file() else path
     config = hub_config.from_hf(hub_config.read(folder))
-    model = CausalLM(config, dtype=dtype, param_dtype=dtype, remat=remat)
+    model = families.of(config).model(config, dtype=dtype, param_dtype=dtype, remat=remat)
     return model, _read_params(folder, config, hub_config.param_shapes(config), dtype)
 
 
@@ -66,12 +66,14 @@ def _floating(dtype: Any) -> jnp.dtype:
     return result
 
 
-def _read_params(folder: Path, config: LlamaConfig, shapes: dict[str, tuple[int, ...]], dtype: jnp.dtype) -> dict:
+def _read_params(folder: Path, config: Any, shapes: dict[str, tuple[int, ...]], dtype: jnp.dtype) -> dict:
     from safetensors import SafetensorError
 
     try:
-        stored = {name: tensor for file in _weight_files(folder) for name, tensor in _list_tensors(file).items()}
-        places = names.tensors(list(shapes), config.num_hidden_layers)
+        family = families.of(config)
+        places = names.tensors(table_of(family, shapes), shapes, config.num_hidden_layers)
+        found = {name: tensor for file in _weight_files(folder) for name, tensor in _list_tensors(file).items()}
+        stored = {_expected(name, places, family): tensor for name, tensor in found.items()}
         _check_tensors(folder, stored, places, shapes, config)
         return tree.unflatten(_stack(stored, places, shapes, dtype))
     except SafetensorError as error:
@@ -120,12 +122,19 @@ def _list_tensors(file: Path) -> dict[str, _Stored]:
         return {name: _Stored(file, name, tuple(opened.get_slice(name).get_shape())) for name in opened.keys()}  # noqa: SIM118
 
 
+def _expected(name: str, places, family: Family) -> str:
+    """A tensor's name as the model would have it: checkpoints of the model proper alone leave the prefix out."""
+    spellings = (name, family.prefix + name, name.removeprefix(family.prefix))
+    return next((spelling for spelling in spellings if spelling in places), name)
+
+
 def _check_tensors(folder, stored, places, shapes, config) -> None:
     """One error that lists every tensor that is missing, unexpected or of another shape."""
     unexpected = [name for name in stored.keys() - places.keys() if not name.endswith(_DERIVED)]
-    if config.tie_word_embeddings and "lm_head.weight" in unexpected:
+    if "lm_head.weight" in unexpected and config.tie_word_embeddings:
         unexpected.remove("lm_head.weight")
-        _check_tied_head(folder, stored)
+        tied = families.of(config).tied
+        _check_tied_head(folder, stored, next(name for name, place in places.items() if place.path == tied))
     odd_shapes = []
     for name in stored.keys() & places.keys():
         found, wanted = stored[name].shape, _their_shape(places[name], shapes)
@@ -136,8 +145,8 @@ def _check_tensors(folder, stored, places, shapes, config) -> None:
         raise PeftJaxError(f"the weights in {folder} do not fit its config.json ({config.model_type}). {said}.")
 
 
-def _check_tied_head(folder: Path, stored: dict[str, _Stored]) -> None:
-    head, embedding = stored["lm_head.weight"], stored.get("model.embed_tokens.weight")
+def _check_tied_head(folder: Path, stored: dict[str, _Stored], name: str) -> None:
+    head, embedding = stored["lm_head.weight"], stored.get(name)
     if embedding is not None and not np.array_equal(head.read(), embedding.read()):
         raise PeftJaxError(f"{folder} says tie_word_embeddings, but its lm_head.weight differs from the embedding: set "
                            "tie_word_embeddings to false in config.json to use it.")
