@@ -68,7 +68,7 @@ def without_unmatched(stated: Mapping[str, Any], names: Sequence[str]) -> dict[s
 
 
 def write(form: Format, config: Mapping[str, Any], flat: Mapping[str, Any], naming: Naming, *, tied: bool,
-          base_model: str | None) -> dict[str, Any]:
+          base_model: str | None, task_type: str | None) -> dict[str, Any]:
     """The file's content for a method's ``config``; ``tied``: a saved embedding is the head as well."""
     everything = {**config, **form.fields(config, flat, naming), "ensure_weight_tying": tied}
     stated = {name: everything[name] for name in (*form.arguments, *form.silent) if name in everything}
@@ -78,7 +78,7 @@ def write(form: Format, config: Mapping[str, Any], flat: Mapping[str, Any], nami
         "inference_mode": True,
         "peft_type": form.kind,
         "revision": None,
-        "task_type": "CAUSAL_LM" if naming.portable else None,
+        "task_type": task_type,
         **{name: _plain(value) for name, value in stated.items()},
     }
 

@@ -61,7 +61,8 @@ def save_adapter(folder: str | os.PathLike, method: Method, params: Mapping[str,
         tensors |= _tensors(slots, flat)
         tied = family is not None and "lm_head/kernel" not in flat and any(slot.path == family.tied
                                                                            for slot in slots.values())
-        stated.append(adapter_config.write(part.stored, config, flat, naming, tied=tied, base_model=base_model))
+        stated.append(adapter_config.write(part.stored, config, flat, naming, tied=tied, base_model=base_model,
+                                           task_type=_task_type(family, model)))
     _write(Path(folder), tensors, stated[0] if len(stated) == 1 else {"peft_type": "CHAIN", "methods": stated})
 
 
@@ -118,6 +119,13 @@ def _family_of(model: Any) -> Family | None:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     family = families.KINDS.get(kind)
     return family if family and isinstance(model, family.model) else None
+
+
+def _task_type(family: Family | None, model: Any) -> str | None:
+    """What peft calls the model's task, by which it chooses the class around it."""
+    if family is None or not family.heads:
+        return family and "CAUSAL_LM"
+    return model.config.head.task_type if model.config.head else "FEATURE_EXTRACTION"
 
 
 def _family_with(params, tensors) -> Family | None:

@@ -22,6 +22,8 @@ class Family(NamedTuple):
       prefix: what stands there in front of the model proper; checkpoints of it alone are without.
       tied: the embedding that serves as the head of a model without ``lm_head``; ``None`` where none does.
       heads: modules of which a model has one where it is more than the model proper; () where it always is.
+      other_heads: a regex for tensors of heads: they may be absent where a head is asked for that a checkpoint does not
+        have, and are passed over where another one is.
     """
 
     kinds: Mapping[str, str]
@@ -32,6 +34,7 @@ class Family(NamedTuple):
     prefix: str
     tied: str | None = None
     heads: tuple[str, ...] = ()
+    other_heads: str = ""
 
 
 def table_of(family: Family, paths: Iterable[str]) -> Table:
