@@ -55,9 +55,16 @@ def _stated(path: Path, given: dict[str, Any], formats: Sequence[Format]) -> Sta
     return Stated(form, form.read(found, str(path)), bool(given.get("ensure_weight_tying")))
 
 
-def without_unmatched(stated: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Without the listed ``target_modules`` that match none of ``names``: peft skips those, a method refuses them."""
-    listed = stated.get("target_modules")
+def without_unmatched(stated: Mapping[str, Any], names: Sequence[str], modules: Sequence[str]) -> dict[str, Any]:
+    """Without what peft skips and a method refuses: the listed ``target_modules`` that match none of ``names``, of the
+    kernels' modules, and ``modules_to_save`` that are none of ``modules``.
+
+    For every classifier peft adds both words that models have for their head.
+    """
+    listed, saved = stated.get("target_modules"), stated.get("modules_to_save")
+    if isinstance(saved, tuple):
+        found = tuple(entry for entry in saved if any(targets.saved((entry,), module) for module in modules))
+        stated = {**stated, "modules_to_save": found or None}
     if not isinstance(listed, tuple):
         return dict(stated)
     kept = tuple(entry for entry in listed if any(targets.listed((entry,), name) for name in names))

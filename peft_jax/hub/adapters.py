@@ -103,7 +103,9 @@ def load_adapter(source: str | os.PathLike, base_params: Mapping[str, Any],
     for part in parts:
         flat = tree.flatten(params)
         naming = _naming(flat, axes, family)
-        method = part.format.make(**adapter_config.without_unmatched(part.stated, [ours for ours, _ in naming.pairs]))
+        kernels = [ours for ours, _ in naming.pairs]
+        modules = [path.rpartition("/")[0].replace("/", ".") for path in flat]
+        method = part.format.make(**adapter_config.without_unmatched(part.stated, kernels, modules))
         params = method.init(jax.random.key(0), params, axes=axes)
         flat = tree.flatten(params)
         slots |= part.format.slots(method.config, flat, _trained(method, params, flat), _naming(flat, axes, family))
