@@ -25,6 +25,7 @@ CONTENTS = {
     "KernelAxes": "targets",
     "kernel_axes": "targets",
     # models, files
+    "Head": "models",
     "untie": "models",
     "load_pretrained": "hub",
     "save_pretrained": "hub",

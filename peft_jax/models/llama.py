@@ -135,9 +135,10 @@ def untie(params: dict[str, Any]) -> dict[str, Any]:
     """
     if "lm_head" in params:
         return params
-    if "embed_tokens" not in params:
+    tied = next((name for name in ("embed_tokens", "wte") if name in params), None)
+    if tied is None:
         raise PeftJaxError("untie: params have no 'embed_tokens': give the whole tree, combine(frozen, trainable).")
-    return {**params, "lm_head": {"kernel": params["embed_tokens"]["embedding"].T}}
+    return {**params, "lm_head": {"kernel": params[tied]["embedding"].T}}
 
 
 class CausalLM(nn.Module):
