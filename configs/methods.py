@@ -42,7 +42,35 @@ def _ia3() -> dict:
     }
 
 
-METHODS = {"ia3": _ia3, "lora": _lora}
+def _loha() -> dict:
+    return {
+        "name": "loha",
+        "r": 8,
+        "alpha": 8,
+        "target_modules": any_type(("q_proj", "v_proj")),
+        "rank_dropout": 0.0,  # of output elements
+        "module_dropout": 0.0,
+        "exclude_modules": any_type(None),
+        "layers_to_transform": any_type(None),
+        "layers_pattern": any_type(None),
+        "rank_pattern": any_type(None),
+        "alpha_pattern": any_type(None),
+        "modules_to_save": any_type(None),
+        "init_weights": True,
+    }
+
+
+def _lokr() -> dict:
+    return _loha() | {
+        "name": "lokr",
+        "decompose_both": False,
+        "decompose_factor": -1,  # -1: near the square root
+        "rank_dropout_scale": False,
+        "init_weights": any_type(True),  # True, False, lycoris
+    }
+
+
+METHODS = {"ia3": _ia3, "loha": _loha, "lokr": _lokr, "lora": _lora}
 
 
 def method_config(name: str) -> ConfigDict:

@@ -14,6 +14,8 @@ CONTENTS = {
     "check_read": "method",
     "METHODS": "methods",
     "ia3": "methods",
+    "loha": "methods",
+    "lokr": "methods",
     "lora": "methods",
     # parameter trees
     "combine": "tree",

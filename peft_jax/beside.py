@@ -66,6 +66,18 @@ def check_probability(name: str, value: Any) -> None:
         raise PeftJaxError(f"{name}={value!r}: a probability of at least 0 and below 1.")
 
 
+def check_patterns(config: Mapping[str, Any], rank: str, alpha: str) -> None:
+    """Raise ``PeftJaxError`` where a rank or an alpha, by itself or in its pattern, is none."""
+    for name, pattern, check in ((rank, "rank_pattern", check_rank), (alpha, "alpha_pattern", check_number)):
+        if not isinstance(config[pattern], Mapping | None):
+            raise PeftJaxError(f"{pattern}={config[pattern]!r}: give a dict, such as {{'layers.0.self_attn.q_proj': "
+                               "4}.")
+        check(name, config[name])
+        for key, value in (config[pattern] or {}).items():
+            check(f"{pattern}['{key}']", value)
+        check_regexes(list(config[pattern] or ()))
+
+
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     if value not in choices:
         raise PeftJaxError(f"{name}={value!r}: {nearest(str(value), map(str, choices))}")
@@ -186,15 +198,22 @@ def inputs_last(module: nn.Module, x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x, axis, range(-len(axis), 0))
 
 
-def dropped(module: nn.Module, context, x: jax.Array, rate: float, argument: str) -> jax.Array:
-    """``x`` with dropout where the call was given a ``dropout`` stream; raises where a scan withholds the stream."""
-    if not rate or "dropout" not in context.rngs:
-        return x
+def dropout_key(module: nn.Module, context, argument: str) -> jax.Array | None:
+    """A key of the call's ``dropout`` stream, ``None`` where it has none; raises where a scan withholds the stream."""
+    if "dropout" not in context.rngs:
+        return None
     if not module.has_rng("dropout"):
-        raise PeftJaxError(f"{argument}={rate} cannot draw in '{'/'.join(module.path)}': the nn.scan around "
+        raise PeftJaxError(f"{argument} cannot draw in '{'/'.join(module.path)}': the nn.scan around "
                            "it withholds the stream; give it split_rngs={'params': True, 'dropout': True}.")
-    drop = nn.Dropout(rate, deterministic=False, parent=None)
-    return drop.apply({}, x, rngs={"dropout": module.make_rng("dropout")})
+    return module.make_rng("dropout")
+
+
+def dropped(module: nn.Module, context, x: jax.Array, rate: float, argument: str) -> jax.Array:
+    """``x`` with dropout where the call was given a ``dropout`` stream, see :func:`dropout_key`."""
+    key = dropout_key(module, context, f"{argument}={rate}") if rate else None
+    if key is None:
+        return x
+    return nn.Dropout(rate, deterministic=False, parent=None).apply({}, x, rngs={"dropout": key})
 
 
 def slots(flat, trained: Sequence[str], naming: Naming, switch: str, keys: Mapping[str, str],

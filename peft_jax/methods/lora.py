@@ -22,6 +22,7 @@ from peft_jax import beside, targets, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.kept import keep
 from peft_jax.method import Method
+from peft_jax.methods import biases
 from peft_jax.stored import Format, Naming, Slot
 from peft_jax.targets import Patterns
 
@@ -68,19 +69,10 @@ def lora(r: int = 8, lora_alpha: float = 8, target_modules: Patterns = ("q_proj"
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config[name], Mapping | None):
-            raise PeftJaxError(f"{name}={config[name]!r}: give a dict, such as {{'layers.0.self_attn.q_proj': 4}}.")
-    ranks = {"r": config["r"], **{f"rank_pattern['{k}']": v for k, v in (config["rank_pattern"] or {}).items()}}
-    for name, value in ranks.items():
-        beside.check_rank(name, value)
-    alphas = {f"alpha_pattern['{key}']": value for key, value in (config["alpha_pattern"] or {}).items()}
-    for name, value in {"lora_alpha": config["lora_alpha"], **alphas}.items():
-        beside.check_number(name, value)
+    beside.check_patterns(config, "r", "lora_alpha")
     beside.check_probability("lora_dropout", config["lora_dropout"])
     beside.check_choice("bias", config["bias"], BIASES)
     beside.check_choice("init_lora_weights", config["init_lora_weights"], INITS)
-    beside.check_regexes([*(config["rank_pattern"] or ()), *(config["alpha_pattern"] or ())])
 
 
 def ranks(config: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
@@ -99,7 +91,7 @@ def scalings(config: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
 
 def _init(config, rng, params, axes=None):
     params = beside.init(config, rng, params, axes, partial(leaves, config), partial(trains, config))
-    _check_biases(config, tree.flatten(params))
+    biases.check(config, tree.flatten(params), "lora_scaling")
     return params
 
 
@@ -123,15 +115,6 @@ def leaves(config, key, target, kernel) -> dict[str, jax.Array]:
 
 def _uniform(key, shape, bound):
     return jax.random.uniform(key, shape, jnp.float32, -1, 1) * np.float32(bound)
-
-
-def _check_biases(config, flat) -> None:
-    """A stacked bias leaf trains as a whole; peft's lora_only on some layers of a stack would need a part of it."""
-    for folder in beside.folders(flat, "lora_scaling") if config["bias"] == "lora_only" else ():
-        names = targets.module_names(folder.rstrip("/"), flat[folder + "lora_scaling"].shape)
-        if f"{folder}bias" in flat and not ranks(config, names).all():
-            raise PeftJaxError(f"bias='lora_only' on some layers of a scanned stack ('{folder}bias') is not supported: "
-                               "adapt all layers, or set bias to 'none' or 'all'.")
 
 
 def _intercept(dropout, next_fun, args, kwargs, context):
@@ -185,11 +168,7 @@ def labels(config, params):
 
 def trains(config, path, flat) -> bool:
     """Whether the leaf at ``path`` trains."""
-    folder, _, name = path.rpartition("/")
-    adapted = f"{folder}/lora_a".lstrip("/") in flat
-    if name == "bias" and (config["bias"] == "all" or (config["bias"] == "lora_only" and adapted)):
-        return True
-    return beside.trains(config, LEAVES[:2], path, flat)
+    return biases.trains(config, path, flat, "lora_scaling") or beside.trains(config, LEAVES[:2], path, flat)
 
 
 def _merge(params):
@@ -216,12 +195,17 @@ def padding(config, params) -> int:
     return unused
 
 
-def _slots(config, flat, trained: Sequence[str], naming: Naming) -> dict[str, Slot]:
-    for path in beside.folders(flat, "lora_scaling"):
-        held = flat[path + "lora_scaling"]
+def check_scalings(config, flat, leaf: str, alpha: str = "lora_alpha") -> None:
+    """Raise ``PeftJaxError`` where the scale stored in ``leaf`` is not what the config gives."""
+    for path in beside.folders(flat, leaf):
+        held = flat[path + leaf]
         if not np.array_equal(np.ravel(held), scalings(config, targets.module_names(path.rstrip("/"), held.shape))):
-            raise PeftJaxError(f"save_adapter: '{path}lora_scaling' is not what this method's r and lora_alpha give: "
+            raise PeftJaxError(f"save_adapter: '{path}{leaf}' is not what this method's r and {alpha} give: "
                                "save with the method that made the parameters.")
+
+
+def _slots(config, flat, trained: Sequence[str], naming: Naming) -> dict[str, Slot]:
+    check_scalings(config, flat, "lora_scaling")
     return beside.slots(flat, trained, naming, "lora_scaling", KEYS, partial(_view, config))
 
 

@@ -1,0 +1,16 @@
+"""LoKr: a Kronecker product as the update, of full rank with few parameters.
+
+    python run.py --config=experiments/lokr.py
+
+Paper: Edalati et al. 2022, arXiv:2212.10650; with factors of factors Yeh et al. 2023, arXiv:2309.14859.
+Number: not measured yet.
+"""
+
+from configs import base, parse
+
+
+def get_config(arg: str = ""):
+    config = base.get_config(**parse.typed_args(arg, model="smollm2-135m", task="movie_rating"), method="lokr")
+    config.method.update(r=8, alpha=16)
+    config.optim.update(learning_rate=1e-3, steps=60)
+    return config
