@@ -173,14 +173,9 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except SafetensorError as error:
         raise PeftJaxError(f"{path} is damaged: {error}. Fetch it again.") from error
-    bare = [key for key in tensors if not key.startswith(PREFIX)]
-    if bare:
-        raise PeftJaxError(f"{path} has {len(bare)} tensors without peft's '{PREFIX}' in front, the first is "
-                           f"'{bare[0]}': save it with peft's save_pretrained.")
-    return tensors
 
 
 def _unties(stated, tensors) -> bool:
@@ -192,6 +187,10 @@ def _unties(stated, tensors) -> bool:
 
 def _check_tensors(folder, tensors, slots, flat, base) -> None:
     """One error that lists every tensor that is missing, unexpected or of another shape."""
+    bare = [key for key in tensors if not key.startswith(PREFIX) and key not in slots]
+    if bare:
+        raise PeftJaxError(f"{folder / WEIGHTS} has {len(bare)} tensors without peft's '{PREFIX}' in front, the first "
+                           f"is '{bare[0]}': save it with peft's save_pretrained.")
     shapes = {key: slot.tensor(np.broadcast_to(np.int8(0), flat[slot.path].shape)).shape for key, slot in slots.items()}
     faults = {
         "missing": sorted(shapes.keys() - tensors.keys()),
