@@ -15,6 +15,10 @@ CONTENTS = {
     "METHODS": "methods",
     "ia3": "methods",
     "lora": "methods",
+    "prefix": "methods",
+    "prefix_from_ids": "methods",
+    "prompt": "methods",
+    "ptuning": "methods",
     # parameter trees
     "combine": "tree",
     "count": "tree",

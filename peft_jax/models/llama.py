@@ -209,8 +209,8 @@ class CausalLM(nn.Module):
         return self.embed_tokens(input_ids)
 
     def visible(self, key_mask, positions, index, segment_ids):
-        """Who sees whom, for queries at ``positions`` (B, T) and keys of which ``key_mask`` (B, S) are real: two boolean
-        masks (B, 1, T, S), for layers without a window and with one; ``None`` where no layer has one.
+        """Who sees whom, of queries at ``positions`` (B, T) and keys of which ``key_mask`` (B, S) are real: two boolean
+        masks (B, 1, T, S), for layers without a window and for those with one, ``None`` where there is none.
         """
         return masks.attention_masks(key_mask, positions.shape[1], index, segment_ids, self._window())
 
