@@ -70,7 +70,50 @@ def _lokr() -> dict:
     }
 
 
-METHODS = {"ia3": _ia3, "loha": _loha, "lokr": _lokr, "lora": _lora}
+def _prefix() -> dict:
+    return {
+        "name": "prefix",
+        "num_virtual_tokens": 20,
+        "token_dim": any_type(None),  # these three: None takes what the model has
+        "num_layers": any_type(None),
+        "num_attention_heads": any_type(None),
+        "prefix_projection": False,
+        "encoder_hidden_size": any_type(None),
+        "init_weights": any_type(None),  # zero; None: normal of init_std
+        "init_std": 0.01,
+        "shift_positions": True,
+    }
+
+
+def _prompt() -> dict:
+    return {
+        "name": "prompt",
+        "num_virtual_tokens": 20,
+        "prompt_tuning_init": "RANDOM",  # RANDOM, SAMPLE_VOCAB, TEXT
+        "prompt_tuning_init_ids": any_type(None),  # for TEXT: 504,3216
+    }
+
+
+def _ptuning() -> dict:
+    return {
+        "name": "ptuning",
+        "num_virtual_tokens": 20,
+        "encoder_reparameterization_type": any_type("MLP"),  # MLP, LSTM, None
+        "encoder_hidden_size": any_type(None),
+        "encoder_num_layers": 2,
+        "encoder_dropout": 0.0,
+    }
+
+
+METHODS = {
+    "ia3": _ia3,
+    "loha": _loha,
+    "lokr": _lokr,
+    "lora": _lora,
+    "prefix": _prefix,
+    "prompt": _prompt,
+    "ptuning": _ptuning,
+}
 
 
 def method_config(name: str) -> ConfigDict:

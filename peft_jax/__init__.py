@@ -8,15 +8,19 @@ from importlib import import_module
 
 CONTENTS = {
     # methods
+    "METHODS": "methods",
     "Method": "method",
     "bind": "method",
     "chain": "method",
     "check_read": "method",
-    "METHODS": "methods",
     "ia3": "methods",
     "loha": "methods",
     "lokr": "methods",
     "lora": "methods",
+    "prefix": "methods",
+    "prefix_from_ids": "methods",
+    "prompt": "methods",
+    "ptuning": "methods",
     # parameter trees
     "combine": "tree",
     "count": "tree",

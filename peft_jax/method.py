@@ -111,7 +111,8 @@ def bind(method: Method, model: nn.Module) -> Callable[..., Any]:
     """``model.apply`` with the method in the forward pass: same signature, same results otherwise.
 
     The first call of the whole model (no ``method=`` argument) on a new tree structure also checks that the output
-    depends on every trainable leaf that the method added, and raises ``PeftJaxError`` naming those it does not.
+    depends on every trainable leaf that the method added, and raises ``PeftJaxError`` naming those it does not; not
+    with a ``cache``, which may hold what was computed from them.
     Dropout of a method is active where a ``dropout`` key is in ``rngs``, and only there.
     """
     checked = set()
@@ -125,7 +126,8 @@ def bind(method: Method, model: nn.Module) -> Callable[..., Any]:
                 return model.apply({**variables, "params": params}, *args, **kwargs)
 
         params = variables.get("params", {})
-        if "method" not in kwargs and (shape := jax.tree.structure(variables)) not in checked:
+        whole = "method" not in kwargs and "cache" not in variables
+        if whole and (shape := jax.tree.structure(variables)) not in checked:
             check_read(method, run, params)
             checked.add(shape)
         return run(params)
