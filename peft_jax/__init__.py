@@ -13,8 +13,13 @@ CONTENTS = {
     "chain": "method",
     "check_read": "method",
     "METHODS": "methods",
+    "bottleneck": "methods",
+    "compacter": "methods",
+    "houlsby": "methods",
     "ia3": "methods",
     "lora": "methods",
+    "parallel_adapter": "methods",
+    "pfeiffer": "methods",
     # parameter trees
     "combine": "tree",
     "count": "tree",
