@@ -105,11 +105,66 @@ def _ptuning() -> dict:
     }
 
 
+# What bottleneck adapters have in common, in AdapterHub's words.
+_PLACES = {
+    "leave_out": (),  # numbers of layers without an adapter: 0,1,2
+    "attention_modules": ("self_attn",),
+    "output_modules": ("mlp",),
+    "hidden_size": None,  # where it cannot be told from the kernels
+    "modules_to_save": None,
+}
+_NORMS = {"norm_modules": ("input_layernorm", "post_attention_layernorm")}  # their input is the residual stream
+
+
+def _adapter(name: str, reduction_factor: float, non_linearity: str, **others) -> dict:
+    shared = {
+        "bottleneck_size": None,  # decides where it is set, else hidden size / reduction_factor
+        "mh_adapter": True,
+        "output_adapter": True,
+        "scaling": 1.0,  # a number, learned, channel
+        "ln_before": False,
+        "ln_after": False,
+        "dropout": 0.0,
+        **_PLACES,
+    }
+    given = {**shared, **others}
+    given = {key: value if isinstance(value, bool) else any_type(value) for key, value in given.items()}
+    return {"name": name, "reduction_factor": float(reduction_factor), "non_linearity": non_linearity, **given}
+
+
+def _bottleneck() -> dict:
+    return _adapter("bottleneck", 16, "gelu", is_parallel=False, original_ln_before=False, init_weights="bert",
+                    **_NORMS)
+
+
+def _houlsby() -> dict:
+    return _adapter("houlsby", 16, "gelu", init_weights=1e-3)
+
+
+def _pfeiffer() -> dict:
+    return _adapter("pfeiffer", 16, "relu", mh_adapter=False, original_ln_before=True, init_weights="bert", **_NORMS)
+
+
+def _parallel_adapter() -> dict:
+    return _adapter("parallel_adapter", 2, "relu", mh_adapter=False, scaling=4.0, original_ln_before=False,
+                    init_weights="mam_adapter", **_NORMS)
+
+
+def _compacter() -> dict:
+    return _adapter("compacter", 32, "gelu", original_ln_before=False, phm_dim=4, phm_rank=1, factorized_phm_W=True,
+                    shared_phm_rule=True, factorized_phm_rule=False, phm_init_range=1e-4, phm_bias=True, **_NORMS)
+
+
 METHODS = {
+    "bottleneck": _bottleneck,
+    "compacter": _compacter,
+    "houlsby": _houlsby,
     "ia3": _ia3,
     "loha": _loha,
     "lokr": _lokr,
     "lora": _lora,
+    "parallel_adapter": _parallel_adapter,
+    "pfeiffer": _pfeiffer,
     "prefix": _prefix,
     "prompt": _prompt,
     "ptuning": _ptuning,

@@ -54,10 +54,12 @@ class Context(InterceptorContext):
 
     rngs: the names of its random streams; a module inside a lifted transform may see fewer, here a method can tell.
     params: the whole parameter tree, for leaves that several modules share.
+    notes: empty at the start of the pass; what an interceptor saw in one module and needs in a later one.
     """
 
     rngs: frozenset[str]
     params: Mapping[str, Any]
+    notes: dict[Any, Any]
 
 
 def chain(*methods: Method) -> Method:
@@ -121,7 +123,7 @@ def bind(method: Method, model: nn.Module) -> Callable[..., Any]:
         kwargs |= {} if rngs is None else {"rngs": rngs}
 
         def run(params):
-            entered = partial(_in_context, method.intercept, _streams(rngs), params)
+            entered = partial(_in_context, method.intercept, _streams(rngs), params, {})
             with nn.intercept_methods(entered):
                 return model.apply({**variables, "params": params}, *args, **kwargs)
 
@@ -141,8 +143,8 @@ def _streams(rngs) -> frozenset[str]:
     return frozenset(rngs if isinstance(rngs, Mapping) else ("params",))  # a bare key is flax's "params" stream
 
 
-def _in_context(intercept, rngs, params, next_fun, args, kwargs, context):
-    whole = Context(context.module, context.method_name, context.orig_method, rngs, params)
+def _in_context(intercept, rngs, params, notes, next_fun, args, kwargs, context):
+    whole = Context(context.module, context.method_name, context.orig_method, rngs, params, notes)
     return intercept(next_fun, args, kwargs, whole)
 
 

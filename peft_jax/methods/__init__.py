@@ -3,6 +3,8 @@
 ``METHODS`` are the names that ``config.method.name`` may have, ``FORMATS`` the kinds of adapter file that can be read.
 """
 
+from peft_jax.methods import bottleneck as _bottleneck
+from peft_jax.methods import compacter as _compacter
 from peft_jax.methods import ia3 as _ia3
 from peft_jax.methods import loha as _loha
 from peft_jax.methods import lokr as _lokr
@@ -10,24 +12,36 @@ from peft_jax.methods import lora as _lora
 from peft_jax.methods import prefix as _prefix
 from peft_jax.methods import prompt as _prompt
 from peft_jax.methods import ptuning as _ptuning
+from peft_jax.methods.bottleneck import bottleneck
+from peft_jax.methods.compacter import compacter
+from peft_jax.methods.houlsby import houlsby
 from peft_jax.methods.ia3 import ia3
 from peft_jax.methods.loha import loha
 from peft_jax.methods.lokr import lokr
 from peft_jax.methods.lora import lora
+from peft_jax.methods.parallel_adapter import parallel_adapter
+from peft_jax.methods.pfeiffer import pfeiffer
 from peft_jax.methods.prefix import prefix, prefix_from_ids
 from peft_jax.methods.prompt import prompt
 from peft_jax.methods.ptuning import ptuning
 
 METHODS = {
+    "bottleneck": bottleneck,
+    "compacter": compacter,
+    "houlsby": houlsby,
     "ia3": ia3,
     "loha": loha,
     "lokr": lokr,
     "lora": lora,
+    "parallel_adapter": parallel_adapter,
+    "pfeiffer": pfeiffer,
     "prefix": prefix,
     "prompt": prompt,
     "ptuning": ptuning,
 }
 FORMATS = (
+    _bottleneck.FORMAT,
+    _compacter.FORMAT,
     _ia3.FORMAT,
     _loha.FORMAT,
     _lokr.FORMAT,
@@ -41,10 +55,15 @@ FORMATS = (
 __all__ = [
     "FORMATS",
     "METHODS",
+    "bottleneck",
+    "compacter",
+    "houlsby",
     "ia3",
     "loha",
     "lokr",
     "lora",
+    "parallel_adapter",
+    "pfeiffer",
     "prefix",
     "prefix_from_ids",
     "prompt",
