@@ -5,7 +5,8 @@
     python run.py --config=experiments/lora.py --mode=generate --prompt="Review: A delight."
 
 Modes: train (evaluates before and after; the same command again resumes), eval (the base and the adapter of a workdir),
-merge (the workdir's adapter into the weights: workdir/merged), generate (base and adapter side by side).
+merge (the workdir's adapter into the weights: workdir/merged), generate (base and adapter side by side; or the adapters
+of --adapters=runs/a/adapter,owner/name, folders or Hub ids).
 """
 
 import sys
@@ -28,6 +29,7 @@ class Command(NamedTuple):
     workdir: str
     mode: str
     prompts: list[str]
+    adapters: list[str]
     overwrite: bool
     probe: ConfigDict | None  # the task behind eval.probe
 
@@ -40,6 +42,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_string("workdir", None, "where the run is kept; default runs/<experiment>", flag_values=values)
     flags.DEFINE_string("mode", "train", " | ".join(MODES), flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "text to continue in mode generate; repeatable", flag_values=values)
+    flags.DEFINE_list("adapters", [], "adapters to compare in mode generate; default the workdir's", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "train again from the start, whatever the workdir holds", flag_values=values)
     flags.DEFINE_bool("help", False, "show this text and every key of the configuration", flag_values=values)
     return values
@@ -65,7 +68,10 @@ def parse_command(argv: list[str]) -> Command | None:
         raise PeftJaxError(f"--mode={values.mode}: {nearest(values.mode, MODES)}")
     check(tidy(config))
     probe = base.task_config(config.eval.probe) if config.eval.probe else None
-    return Command(config, values.workdir or f"runs/{name}", values.mode, values.prompt, values.overwrite, probe)
+    if values.adapters and values.mode != "generate":
+        raise PeftJaxError(f"--adapters is for --mode=generate; this is --mode={values.mode}")
+    workdir = values.workdir or f"runs/{name}"
+    return Command(config, workdir, values.mode, values.prompt, values.adapters, values.overwrite, probe)
 
 
 def print_help(values: flags.FlagValues) -> None:

@@ -38,8 +38,21 @@ def random_batch(rows: int, length: int, vocab: int) -> dict[str, np.ndarray]:
             "loss_target": ids[:, 1:], "loss_weight": np.ones((rows, length - 1), np.float32)}
 
 
-def jax_parts(target_modules) -> tuple:
-    """(jitted step, state, frozen leaves) of this library on the real model."""
+def our_lora(target_modules):
+    import peft_jax
+
+    return peft_jax.lora(target_modules=target_modules, **SETTINGS)
+
+
+def their_lora(target_modules):
+    import peft
+
+    names = target_modules if isinstance(target_modules, str) else list(target_modules)
+    return peft.LoraConfig(target_modules=names, task_type="CAUSAL_LM", **SETTINGS)
+
+
+def jax_parts(method) -> tuple:
+    """(jitted step, state, frozen leaves) of a method of this library on the real model."""
     import jax
     import optax
 
@@ -47,7 +60,6 @@ def jax_parts(target_modules) -> tuple:
     from peft_jax.train.step import init_state, make_step
 
     model, base = peft_jax.load_pretrained(SOURCE)
-    method = peft_jax.lora(target_modules=target_modules, **SETTINGS)
     params = method.init(jax.random.key(0), base)
     trainable, frozen = peft_jax.partition(params, method.labels(params))
     tx = optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(RATE))
@@ -71,12 +83,12 @@ def running(step, state, frozen) -> Step:
 
 def real_step() -> Step:
     """For ``benchmarks/batching.py --step=benchmarks.lora_step:real_step``: LoRA on q and v, any shape of batch."""
-    return running(*jax_parts(CASES["qv"]))
+    return running(*jax_parts(our_lora(CASES["qv"])))
 
 
-def jax_step(target_modules, example: dict) -> tuple[Step, dict[str, float]]:
+def jax_step(method, example: dict) -> tuple[Step, dict[str, float]]:
     """Our step, compiled for batches shaped as ``example``; with compile seconds and compiled MiB."""
-    step, state, frozen = jax_parts(target_modules)
+    step, state, frozen = jax_parts(method)
     begin = time.perf_counter()
     compiled = step.lower(state, frozen, stacked(example)).compile()
     memory = compiled.memory_analysis()
@@ -85,15 +97,14 @@ def jax_step(target_modules, example: dict) -> tuple[Step, dict[str, float]]:
     return running(compiled, state, frozen), facts
 
 
-def torch_step(target_modules, folder: str) -> Step:
-    """Hugging Face peft's step on the same weights, read from ``folder``."""
+def torch_step(config, folder: str) -> Step:
+    """Hugging Face peft's step on the same weights, read from ``folder``; without a ``config`` all parameters train."""
     import peft
     import torch
     import transformers
 
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    names = target_modules if isinstance(target_modules, str) else list(target_modules)
-    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=names, task_type="CAUSAL_LM", **SETTINGS))
+    model = base if config is None else peft.get_peft_model(base, config)
     model.train()
     leaves = [leaf for leaf in model.parameters() if leaf.requires_grad]
     optimizer = torch.optim.AdamW(leaves, lr=RATE, weight_decay=1e-4)  # optax.adamw's default decay
@@ -165,22 +176,27 @@ def run_case(name: str, folder: str, args) -> None:
         batch = random_batch(args.rows, args.length, 49152)
         ours_at = theirs_at = lambda step: batch
     batches = [(ours_at(i), theirs_at(i)) for i in range(args.steps)]
-    ours, facts = jax_step(CASES[name], batches[0][0])
+    ours, facts = jax_step(our_lora(CASES[name]), batches[0][0])
     shapes = [f"{batches[0][side]['input_ids'].shape}" for side in (0, 1)]
     print(f"{name}: tokens {shapes[0]} here, {shapes[1]} in peft; "
           + ", ".join(f"{key} {value:.1f}" for key, value in facts.items()), flush=True)
-    compare(name, ours, torch_step(CASES[name], folder), batches)
+    compare(name, ours, torch_step(their_lora(CASES[name]), folder), batches)
 
 
 def peak_memory(side: str, name: str, folder: str, args) -> None:
     """Run three steps of one library alone and print the most memory that this process ever held."""
     batch = random_batch(args.rows, args.length, 49152)
-    step = jax_step(CASES[name], batch)[0] if side == "peft_jax" else torch_step(CASES[name], folder)
+    ours = side == "peft_jax"
+    step = jax_step(our_lora(CASES[name]), batch)[0] if ours else torch_step(their_lora(CASES[name]), folder)
+    print(f"  {side:<9} peak resident {peak_of(step, batch):.0f} MiB ({name})", flush=True)
+
+
+def peak_of(step: Step, batch: dict) -> float:
+    """The most MiB that this process ever held, after three steps."""
     for _ in range(3):
         step(batch)
     status = Path("/proc/self/status").read_text()  # getrusage would tell the parent's peak where that was higher
-    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    print(f"  {side:<9} peak resident {peak / 2**10:.0f} MiB ({name})", flush=True)
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 2**10
 
 
 def main() -> None:

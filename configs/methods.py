@@ -70,15 +70,124 @@ def _lokr() -> dict:
     }
 
 
-def _vera() -> dict:
+def _prefix() -> dict:
     return {
-        "name": "vera",
-        "r": 256,
+        "name": "prefix",
+        "num_virtual_tokens": 20,
+        "token_dim": any_type(None),  # these three: None takes what the model has
+        "num_layers": any_type(None),
+        "num_attention_heads": any_type(None),
+        "prefix_projection": False,
+        "encoder_hidden_size": any_type(None),
+        "init_weights": any_type(None),  # zero; None: normal of init_std
+        "init_std": 0.01,
+        "shift_positions": True,
+    }
+
+
+def _prompt() -> dict:
+    return {
+        "name": "prompt",
+        "num_virtual_tokens": 20,
+        "prompt_tuning_init": "RANDOM",  # RANDOM, SAMPLE_VOCAB, TEXT
+        "prompt_tuning_init_ids": any_type(None),  # for TEXT: 504,3216
+    }
+
+
+def _ptuning() -> dict:
+    return {
+        "name": "ptuning",
+        "num_virtual_tokens": 20,
+        "encoder_reparameterization_type": any_type("MLP"),  # MLP, LSTM, None
+        "encoder_hidden_size": any_type(None),
+        "encoder_num_layers": 2,
+        "encoder_dropout": 0.0,
+    }
+
+
+# What bottleneck adapters have in common, in AdapterHub's words.
+_PLACES = {
+    "leave_out": (),  # numbers of layers without an adapter: 0,1,2
+    "attention_modules": ("self_attn",),
+    "output_modules": ("mlp",),
+    "hidden_size": None,  # where it cannot be told from the kernels
+    "modules_to_save": None,
+}
+_NORMS = {"norm_modules": ("input_layernorm", "post_attention_layernorm")}  # their input is the residual stream
+
+
+def _adapter(name: str, reduction_factor: float, non_linearity: str, **others) -> dict:
+    shared = {
+        "bottleneck_size": None,  # decides where it is set, else hidden size / reduction_factor
+        "mh_adapter": True,
+        "output_adapter": True,
+        "scaling": 1.0,  # a number, learned, channel
+        "ln_before": False,
+        "ln_after": False,
+        "dropout": 0.0,
+        **_PLACES,
+    }
+    given = {**shared, **others}
+    given = {key: value if isinstance(value, bool) else any_type(value) for key, value in given.items()}
+    return {"name": name, "reduction_factor": float(reduction_factor), "non_linearity": non_linearity, **given}
+
+
+def _bottleneck() -> dict:
+    return _adapter("bottleneck", 16, "gelu", is_parallel=False, original_ln_before=False, init_weights="bert",
+                    **_NORMS)
+
+
+def _houlsby() -> dict:
+    return _adapter("houlsby", 16, "gelu", init_weights=1e-3)
+
+
+def _pfeiffer() -> dict:
+    return _adapter("pfeiffer", 16, "relu", mh_adapter=False, original_ln_before=True, init_weights="bert", **_NORMS)
+
+
+def _parallel_adapter() -> dict:
+    return _adapter("parallel_adapter", 2, "relu", mh_adapter=False, scaling=4.0, original_ln_before=False,
+                    init_weights="mam_adapter", **_NORMS)
+
+
+def _compacter() -> dict:
+    return _adapter("compacter", 32, "gelu", original_ln_before=False, phm_dim=4, phm_rank=1, factorized_phm_W=True,
+                    shared_phm_rule=True, factorized_phm_rule=False, phm_init_range=1e-4, phm_bias=True, **_NORMS)
+
+
+def _adalora() -> dict:
+    return {
+        "name": "adalora",
+        "target_r": 8,  # mean rank at the end
+        "init_r": 12,
+        "lora_alpha": 8,
         "target_modules": any_type(("q_proj", "v_proj")),
-        "vera_dropout": 0.0,
-        "d_initial": 0.1,
-        "projection_prng_key": 0,  # seed of the shared projections
-        "bias": "none",  # none, all, vera_only
+        "lora_dropout": 0.0,
+        "tinit": 0,  # steps before ranks begin to fall
+        "tfinal": 0,  # steps after they have fallen
+        "deltaT": 1,  # steps between two cuts
+        "beta1": 0.85,
+        "beta2": 0.85,
+        "orth_reg_weight": 0.5,
+        "total_step": any_type(None),  # None: the steps of the run
+        "rank_pattern": any_type(None),
+        "exclude_modules": any_type(None),
+        "layers_to_transform": any_type(None),
+        "layers_pattern": any_type(None),
+        "bias": "none",  # none, all, lora_only
+        "modules_to_save": any_type(None),
+        "init_lora_weights": True,
+    }
+
+
+def _hra() -> dict:
+    return {
+        "name": "hra",
+        "r": 8,
+        "apply_GS": False,  # Gram-Schmidt
+        "target_modules": any_type(("q_proj", "v_proj")),
+        "bias": "none",  # none, all, hra_only
+        "exclude_modules": any_type(None),
         "layers_to_transform": any_type(None),
         "layers_pattern": any_type(None),
         "modules_to_save": any_type(None),
@@ -107,14 +216,15 @@ def _oft() -> dict:
     }
 
 
-def _hra() -> dict:
+def _vera() -> dict:
     return {
-        "name": "hra",
-        "r": 8,
-        "apply_GS": False,  # Gram-Schmidt
+        "name": "vera",
+        "r": 256,
         "target_modules": any_type(("q_proj", "v_proj")),
-        "bias": "none",  # none, all, hra_only
-        "exclude_modules": any_type(None),
+        "vera_dropout": 0.0,
+        "d_initial": 0.1,
+        "projection_prng_key": 0,  # seed of the shared projections
+        "bias": "none",  # none, all, vera_only
         "layers_to_transform": any_type(None),
         "layers_pattern": any_type(None),
         "modules_to_save": any_type(None),
@@ -122,33 +232,24 @@ def _hra() -> dict:
     }
 
 
-def _adalora() -> dict:
-    return {
-        "name": "adalora",
-        "target_r": 8,  # mean rank at the end
-        "init_r": 12,
-        "lora_alpha": 8,
-        "target_modules": any_type(("q_proj", "v_proj")),
-        "lora_dropout": 0.0,
-        "tinit": 0,  # steps before ranks begin to fall
-        "tfinal": 0,  # steps after they have fallen
-        "deltaT": 1,  # steps between two cuts
-        "beta1": 0.85,
-        "beta2": 0.85,
-        "orth_reg_weight": 0.5,
-        "total_step": any_type(None),  # None: the steps of the run
-        "rank_pattern": any_type(None),
-        "exclude_modules": any_type(None),
-        "layers_to_transform": any_type(None),
-        "layers_pattern": any_type(None),
-        "bias": "none",  # none, all, lora_only
-        "modules_to_save": any_type(None),
-        "init_lora_weights": True,
-    }
-
-
-METHODS = {"adalora": _adalora, "hra": _hra, "ia3": _ia3, "loha": _loha, "lokr": _lokr, "lora": _lora, "oft": _oft,
-           "vera": _vera}
+METHODS = {
+    "adalora": _adalora,
+    "bottleneck": _bottleneck,
+    "compacter": _compacter,
+    "houlsby": _houlsby,
+    "hra": _hra,
+    "ia3": _ia3,
+    "loha": _loha,
+    "lokr": _lokr,
+    "lora": _lora,
+    "oft": _oft,
+    "parallel_adapter": _parallel_adapter,
+    "pfeiffer": _pfeiffer,
+    "prefix": _prefix,
+    "prompt": _prompt,
+    "ptuning": _ptuning,
+    "vera": _vera,
+}
 
 
 def method_config(name: str) -> ConfigDict:

@@ -8,18 +8,27 @@ from importlib import import_module
 
 CONTENTS = {
     # methods
+    "METHODS": "methods",
     "Method": "method",
     "bind": "method",
     "chain": "method",
     "check_read": "method",
-    "METHODS": "methods",
     "adalora": "methods",
+    "bottleneck": "methods",
+    "compacter": "methods",
+    "houlsby": "methods",
     "hra": "methods",
     "ia3": "methods",
     "loha": "methods",
     "lokr": "methods",
     "lora": "methods",
     "oft": "methods",
+    "parallel_adapter": "methods",
+    "pfeiffer": "methods",
+    "prefix": "methods",
+    "prefix_from_ids": "methods",
+    "prompt": "methods",
+    "ptuning": "methods",
     "vera": "methods",
     # parameter trees
     "combine": "tree",
@@ -31,12 +40,17 @@ CONTENTS = {
     "KernelAxes": "targets",
     "kernel_axes": "targets",
     # models, files
+    "Head": "models",
     "untie": "models",
     "load_pretrained": "hub",
     "save_pretrained": "hub",
     "load_tokenizer": "hub",
     "load_adapter": "hub",
     "save_adapter": "hub",
+    # many adapters on one base
+    "mix_adapters": "mixed",
+    "use_adapters": "mixed",
+    "weighted_adapter": "weighted",
     # decoding
     "Sampling": "generation",
     "generate": "generation",

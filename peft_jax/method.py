@@ -63,10 +63,12 @@ class Context(InterceptorContext):
 
     rngs: the names of its random streams; a module inside a lifted transform may see fewer, here a method can tell.
     params: the whole parameter tree, for leaves that several modules share.
+    notes: empty at the start of the pass; what an interceptor saw in one module and needs in a later one.
     """
 
     rngs: frozenset[str]
     params: Mapping[str, Any]
+    notes: dict[Any, Any]
 
 
 def chain(*methods: Method) -> Method:
@@ -106,8 +108,8 @@ def chain(*methods: Method) -> Method:
     foldable = all(method.merge for method in methods)
     return Method(init, intercept, labels, merge if foldable else None,
                   {"peft_type": "CHAIN", "methods": tuple(m.config for m in methods)},
-                  lambda params: sum(m.padding(params) for m in methods), None, optimizer,
-                  penalty if any(m.penalty for m in methods) else None, methods)
+                  lambda params: sum(m.padding(params) for m in methods), optimizer=optimizer,
+                  penalty=penalty if any(m.penalty for m in methods) else None, parts=methods)
 
 
 def _intercepted(intercept, next_fun, context, *args, **kwargs):
@@ -129,7 +131,8 @@ def bind(method: Method, model: nn.Module) -> Callable[..., Any]:
     """``model.apply`` with the method in the forward pass: same signature, same results otherwise.
 
     The first call of the whole model (no ``method=`` argument) on a new tree structure also checks that the output
-    depends on every trainable leaf that the method added, and raises ``PeftJaxError`` naming those it does not.
+    depends on every trainable leaf that the method added, and raises ``PeftJaxError`` naming those it does not; not
+    with a ``cache``, which may hold what was computed from them.
     Dropout of a method is active where a ``dropout`` key is in ``rngs``, and only there.
     """
     checked = set()
@@ -138,12 +141,13 @@ def bind(method: Method, model: nn.Module) -> Callable[..., Any]:
         kwargs |= {} if rngs is None else {"rngs": rngs}
 
         def run(params):
-            entered = partial(_in_context, method.intercept, _streams(rngs), params)
+            entered = partial(_in_context, method.intercept, _streams(rngs), params, {})
             with nn.intercept_methods(entered):
                 return model.apply({**variables, "params": params}, *args, **kwargs)
 
         params = variables.get("params", {})
-        if "method" not in kwargs and (shape := jax.tree.structure(variables)) not in checked:
+        whole = "method" not in kwargs and "cache" not in variables
+        if whole and (shape := jax.tree.structure(variables)) not in checked:
             check_read(method, run, params)
             checked.add(shape)
         return run(params)
@@ -157,8 +161,8 @@ def _streams(rngs) -> frozenset[str]:
     return frozenset(rngs if isinstance(rngs, Mapping) else ("params",))  # a bare key is flax's "params" stream
 
 
-def _in_context(intercept, rngs, params, next_fun, args, kwargs, context):
-    whole = Context(context.module, context.method_name, context.orig_method, rngs, params)
+def _in_context(intercept, rngs, params, notes, next_fun, args, kwargs, context):
+    whole = Context(context.module, context.method_name, context.orig_method, rngs, params, notes)
     return intercept(next_fun, args, kwargs, whole)
 
 

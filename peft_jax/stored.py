@@ -76,8 +76,8 @@ class Format(NamedTuple):
     Fields:
       kind: ``peft_type``.
       make: the method's function; ``arguments``: those of its arguments that the file states under the same names.
-      slots: ``(config, flat params, paths of trained leaves, naming) -> {key in the file: Slot}``; raises where a
-        trained leaf has no place.
+      slots: ``(config, flat params, paths of trained leaves, naming) -> {key in the file: Slot}``, whole keys, with
+        ``PREFIX`` where peft has it; raises where a trained leaf has no place.
       fields: ``(config, flat params, naming) -> {field: value}``, fields of the config beside or instead of the
         arguments.
       silent: fields that change nothing about what a stored adapter computes.

@@ -94,3 +94,16 @@ def peer_bases(tmp_path_factory):
     from tests.peer import make_bases
 
     return make_bases(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def smollm2_peer(smollm2, tmp_path_factory):
+    """Makes fresh torch models of the real SmolLM2."""
+    import torch
+    import transformers
+
+    from peft_jax.hub import save_pretrained
+
+    folder = tmp_path_factory.mktemp("smollm2")
+    save_pretrained(folder, *smollm2)
+    return lambda: transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

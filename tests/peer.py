@@ -37,10 +37,11 @@ def make_bases(tmp_path_factory):
 
 
 def torch_logits(model):
+    """Logits for ``IDS``; those of virtual tokens in front, which peft gives too, are left out."""
     import torch
 
     with torch.no_grad():
-        return model.eval()(torch.tensor(IDS)).logits.numpy()
+        return model.eval()(torch.tensor(IDS)).logits.numpy()[:, -IDS.shape[1]:]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -91,18 +92,21 @@ def check_opens_in_peft(base, method, folder, relative=1e-4, move=moved):
 
 
 def check_same_bits(params, method, tuned, folder):
-    """What was saved to ``folder`` loads as ``tuned``, bit for bit, zeros of layers that are not adapted aside."""
+    """What was saved to ``folder`` loads as ``tuned``, bit for bit, zeros of layers that are not adapted aside; what
+    was there for training only is folded away."""
     again, loaded = load_adapter(folder, params)
-    labels = flatten(again.labels(loaded))
-    assert labels == flatten(method.labels(tuned))
+    _, kept = method.stored.plain(method.config, flatten(tuned))
+    before = flatten(method.labels(tuned))
+    assert flatten(again.labels(loaded)) == {path: before.get(path, "trainable") for path in kept}
     padded = method.padding(tuned)
-    for path, leaf in flatten(tuned).items():
+    for path, leaf in kept.items():
         assert leaf.dtype == flatten(loaded)[path].dtype
         assert padded or np.array_equal(leaf, flatten(loaded)[path]), path
 
 
-def check_loads_from_peft(base, config, folder, relative=1e-4):
-    """Made and trained by peft with ``config``, saved, loaded here: the same logits and as many trained parameters."""
+def check_loads_from_peft(base, config, folder, relative=1e-4, whole=True):
+    """Made and trained by peft with ``config``, saved, loaded here: the same logits and, where the ``whole`` of what
+    peft trained is in its file, as many trained parameters."""
     import peft
     import torch
 
@@ -118,5 +122,40 @@ def check_loads_from_peft(base, config, folder, relative=1e-4):
     method, tuned = load_adapter(folder, params)
     assert_close(bound_logits(method, model, tuned), expected, relative)
     trainable, _ = partition(tuned, method.labels(tuned))
-    assert peft_jax.count(trainable) - method.padding(tuned) == count
+    assert not whole or peft_jax.count(trainable) - method.padding(tuned) == count
     return method, tuned
+
+
+def check_generates_as_peft(base, method, folder, new=6):
+    """Greedy decoding of two prompts of one length gives peft's tokens."""
+    import peft
+    import torch
+
+    fresh, model, params = base
+    tuned = moved(method, method.init(jax.random.key(0), params))
+    save_adapter(folder, method, tuned, model)
+    theirs = peft.PeftModel.from_pretrained(fresh(), folder).generate(
+        input_ids=torch.tensor(IDS), attention_mask=torch.ones(IDS.shape, dtype=int), max_new_tokens=new,
+        do_sample=False, eos_token_id=None, pad_token_id=0)
+    ours = peft_jax.generate(bind(method, model), model, tuned, IDS, np.ones_like(IDS), max_new_tokens=new,
+                             stop_ids=(SIZES["vocab_size"],))
+    np.testing.assert_array_equal(ours, theirs[:, -new:])
+
+
+def check_virtual_on_real(fresh, model, params, ids, method, config, folder):
+    """Moved here and opened by peft, made by peft and opened here: the same logits of a real model."""
+    import peft
+    import torch
+
+    def logits(theirs):
+        with torch.no_grad():
+            return theirs(torch.tensor(ids)).logits.numpy()[:, -ids.shape[1]:]
+
+    tuned = moved(method, method.init(jax.random.key(0), params), by=0.1)
+    save_adapter(folder / "ours", method, tuned, model)
+    assert_close(bind(method, model)({"params": tuned}, ids),
+                 logits(peft.PeftModel.from_pretrained(fresh(), folder / "ours")))
+    theirs = peft.get_peft_model(fresh(), config).eval()
+    theirs.save_pretrained(folder / "theirs")
+    again, loaded = load_adapter(folder / "theirs", params)
+    assert_close(bind(again, model)({"params": loaded}, ids), logits(theirs))

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from peft_jax import bind, combine, flatten, partition, unflatten
+from peft_jax import bind, combine, flatten, generate, partition, unflatten
+from peft_jax.loss import batch_loss
 from peft_jax.train.step import init_state, make_step
 
 
@@ -89,3 +90,59 @@ def check_remat(method, model, params, ids):
     plain, again = (trained(method, m, before, ids, 2, 1e-2) for m in (model, model.clone(remat=True)))
     for path, leaf in flatten(plain).items():
         np.testing.assert_allclose(leaf, flatten(again)[path], rtol=2e-2, atol=2e-3, err_msg=path)
+
+
+def check_packing(method, model, params, ids):
+    """Two sequences packed into one row have the hidden states and the loss that each has in a row of its own."""
+    tuned, width = moved(method, method.init(jax.random.key(0), params)), ids.shape[1]
+    short = width - 3
+    alone = jax.tree.map(lambda leaf: leaf[0], batch_of(ids[:2]))
+    alone["segment_ids"][1, short:] = 0
+    alone["loss_weight"][1, short - 1:] = 0
+    ends = slice(0, 2 * width - 3)  # and three tokens of padding at the end
+    packed = {name: leaf.reshape(1, -1) for name, leaf in alone.items()}
+    packed["segment_ids"] = packed["segment_ids"] * np.repeat([1, 2], width)[None]
+    packed["loss_index"] = packed["loss_index"] + np.repeat([0, width], width - 1)[None]
+    apply = bind(method, model)
+
+    @jax.jit
+    def look(batch):
+        found = [apply({"params": tuned}, batch["input_ids"], segment_ids=batch["segment_ids"], positions=positions,
+                       method="hidden") for positions in (batch["positions"], None)]
+        return *found, batch_loss(apply, tuned, batch, chunk=64)
+
+    one, counted, loss = look(packed)
+    each, _, loss_each = look(alone)
+    for states in (one, counted):
+        np.testing.assert_allclose(states[0, ends], each.reshape(2 * width, -1)[ends], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(loss[0], loss_each[0], rtol=1e-5)
+    assert loss[1] == loss_each[1] == 2 * width - 5
+
+
+def check_decoding(method, model, params, ids, new=6):
+    """Greedy decoding, prompts padded on the left, is that of full forward passes over each row without padding; and a
+    cache filled in pieces gives the logits of one pass."""
+    tuned, apply = moved(method, method.init(jax.random.key(0), params)), bind(method, model)
+    batch, width = ids.shape
+    lengths = np.array([width, *[3] * (batch - 1)])
+    full = jax.jit(lambda rows, mask: apply({"params": tuned}, rows, mask))
+    left, mask = np.zeros_like(ids), np.arange(width)[None] >= width - lengths[:, None]
+    rows = np.pad(ids, ((0, 0), (0, new)))
+    for row, length in enumerate(lengths):
+        left[row, width - length:] = ids[row, :length]
+        for at in range(length, length + new):
+            rows[row, at] = np.argmax(full(rows[row:row + 1], np.arange(width + new)[None] < at)[0, at - 1])
+    tokens = generate(apply, model, tuned, left, mask.astype(int), max_new_tokens=new,
+                      stop_ids=(model.config.vocab_size,))
+    for row, length in enumerate(lengths):
+        np.testing.assert_array_equal(tokens[row], rows[row, length:length + new])
+
+    cache, parts = apply({"params": tuned}, batch, width, method="init_cache"), []
+    places = np.arange(width)[None].repeat(batch, 0)
+    for piece in (slice(0, 4), slice(4, 5), slice(5, width)):
+        given = {} if piece.start == 4 else {"positions": places[:, piece]}
+        logits, held = apply({"params": tuned, "cache": cache}, ids[:, piece], mutable=["cache"], **given)
+        cache = held["cache"]
+        parts.append(logits)
+    whole = np.asarray(full(ids, np.ones_like(ids)))
+    np.testing.assert_allclose(np.concatenate(parts, 1), whole, atol=1e-4 * np.abs(whole).max())

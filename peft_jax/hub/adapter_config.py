@@ -55,9 +55,16 @@ def _stated(path: Path, given: dict[str, Any], formats: Sequence[Format]) -> Sta
     return Stated(form, form.read(found, str(path)), bool(given.get("ensure_weight_tying")))
 
 
-def without_unmatched(stated: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Without the listed ``target_modules`` that match none of ``names``: peft skips those, a method refuses them."""
-    listed = stated.get("target_modules")
+def without_unmatched(stated: Mapping[str, Any], names: Sequence[str], modules: Sequence[str]) -> dict[str, Any]:
+    """Without what peft skips and a method refuses: the listed ``target_modules`` that match none of ``names``, of the
+    kernels' modules, and ``modules_to_save`` that are none of ``modules``.
+
+    For every classifier peft adds both words that models have for their head.
+    """
+    listed, saved = stated.get("target_modules"), stated.get("modules_to_save")
+    if isinstance(saved, tuple):
+        found = tuple(entry for entry in saved if any(targets.saved((entry,), module) for module in modules))
+        stated = {**stated, "modules_to_save": found or None}
     if not isinstance(listed, tuple):
         return dict(stated)
     kept = tuple(entry for entry in listed if any(targets.listed((entry,), name) for name in names))
@@ -68,7 +75,7 @@ def without_unmatched(stated: Mapping[str, Any], names: Sequence[str]) -> dict[s
 
 
 def write(form: Format, config: Mapping[str, Any], flat: Mapping[str, Any], naming: Naming, *, tied: bool,
-          base_model: str | None) -> dict[str, Any]:
+          base_model: str | None, task_type: str | None) -> dict[str, Any]:
     """The file's content for a method's ``config``; ``tied``: a saved embedding is the head as well."""
     everything = {**config, **form.fields(config, flat, naming), "ensure_weight_tying": tied}
     stated = {name: everything[name] for name in (*form.arguments, *form.silent) if name in everything}
@@ -78,7 +85,7 @@ def write(form: Format, config: Mapping[str, Any], flat: Mapping[str, Any], nami
         "inference_mode": True,
         "peft_type": form.kind,
         "revision": None,
-        "task_type": "CAUSAL_LM" if naming.portable else None,
+        "task_type": task_type,
         **{name: _plain(value) for name, value in stated.items()},
     }
 

@@ -19,10 +19,11 @@ import numpy as np
 
 from peft_jax import targets, tree
 from peft_jax.errors import PeftJaxError
-from peft_jax.hub import adapter_config, assets, files, names
+from peft_jax.hub import adapter_config, assets, families, files, names
+from peft_jax.hub.family import Family, table_of
 from peft_jax.method import FROZEN, Method, chain
 from peft_jax.methods import FORMATS
-from peft_jax.models.llama import CausalLM, untie
+from peft_jax.models import untie
 from peft_jax.stored import PREFIX, Naming, Slot
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -38,7 +39,7 @@ def save_adapter(folder: str | os.PathLike, method: Method, params: Mapping[str,
       method: any method but a plain full one; a chain is one file that lists its methods, which only this library
         reads, unless one alone of them is stored.
       params: the whole tree; leaves are stored in their own dtype.
-      model: the model the parameters are of. For a :class:`CausalLM` real peft reads the files.
+      model: the model the parameters are of. For a model of :mod:`peft_jax.models` real peft reads the files.
       base_model: Hub id or path of the base model, which peft's AutoPeftModel and others look for.
 
     Raises:
@@ -49,18 +50,19 @@ def save_adapter(folder: str | os.PathLike, method: Method, params: Mapping[str,
     if not parts:
         raise PeftJaxError(f"save_adapter: {method.config['peft_type']} has no adapter file: save the whole model with "
                            "save_pretrained instead.")
-    portable = isinstance(model, CausalLM)
+    family = _family_of(model)
     stated, tensors = [], {}
     for part in parts:
         config, flat = part.stored.plain(part.config, tree.flatten(params))
-        naming = _naming(flat, None, portable)
+        naming = _naming(flat, None, family)
         slots = part.stored.slots(config, flat, _trained(part, params, flat), naming)
         if double := slots.keys() & tensors.keys():
             raise PeftJaxError(f"save_adapter: two methods of the chain both store '{min(double)}'.")
         tensors |= _tensors(slots, flat)
-        tied = portable and "lm_head/kernel" not in flat and any(s.path == "embed_tokens/embedding"
-                                                                 for s in slots.values())
-        stated.append(adapter_config.write(part.stored, config, flat, naming, tied=tied, base_model=base_model))
+        tied = family is not None and "lm_head/kernel" not in flat and any(slot.path == family.tied
+                                                                           for slot in slots.values())
+        stated.append(adapter_config.write(part.stored, config, flat, naming, tied=tied, base_model=base_model,
+                                           task_type=_task_type(family, model)))
     _write(Path(folder), tensors, stated[0] if len(stated) == 1 else {"peft_type": "CHAIN", "methods": stated})
 
 
@@ -94,58 +96,85 @@ def load_adapter(source: str | os.PathLike, base_params: Mapping[str, Any],
     folder = _folder(source)
     parts = adapter_config.read(folder / CONFIG, FORMATS)
     tensors = _read_tensors(folder / WEIGHTS)
-    portable, params = _is_ours(base_params), base_params
-    if portable and not any(part.tied for part in parts) and any(_unties(part.stated, tensors) for part in parts):
+    family, params = _family_with(base_params, tensors), base_params
+    if _unties(family, parts, tensors):
         params = base_params = untie(base_params)
     methods, slots = [], {}
     for part in parts:
         flat = tree.flatten(params)
-        naming = _naming(flat, axes, portable)
-        method = part.format.make(**adapter_config.without_unmatched(part.stated, [ours for ours, _ in naming.pairs]))
+        naming = _naming(flat, axes, family)
+        kernels = [ours for ours, _ in naming.pairs]
+        modules = [path.rpartition("/")[0].replace("/", ".") for path in flat]
+        method = part.format.make(**adapter_config.without_unmatched(part.stated, kernels, modules))
         params = method.init(jax.random.key(0), params, axes=axes)
         flat = tree.flatten(params)
-        slots |= part.format.slots(method.config, flat, _trained(method, params, flat), _naming(flat, axes, portable))
+        slots |= part.format.slots(method.config, flat, _trained(method, params, flat), _naming(flat, axes, family))
         methods.append(method)
-    _check_tensors(folder, tensors, slots, flat, tree.flatten(base_params) if portable else {})
+    base = tree.flatten(base_params)
+    _check_tensors(folder, tensors, slots, flat, _named(family, base), base)
     params = tree.unflatten(flat | _filled(tensors, slots, flat))
     return methods[0] if len(methods) == 1 else chain(*methods), params
 
 
-def _is_ours(params) -> bool:
-    return all(path.rpartition("/")[0] in names.MODULES for path in tree.flatten(params))
+def _family_of(model: Any) -> Family | None:
+    """The family of one of our own models, ``None`` of any other."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    family = families.KINDS.get(kind)
+    return family if family and isinstance(model, family.model) else None
 
 
-def _naming(flat, axes, portable) -> Naming:
-    pairs = []
+def _task_type(family: Family | None, model: Any) -> str | None:
+    """What peft calls the model's task, by which it chooses the class around it."""
+    if family is None or not family.heads:
+        return family and "CAUSAL_LM"
+    return model.config.head.task_type if model.config.head else "FEATURE_EXTRACTION"
+
+
+def _family_with(params, tensors) -> Family | None:
+    """The family that has all modules of ``params``; of several the one whose prefix the file's tensors have."""
+    modules = {path.rpartition("/")[0] for path in tree.flatten(params)}
+    fitting = [family for family in families.FAMILIES if modules <= family.modules.keys()]
+    named = [family for family in fitting if any(key.startswith(PREFIX + family.prefix) for key in tensors)]
+    return next(iter((*named, *fitting)), None)
+
+
+def _naming(flat, axes, family: Family | None) -> Naming:
+    table, pairs = family and table_of(family, flat), []
     for path, leaf in flat.items():
         if path.rpartition("/")[2] == "kernel":
             module = path.removesuffix("kernel").rstrip("/")
             stack = axes[path].stack if axes and path in axes else targets.plain_axes(leaf.shape).stack
-            pairs += zip(targets.module_names(module, stack), _module_names(portable, module, stack))
-    return Naming(partial(_module_names, portable), partial(_whole, portable, flat), pairs, portable)
+            pairs += zip(targets.module_names(module, stack), _module_names(table, module, stack))
+    return Naming(partial(_module_names, table), partial(_whole, family, table, flat), pairs, family is not None)
 
 
-def _module_names(portable: bool, module: str, stack: tuple[int, ...]) -> list[str]:
-    if not portable:
+def _module_names(table: names.Table | None, module: str, stack: tuple[int, ...]) -> list[str]:
+    if table is None:
         return list(targets.module_names(module, stack))
-    return [names.hf_module(module, layer) for layer in (range(*stack) if stack else [None])]
+    return [names.hf_module(table, module, layer) for layer in (range(*stack) if stack else [None])]
 
 
-def _whole(portable: bool, flat, path: str) -> dict[str, Slot]:
+def _whole(family: Family | None, table: names.Table | None, flat, path: str) -> dict[str, Slot]:
     """The tensors of a leaf that trains as a whole, by name."""
-    if not portable:
+    if table is None:
         return {path.replace("/", "."): Slot(path)}
-    transposed = path.endswith("/kernel")
-    layers = range(flat[path].shape[0]) if path.startswith("layers/") else [None]
-    found = {names.hf_tensor(path, layer): Slot(path, partial(_layer, layer, transposed)) for layer in layers}
-    if path == "embed_tokens/embedding" and "lm_head/kernel" not in flat:  # tied: peft stores it under both names
+    placed = names.tensors(table, [path], len(flat[path]))
+    found = {name: Slot(path, partial(_part, place)) for name, place in placed.items()}
+    if path == family.tied and "lm_head/kernel" not in flat:  # tied: peft stores it under both names
         found["lm_head.weight"] = Slot(path)
     return found
 
 
-def _layer(layer: int | None, transposed: bool, leaf: np.ndarray) -> np.ndarray:
-    part = leaf if layer is None else leaf[layer]
-    return part.T if transposed else part
+def _part(place: names.Place, leaf: np.ndarray) -> np.ndarray:
+    """The tensor of a place, a view of the leaf."""
+    part = leaf if place.layer is None else leaf[place.layer]
+    return part.T if place.transposed else part
+
+
+def _named(family: Family | None, base) -> dict[str, Slot]:
+    """Every tensor of the plain model by its name, {} where the model is not ours."""
+    table = family and table_of(family, base)
+    return {name: slot for path in base if family for name, slot in _whole(family, table, base, path).items()}
 
 
 def _write(folder: Path, tensors: dict[str, np.ndarray], stated: dict[str, Any]) -> None:
@@ -178,14 +207,16 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
         raise PeftJaxError(f"{path} is damaged: {error}. Fetch it again.") from error
 
 
-def _unties(stated, tensors) -> bool:
+def _unties(family: Family | None, parts, tensors) -> bool:
     """Whether peft gives a tied model a head of its own for this adapter."""
-    saved = stated.get("modules_to_save")
-    return (targets.saved(saved, "lm_head") or targets.saved(saved, "embed_tokens")
+    if family is None or family.tied is None or any(part.tied for part in parts):
+        return False
+    tied = ("lm_head", family.tied.rpartition("/")[0])
+    return (any(targets.saved(part.stated.get("modules_to_save"), name) for part in parts for name in tied)
             or any(key.startswith(f"{PREFIX}lm_head.") and key not in _TIED for key in tensors))
 
 
-def _check_tensors(folder, tensors, slots, flat, base) -> None:
+def _check_tensors(folder, tensors, slots, flat, own, base) -> None:
     """One error that lists every tensor that is missing, unexpected or of another shape."""
     if bare := [key for key in tensors if not key.startswith(PREFIX) and key not in slots]:
         raise PeftJaxError(f"{folder / WEIGHTS} has {len(bare)} tensors without peft's '{PREFIX}' in front, the first "
@@ -194,7 +225,7 @@ def _check_tensors(folder, tensors, slots, flat, base) -> None:
     faults = {
         "missing": sorted(shapes.keys() - tensors.keys()),
         "unexpected": [key for key in sorted(tensors.keys() - shapes.keys())
-                       if not _says_nothing_new(key, tensors[key], slots, base)],
+                       if not _says_nothing_new(key, tensors[key], slots, own, base)],
         "of another shape": [f"{key} is {list(tensors[key].shape)}, the model needs {list(shape)}"
                              for key, shape in sorted(shapes.items())
                              if key in tensors and tensors[key].shape != shape],
@@ -203,21 +234,18 @@ def _check_tensors(folder, tensors, slots, flat, base) -> None:
         raise PeftJaxError(f"the adapter in {folder} does not fit the model or its own config. {said}.")
 
 
-def _says_nothing_new(key: str, tensor, slots, base) -> bool:
+def _says_nothing_new(key: str, tensor, slots, own, base) -> bool:
     """peft also stores biases of saved modules twice more, and an adapted head's or resized embedding's base weight.
 
     The latter may stand in the file as long as it is the base model's own.
     """
     if re.sub(r"\.(original_module|modules_to_save)\.", ".", key) in slots:
         return True
-    layers = {leaf.shape[0] for path, leaf in base.items() if path.startswith("layers/")}
-    places = names.tensors(list(base), *layers) if layers else {}
-    place = places.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
-    if place is None:
+    slot = own.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+    if slot is None:
         return False
-    own = np.asarray(base[place.path] if place.layer is None else base[place.path][place.layer])
-    own = own.T if place.transposed else own
-    return own.shape == tensor.shape and bool((own == tensor.astype(own.dtype)).all())
+    held = slot.tensor(np.asarray(base[slot.path]))
+    return held.shape == tensor.shape and bool((held == tensor.astype(held.dtype)).all())
 
 
 def _filled(tensors, slots, flat) -> dict[str, jax.Array]:

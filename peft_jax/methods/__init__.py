@@ -4,25 +4,88 @@
 """
 
 from peft_jax.methods import adalora as _adalora
+from peft_jax.methods import bottleneck as _bottleneck
+from peft_jax.methods import compacter as _compacter
 from peft_jax.methods import hra as _hra
 from peft_jax.methods import ia3 as _ia3
 from peft_jax.methods import loha as _loha
 from peft_jax.methods import lokr as _lokr
 from peft_jax.methods import lora as _lora
 from peft_jax.methods import oft as _oft
+from peft_jax.methods import prefix as _prefix
+from peft_jax.methods import prompt as _prompt
+from peft_jax.methods import ptuning as _ptuning
 from peft_jax.methods import vera as _vera
 from peft_jax.methods.adalora import adalora
+from peft_jax.methods.bottleneck import bottleneck
+from peft_jax.methods.compacter import compacter
+from peft_jax.methods.houlsby import houlsby
 from peft_jax.methods.hra import hra
 from peft_jax.methods.ia3 import ia3
 from peft_jax.methods.loha import loha
 from peft_jax.methods.lokr import lokr
 from peft_jax.methods.lora import lora
 from peft_jax.methods.oft import oft
+from peft_jax.methods.parallel_adapter import parallel_adapter
+from peft_jax.methods.pfeiffer import pfeiffer
+from peft_jax.methods.prefix import prefix, prefix_from_ids
+from peft_jax.methods.prompt import prompt
+from peft_jax.methods.ptuning import ptuning
 from peft_jax.methods.vera import vera
 
-METHODS = {"adalora": adalora, "hra": hra, "ia3": ia3, "loha": loha, "lokr": lokr, "lora": lora, "oft": oft,
-           "vera": vera}
-FORMATS = (_adalora.FORMAT, _hra.FORMAT, _ia3.FORMAT, _loha.FORMAT, _lokr.FORMAT, _lora.FORMAT, _oft.FORMAT,
-           _vera.FORMAT)
+METHODS = {
+    "adalora": adalora,
+    "bottleneck": bottleneck,
+    "compacter": compacter,
+    "houlsby": houlsby,
+    "hra": hra,
+    "ia3": ia3,
+    "loha": loha,
+    "lokr": lokr,
+    "lora": lora,
+    "oft": oft,
+    "parallel_adapter": parallel_adapter,
+    "pfeiffer": pfeiffer,
+    "prefix": prefix,
+    "prompt": prompt,
+    "ptuning": ptuning,
+    "vera": vera,
+}
+FORMATS = (
+    _adalora.FORMAT,
+    _bottleneck.FORMAT,
+    _compacter.FORMAT,
+    _hra.FORMAT,
+    _ia3.FORMAT,
+    _loha.FORMAT,
+    _lokr.FORMAT,
+    _lora.FORMAT,
+    _oft.FORMAT,
+    _prefix.FORMAT,
+    _prefix.FORMAT_UNSHIFTED,
+    _prompt.FORMAT,
+    _ptuning.FORMAT,
+    _vera.FORMAT,
+)
 
-__all__ = ["FORMATS", "METHODS", "adalora", "hra", "ia3", "loha", "lokr", "lora", "oft", "vera"]
+__all__ = [
+    "FORMATS",
+    "METHODS",
+    "adalora",
+    "bottleneck",
+    "compacter",
+    "houlsby",
+    "hra",
+    "ia3",
+    "loha",
+    "lokr",
+    "lora",
+    "oft",
+    "parallel_adapter",
+    "pfeiffer",
+    "prefix",
+    "prefix_from_ids",
+    "prompt",
+    "ptuning",
+    "vera",
+]

@@ -135,9 +135,10 @@ def untie(params: dict[str, Any]) -> dict[str, Any]:
     """
     if "lm_head" in params:
         return params
-    if "embed_tokens" not in params:
+    tied = next((name for name in ("embed_tokens", "wte") if name in params), None)
+    if tied is None:
         raise PeftJaxError("untie: params have no 'embed_tokens': give the whole tree, combine(frozen, trainable).")
-    return {**params, "lm_head": {"kernel": params["embed_tokens"]["embedding"].T}}
+    return {**params, "lm_head": {"kernel": params[tied]["embedding"].T}}
 
 
 class CausalLM(nn.Module):
@@ -192,9 +193,9 @@ class CausalLM(nn.Module):
             positions = masks.count_positions(mask, segment_ids, key_mask, index)
         cos, sin = rope.angles(self.place(positions), rope.inverse_frequencies(
             self.config.head_dim, self.config.rope_theta, self.config.rope_scaling))
-        full, windowed = masks.attention_masks(key_mask, mask.shape[1], index, segment_ids, self._window())
+        full, windowed = self.visible(key_mask, positions, index, segment_ids)
         flags = jnp.asarray(self.config.sliding_layers or (False,) * self.config.num_hidden_layers)
-        x = self.embed_tokens(input_ids)
+        x = self.embed(input_ids)
         if index is not None:
             x = jnp.where(index + mask.shape[1] > key_mask.shape[1], jnp.nan, x)  # see masks.check_room
         x, _ = self.layers(x, flags, cos, sin, full, windowed, index)
@@ -203,6 +204,16 @@ class CausalLM(nn.Module):
     def place(self, positions):
         """The positions that are rotated by, int (batch, seq), of tokens at ``positions``: the same ones."""
         return positions
+
+    def embed(self, input_ids):
+        """The first layer's input (batch, seq, hidden) of ``input_ids`` (batch, seq)."""
+        return self.embed_tokens(input_ids)
+
+    def visible(self, key_mask, positions, index, segment_ids):
+        """Who sees whom, of queries at ``positions`` (B, T) and keys of which ``key_mask`` (B, S) are real: two boolean
+        masks (B, 1, T, S), for layers without a window and for those with one, ``None`` where there is none.
+        """
+        return masks.attention_masks(key_mask, positions.shape[1], index, segment_ids, self._window())
 
     def head(self, hidden):
         """Logits (..., vocab) of hidden states (..., hidden)."""

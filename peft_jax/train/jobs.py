@@ -138,8 +138,8 @@ def merge(command) -> int:
 
 
 def generate(command) -> int:
-    """Continue prompts with the base model and with the workdir's adapter."""
-    folder, config = _trained(command), command.config
+    """Continue prompts with the base model and with the workdir's adapter, or those that were named."""
+    config, adapters = command.config, _adapters(command)
     if command.prompts:
         tokenizer, (model, base) = load_tokenizer(config.model.source), session.load_model(config)
         examples = [_as_asked(prompt, config.task) for prompt in command.prompts]
@@ -147,16 +147,27 @@ def generate(command) -> int:
         ready = session.load(config)
         tokenizer, model, base = ready.tokenizer, ready.model, ready.base
         examples = [_opening(example) for example in ready.held.examples[: config.generate.num_prompts]]
-    method, params = load_adapter(folder / "adapter", base)
     prompts = encode_prompts(examples, tokenizer)
     options = {"batch_size": len(prompts), "width_multiple": config.data.width_multiple}
     options |= {"max_new_tokens": config.generate.max_new_tokens, "rng": jax.random.key(config.seed)}
     options |= {"sampling": Sampling(*(config.generate[key] for key in Sampling._fields))}
-    plain = complete(model.apply, model, base, prompts, tokenizer, **options)
-    tuned = complete(bind(method, model), model, params, prompts, tokenizer, **options)
-    for prompt, one, other in zip(prompts, plain, tuned, strict=True):
-        print(f"{tokenizer.decode(prompt)}\n  base:    {one.strip()!r}\n  adapter: {other.strip()!r}\n")
+    answers = {"base": complete(model.apply, model, base, prompts, tokenizer, **options)}
+    for name, source in adapters.items():
+        method, params = load_adapter(source, base)
+        answers[name] = complete(bind(method, model), model, params, prompts, tokenizer, **options)
+    for prompt, texts in zip(prompts, zip(*answers.values(), strict=True), strict=True):
+        print(report.answers(tokenizer.decode(prompt), dict(zip(answers, texts, strict=True))))
     return 0
+
+
+def _adapters(command) -> dict[str, str | Path]:
+    """What to try beside the base, by the name to show: the adapters of the command line or the workdir's."""
+    if not command.adapters:
+        return {"adapter": _trained(command) / "adapter"}
+    short = [Path(source).parent.name if Path(source).name == "adapter" else Path(source).name
+             for source in command.adapters]
+    unlike = len(set(short)) == len(short) and "base" not in short
+    return dict(zip(short if unlike else command.adapters, command.adapters, strict=True))
 
 
 def _as_asked(prompt: str, task) -> dict[str, Any]:

@@ -99,6 +99,18 @@ def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join((head, "-" * len(head), *rows))
 
 
+def answers(prompt: str, texts: Mapping[str, str]) -> str:
+    """A prompt and what each model made of it.
+
+    >>> print(answers("2 + 2 is", {"base": " 5.", "adapter": " 4."}), end="")
+    2 + 2 is
+      base:    '5.'
+      adapter: '4.'
+    """
+    width = max(map(len, texts)) + 2
+    return "\n".join((prompt, *(f"  {name + ':':<{width}}{text.strip()!r}" for name, text in texts.items()), ""))
+
+
 def duration(seconds: float) -> str:
     """
     >>> duration(9.4), duration(75), duration(3700)

@@ -4,6 +4,7 @@ import pytest
 
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub import config as hub_config
+from peft_jax.hub.llama import ARCHITECTURES
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -42,7 +43,7 @@ def test_old_readers_find_the_rope_parameters_too(options):
 
 def test_keys_left_out_mean_what_they_mean_to_transformers():
     transformers = pytest.importorskip("transformers")
-    for kind, name in hub_config.ARCHITECTURES.items():
+    for kind, name in ARCHITECTURES.items():
         sizes = {**SIZES, "num_attention_heads": 8}
         if kind.startswith("qwen"):
             sizes["num_key_value_heads"] = 8  # transformers' default is 32 whatever the heads: no such model exists

@@ -1,17 +1,20 @@
 import pytest
 
 from peft_jax.errors import PeftJaxError
-from peft_jax.hub import names
+from peft_jax.hub import families, names
+from peft_jax.hub.llama import MODULES
 
 
-def test_modules_go_there_and_back():
-    for path in names.MODULES:
-        layer = 11 if path.startswith("layers/") else None
-        assert names.our_module(names.hf_module(path, layer)) == (path, layer)
+@pytest.mark.parametrize("family", families.FAMILIES, ids=lambda family: next(iter(family.kinds)))
+def test_modules_go_there_and_back(family):
+    for table in (family.modules, names.without_prefix(family.modules, family.prefix)):
+        for path in table:
+            layer = 11 if names.is_stacked(table, path) else None
+            assert names.our_module(table, names.hf_module(table, path, layer)) == (path, layer)
 
 
 def test_tensors_of_each_layer():
-    places = names.tensors(["layers/self_attn/q_proj/bias", "layers/mlp/up_proj/kernel", "norm/scale"], 2)
+    places = names.tensors(MODULES, ["layers/self_attn/q_proj/bias", "layers/mlp/up_proj/kernel", "norm/scale"], 2)
     assert places == {
         "model.layers.0.self_attn.q_proj.bias": ("layers/self_attn/q_proj/bias", 0, False),
         "model.layers.1.self_attn.q_proj.bias": ("layers/self_attn/q_proj/bias", 1, False),
@@ -22,11 +25,11 @@ def test_tensors_of_each_layer():
 
 
 @pytest.mark.parametrize(("call", "message"), [
-    (lambda: names.hf_module("layers/self_attn/q_pro", 0), r"did you mean layers/self_attn/q_proj"),
-    (lambda: names.hf_module("layers/mlp/up_proj"), "needs a layer number"),
-    (lambda: names.hf_module("norm", 0), "has no layer number"),
-    (lambda: names.our_module("model.layers.0.mlp.up"), "is no module of this model family"),
-    (lambda: names.hf_tensor("layers/mlp/up_proj/lora_a", 0), "no plain weight"),
+    (lambda: names.hf_module(MODULES, "layers/self_attn/q_pro", 0), r"did you mean layers/self_attn/q_proj"),
+    (lambda: names.hf_module(MODULES, "layers/mlp/up_proj"), "needs a layer number"),
+    (lambda: names.hf_module(MODULES, "norm", 0), "has no layer number"),
+    (lambda: names.our_module(MODULES, "model.layers.0.mlp.up"), "is no module of this model family"),
+    (lambda: names.place(MODULES, "layers/mlp/up_proj/lora_a", 0), "no plain weight"),
 ])
 def test_unknown_names(call, message):
     with pytest.raises(PeftJaxError, match=message):

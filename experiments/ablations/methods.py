@@ -1,0 +1,75 @@
+"""Which method learns most in one budget? Each with a small sweep of its learning rate.
+
+    python experiments/ablations/methods.py --steps=40 --limit=100
+
+Question: on SmolLM2-135M and the default task, how do the methods compare when all see the same batches and each has
+its own learning rate? (A shared rate makes IA3 and prefix tuning look bad.) Every run is ``run.py`` on the method's own
+experiment with the budget, the rate and nothing else changed; a finished run is not run again, an interrupted one goes
+on. Prints every run, and for each method the best by accuracy among the five words. The rate is chosen on the sentences
+that are reported, for all methods alike: compare within the table. Measured figures are in LOG.md.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RATES = {
+    "full": (1e-5, 3e-5, 1e-4),
+    "lora": (5e-4, 1e-3, 2e-3),
+    "dora": (5e-4, 1e-3, 2e-3),
+    "adapter": (5e-4, 1e-3, 2e-3),
+    "prefix": (1e-2, 3e-2, 1e-1),
+    "prompt": (1e-2, 3e-2, 1e-1),
+    "ia3": (3e-3, 1e-2, 3e-2),
+    "bitfit": (1e-3, 3e-3, 1e-2),
+}
+COLUMNS = {"exact": "exact", "among_choices": "among five", "spearman": "Spearman", "probe_loss": "general loss"}
+
+
+def run(method: str, rate: float, args) -> dict:
+    """The results of one run, from its workdir where it is finished."""
+    folder = Path(args.workdir) / f"{method}-{rate:g}"
+    command = [sys.executable, "run.py", f"--config=experiments/{method}.py", f"--workdir={folder}",
+               f"--config.optim.learning_rate={rate}", f"--config.optim.steps={args.steps}", "--config.optim.epochs=0",
+               "--config.optim.accumulate_steps=1", "--config.data.batch_size=16", f"--config.eval.limit={args.limit}",
+               f"--config.eval.probe_limit={args.probe_limit}", "--config.log.tensorboard=False",
+               "--config.checkpoint.every=1000000", *args.more]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        print(f"{method} at {rate:g} failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
+        return {}
+    return json.loads((folder / "results.json").read_text())
+
+
+def row(name: str, results: dict) -> str:
+    found = [f"{results['before'][key]:.3f} → {results['after'][key]:.3f}" for key in COLUMNS]
+    share = f"{100 * results['trainable'] / results['all']:.3f} %"
+    return f"| {name} | {share} | {' | '.join(found)} | {results['seconds']:.0f} s |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", default=",".join(RATES))
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--limit", type=int, default=100, help="held-out sentences")
+    parser.add_argument("--probe_limit", type=int, default=16, help="general texts")
+    parser.add_argument("--workdir", default="runs/methods")
+    parser.add_argument("more", nargs="*", help="further overrides, such as --config.seed=1, after --")
+    args = parser.parse_args()
+    head = f"| method, rate | trainable | {' | '.join(COLUMNS.values())} | training |"
+    print(head + "\n|" + "---|" * (head.count("|") - 1), flush=True)
+    best = {}
+    for method in args.methods.split(","):
+        for rate in RATES[method]:
+            if results := run(method, rate, args):
+                line = row(f"{method} {rate:g}", results)
+                print(line, flush=True)
+                best[method] = max(best.get(method, (-1, "")), (results["after"]["among_choices"], line))
+    print("\nBest of each:\n" + "\n".join(line for _, line in best.values()))
+
+
+if __name__ == "__main__":
+    main()

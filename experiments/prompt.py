@@ -1,0 +1,16 @@
+"""Prompt tuning: twenty trained embeddings in front of the input, and nothing else.
+
+    python run.py --config=experiments/prompt.py
+
+Paper: Lester et al. 2021, arXiv:2104.08691, whose starts from embeddings of the vocabulary are best after class labels,
+and whose learning rate of 0.3 (Adafactor, T5) is high too. Number: not measured yet.
+"""
+
+from configs import base, parse
+
+
+def get_config(arg: str = ""):
+    config = base.get_config(**parse.typed_args(arg, model="smollm2-135m", task="movie_rating"), method="prompt")
+    config.method.update(num_virtual_tokens=20, prompt_tuning_init="SAMPLE_VOCAB")
+    config.optim.update(learning_rate=1e-2, steps=60)
+    return config

@@ -1,0 +1,16 @@
+"""P-tuning: embeddings in front of the input that a small network makes; what is saved is prompt tuning's size.
+
+    python run.py --config=experiments/ptuning.py
+
+Paper: Liu et al. 2021, arXiv:2103.10385 (an LSTM there; an MLP is Hugging Face peft's default).
+Number: not measured yet.
+"""
+
+from configs import base, parse
+
+
+def get_config(arg: str = ""):
+    config = base.get_config(**parse.typed_args(arg, model="smollm2-135m", task="movie_rating"), method="ptuning")
+    config.method.num_virtual_tokens = 20
+    config.optim.update(learning_rate=1e-3, steps=60)
+    return config

@@ -1,0 +1,121 @@
+"""Many LoRA adapters on one base: each row of a batch may use another, and a switch never recompiles.
+
+    y_b = x_b W + s_k (x_b A_k) B_k        k: the adapter of row b, 0 for the base
+
+Beside each kernel that any adapter changes stand ``mixed_a`` (*stack, K + 1, *in, R), ``mixed_b`` (*stack, K + 1, R,
+*out) and ``mixed_scaling`` (*stack, K + 1): ranks are filled up with zeros to the largest R, entry 0 is all zeros. One
+leaf at the root, ``mixed_rows``, says which to use: int32 () for the whole batch, or (batch,).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax import beside, tree
+from peft_jax.errors import PeftJaxError, nearest
+from peft_jax.method import FROZEN, Method
+from peft_jax.methods.lora import LEAVES, branch
+
+MIXED = ("mixed_a", "mixed_b", "mixed_scaling")
+ROWS = "mixed_rows"
+
+
+def mix_adapters(adapters: Mapping[str, tuple[Method, Mapping[str, Any]]],
+                 base_params: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
+    """One method and one tree that hold several LoRA adapters of one base; at first all rows use the base.
+
+    Args:
+      adapters: ``{name: (method, params)}`` as ``load_adapter`` gives them; ranks and targets may differ.
+      base_params: the base's, without any adapter.
+
+    Returns ``(method, params)`` for :func:`peft_jax.bind`; :func:`use_adapters` says who uses what. Nothing in it
+    trains, there is no dropout, and it cannot be merged: merge the adapter alone.
+
+    Raises ``PeftJaxError`` where there is no adapter, where one is no LoRA, or trains leaves of the base too.
+    """
+    if not adapters:
+        raise PeftJaxError("mix_adapters() was given no adapter: name at least one.")
+    held = {name: _lora_leaves(name, method, params) for name, (method, params) in adapters.items()}
+    flat = dict(tree.flatten(base_params))
+    if ROWS in flat:
+        raise PeftJaxError("the parameters already hold mixed adapters: start from the base's.")
+    for folder in dict.fromkeys(folder for leaves in held.values() for folder in leaves):
+        flat |= _stacked(folder, [leaves.get(folder) for leaves in held.values()])
+    names = tuple(adapters)
+    method = Method(_made_elsewhere, _intercept, _all_frozen, None, {"peft_type": "MIXED", "adapters": names})
+    return method, tree.unflatten({**flat, ROWS: jnp.zeros((), jnp.int32)})
+
+
+def use_adapters(method: Method, params: Mapping[str, Any], names: str | Sequence[str | None] | None) -> dict[str, Any]:
+    """``params`` in which the whole batch uses the adapter of one name, or each row that of its own; ``None`` is the
+    base.
+
+    The tree's shapes depend on the number of rows alone, so a jitted function is compiled once for all choices.
+
+    Raises ``PeftJaxError`` for an unknown name, naming the nearest, and for a method that is not ``mix_adapters``'s.
+    """
+    if method.config["peft_type"] != "MIXED":
+        raise PeftJaxError("use_adapters: this method was not made by mix_adapters().")
+    known = method.config["adapters"]
+    chosen = (names,) if names is None or isinstance(names, str) else tuple(names)
+    for name in chosen:
+        if name is not None and name not in known:
+            raise PeftJaxError(f"use_adapters: there is no adapter '{name}': {nearest(str(name), known)}")
+    numbers = np.array([0 if name is None else 1 + known.index(name) for name in chosen], np.int32)
+    single = names is None or isinstance(names, str)
+    return {**params, ROWS: jnp.asarray(numbers[0] if single else numbers)}
+
+
+def _lora_leaves(name, method, params) -> dict[str, list[np.ndarray]]:
+    """``{folder: [a, b, scaling]}`` of one adapter."""
+    flat, labels = tree.flatten(params), tree.flatten(method.labels(params))
+    odd = [path for path in flat if labels[path] != FROZEN and path.rpartition("/")[2] not in LEAVES]
+    if method.config["peft_type"] != "LORA" or odd:
+        what = f"trains '{odd[0]}'" if odd else f"is {method.config['peft_type']}"
+        raise PeftJaxError(f"adapter '{name}' {what}: rows of one batch can differ in plain LoRA leaves only; switch "
+                           "with peft_jax.combine(base, adapter) instead.")
+    return {folder: [np.asarray(flat[folder + leaf]) for leaf in LEAVES] for folder in beside.folders(flat, LEAVES[0])}
+
+
+def _stacked(folder: str, held: Sequence[list[np.ndarray] | None]) -> dict[str, jax.Array]:
+    """The three mixed leaves of one module, in the order of the adapters, zeros first."""
+    a, b, scaling = next(leaves for leaves in held if leaves)
+    most, axis = max(leaves[0].shape[-1] for leaves in held if leaves), scaling.ndim
+    wide = (*a.shape[:-1], most), (*b.shape[:axis], most, *b.shape[axis + 1:])
+    parts = [[np.zeros(shape, np.float32)] for shape in (*wide, scaling.shape)]
+    for leaves in held:
+        for part, leaf in zip(parts, leaves or [part[0] for part in parts], strict=True):
+            part.append(np.pad(leaf, [(0, full - size) for full, size in zip(part[0].shape, leaf.shape, strict=True)]))
+    return {folder + name: jnp.asarray(np.stack(part, axis)) for name, part in zip(MIXED, parts, strict=True)}
+
+
+def _made_elsewhere(rng, params, axes=None):
+    raise PeftJaxError("mixed adapters are made from trained ones, by mix_adapters(): there is nothing to init.")
+
+
+def _all_frozen(params) -> tree.Tree:
+    return tree.map_paths(lambda path, leaf: FROZEN, params)
+
+
+def _intercept(next_fun, args, kwargs, context):
+    module = context.module
+    y = next_fun(*args, **kwargs)
+    if context.method_name != "__call__" or not module.has_variable("params", MIXED[0]):
+        return y
+    held = [module.get_variable("params", name) for name in MIXED]
+    rows, x = context.params[ROWS], beside.inputs_last(module, args[0]).astype(y.dtype)
+    if rows.ndim == 0:
+        return y + branch(x, *(leaf[rows] for leaf in held)).reshape(y.shape)
+    if rows.shape[0] != x.shape[0]:
+        raise PeftJaxError(f"use_adapters() named {rows.shape[0]} rows, the batch has {x.shape[0]}: name one adapter "
+                           "for each row, or one for all.")
+    return y + jax.vmap(_row)(x, *(leaf[rows] for leaf in held)).reshape(y.shape)
+
+
+def _row(x, a, b, scaling):
+    rank = a.shape[-1]
+    low = x.reshape(-1, a.size // rank) @ a.astype(x.dtype).reshape(-1, rank)
+    return (low * scaling.astype(x.dtype)) @ b.astype(x.dtype).reshape(rank, -1)

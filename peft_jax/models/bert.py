@@ -1,0 +1,270 @@
+"""BERT (arXiv 1810.04805), RoBERTa (1907.11692) and DistilBERT (1910.01108): one plain Linen encoder, norms after the
+residuals, scanned over its layers. MiniLM and most models of sentence embeddings are BERTs.
+
+Module names are Hugging Face's, so ``target_modules`` means the same here and there. Each leaf below ``layer`` has the
+layers as its leading axis. The models' own dropout, which transformers applies in training, is left out. B batch,
+S tokens, D hidden, N heads, H head size.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from peft_jax.errors import PeftJaxError
+from peft_jax.kept import POLICY, keep
+from peft_jax.models import masks
+from peft_jax.models.heads import Head
+from peft_jax.models.llama import AttentionCore
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """Static sizes and switches of one model; field names are Hugging Face's BERT's."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int  # tokens of the longest text; Hugging Face's number for RoBERTa has the offset in it
+    layer_norm_eps: float = 1e-12
+    type_vocab_size: int = 2  # 0: no token types
+    position_offset: int = 0  # the position of the first token: RoBERTa counts from pad_token_id + 1
+    hidden_act: str = "gelu"
+    model_type: str = "bert"
+    head: Head | None = None
+
+
+ACTIVATIONS = {"gelu": lambda x: nn.gelu(x, approximate=False), "gelu_new": nn.gelu, "relu": nn.relu}
+
+
+class Part(nn.Module):
+    """What all parts of the model have: the config and the types of computation and parameters."""
+
+    config: EncoderConfig
+    dtype: Any
+    param_dtype: Any
+
+    def _dense(self, name, features):
+        return nn.Dense(features, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
+
+    def _norm(self, name):
+        return nn.LayerNorm(self.config.layer_norm_eps, self.dtype, self.param_dtype, name=name,
+                            use_fast_variance=False)
+
+    def _embed(self, name, rows):
+        return nn.Embed(rows, self.config.hidden_size, self.dtype, self.param_dtype, name=name)
+
+    def _part(self, kind, name, **options):
+        return kind(self.config, self.dtype, self.param_dtype, name=name, **options)
+
+
+class Embeddings(Part):
+    """Word, position and token type, summed and normed."""
+
+    @nn.compact
+    def __call__(self, input_ids, positions, token_type_ids):
+        """Three int (B, S) -> (B, S, D)."""
+        c = self.config
+        x = self._embed("word_embeddings", c.vocab_size)(input_ids)
+        rows = c.max_position_embeddings + c.position_offset
+        x = x + self._embed("position_embeddings", rows)(positions + c.position_offset)
+        if c.type_vocab_size:
+            x = x + self._embed("token_type_embeddings", c.type_vocab_size)(token_type_ids)
+        return self._norm("LayerNorm")(x)
+
+
+class SelfAttention(Part):
+    """Attention in both directions; ``names`` of the three projections and, where it is in here, of the fourth."""
+
+    names: tuple[str, ...] = ("query", "key", "value")
+
+    @nn.compact
+    def __call__(self, x, mask):
+        """(B, S, D) and a boolean mask (B, 1, S, S) -> (B, S, D)."""
+        c, (*inner, after) = self.config, (*self.names, None)[:4]
+        heads = [keep(self._dense(name, c.hidden_size)(x)).reshape(*x.shape[:2], c.num_attention_heads, -1)
+                 for name in inner]
+        mixed = AttentionCore(name="core")(*heads, mask).reshape(x.shape)
+        return keep(self._dense(after, c.hidden_size)(mixed)) if after else mixed
+
+
+class Output(Part):
+    """A projection, added to the residual and normed."""
+
+    @nn.compact
+    def __call__(self, x, residual):
+        """(B, S, any), (B, S, D) -> (B, S, D)."""
+        return self._norm("LayerNorm")(keep(self._dense("dense", self.config.hidden_size)(x)) + residual)
+
+
+class Attention(Part):
+    @nn.compact
+    def __call__(self, x, mask):
+        """(B, S, D) -> (B, S, D)."""
+        return self._part(Output, "output")(self._part(SelfAttention, "self")(x, mask), x)
+
+
+class Intermediate(Part):
+    @nn.compact
+    def __call__(self, x):
+        """(B, S, D) -> (B, S, intermediate)."""
+        c = self.config
+        return ACTIVATIONS[c.hidden_act](keep(self._dense("dense", c.intermediate_size)(x)))
+
+
+class BertLayer(Part):
+    """The body of a scan."""
+
+    @nn.compact
+    def __call__(self, x, mask):
+        """(B, S, D) -> ((B, S, D), None)."""
+        x = self._part(Attention, "attention")(x, mask)
+        return self._part(Output, "output")(self._part(Intermediate, "intermediate")(x), x), None
+
+
+class FeedForward(Part):
+    @nn.compact
+    def __call__(self, x):
+        """(B, S, D) -> (B, S, D)."""
+        c = self.config
+        inner = ACTIVATIONS[c.hidden_act](keep(self._dense("lin1", c.intermediate_size)(x)))
+        return keep(self._dense("lin2", c.hidden_size)(inner))
+
+
+class DistilBertLayer(Part):
+    """The same layer under DistilBERT's names."""
+
+    @nn.compact
+    def __call__(self, x, mask):
+        """(B, S, D) -> ((B, S, D), None)."""
+        names = ("q_lin", "k_lin", "v_lin", "out_lin")
+        x = self._norm("sa_layer_norm")(self._part(SelfAttention, "attention", names=names)(x, mask) + x)
+        return self._norm("output_layer_norm")(self._part(FeedForward, "ffn")(x) + x), None
+
+
+class Layers(Part):
+    """All layers as one scan."""
+
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x, mask):
+        """(B, S, D) -> (B, S, D)."""
+        layer = DistilBertLayer if self.config.model_type == "distilbert" else BertLayer
+        stack = nn.scan(
+            nn.remat(layer, prevent_cse=False, policy=None if self.remat else POLICY),
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=self.config.num_hidden_layers,
+        )
+        return self._part(stack, "layer")(x, mask)[0]
+
+
+class Pooler(Part):
+    @nn.compact
+    def __call__(self, x):
+        """(..., D) -> (..., D)."""
+        return nn.tanh(self._dense("dense", self.config.hidden_size)(x))
+
+
+class RobertaHead(Part):
+    @nn.compact
+    def __call__(self, x):
+        """(..., D) -> (..., labels)."""
+        inner = nn.tanh(self._dense("dense", self.config.hidden_size)(x))
+        return self._dense("out_proj", self.config.head.num_labels)(inner)
+
+
+class Encoder(nn.Module):
+    """An encoder, with a head where the config has one.
+
+    ``dtype`` is the compute type, ``param_dtype`` that of freshly made parameters; ``remat`` as in
+    :class:`peft_jax.models.llama.CausalLM`.
+    """
+
+    config: EncoderConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: bool = False
+
+    def setup(self):
+        c, kinds = self.config, (self.dtype, self.param_dtype)
+        self.embeddings = Embeddings(c, *kinds)
+        if c.model_type == "distilbert":
+            self.transformer = Layers(c, *kinds, remat=self.remat)
+        else:
+            self.encoder = Layers(c, *kinds, remat=self.remat)
+        if c.head is None:
+            return
+        through = c.model_type if c.head.task_type == "SEQ_CLS" and c.head.pooling == "first" else ""
+        if through == "roberta":
+            self.classifier = RobertaHead(c, *kinds)
+            return
+        if through == "bert":
+            self.pooler = Pooler(c, *kinds)
+        if through == "distilbert":
+            self.pre_classifier = nn.Dense(c.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype)
+        self.classifier = nn.Dense(c.head.num_labels, dtype=self.dtype, param_dtype=self.param_dtype)
+
+    def __call__(self, input_ids, attention_mask=None, *, token_type_ids=None, positions=None, segment_ids=None):
+        """Logits (batch, labels) of each text, (batch, seq, labels) of each token, or, without a head, hidden states
+        (batch, seq, hidden), in ``dtype``, for ``input_ids`` int (batch, seq).
+
+        Args:
+          attention_mask: (batch, seq), 1 for real tokens, padding on either side.
+          token_type_ids: int (batch, seq), zeros by default.
+          positions: int (batch, seq); by default real tokens are counted from 0, anew in each segment.
+          segment_ids: int (batch, seq) for packed rows: tokens see their own segment only; 0 is padding.
+
+        Raises ``PeftJaxError`` for inputs whose shapes do not fit, and for packed rows where each row has one answer:
+        take :meth:`hidden` and :meth:`head`.
+        """
+        head = self.config.head
+        whole = head is not None and head.task_type == "SEQ_CLS"
+        if whole and segment_ids is not None:
+            raise PeftJaxError("a row has one answer for one text, but segment_ids pack several into it: apply "
+                               "method='hidden', pick the first token of each text, then method='head'.")
+        states = self.hidden(input_ids, attention_mask, token_type_ids=token_type_ids, positions=positions,
+                             segment_ids=segment_ids)
+        if whole:
+            real = masks.real_tokens(input_ids, attention_mask, None)
+            states = jnp.take_along_axis(states, jnp.argmax(real, 1)[:, None, None], axis=1)[:, 0]
+        return states if head is None else self.head(states)
+
+    def hidden(self, input_ids, attention_mask=None, *, token_type_ids=None, positions=None, segment_ids=None):
+        """The states (batch, seq, hidden) that :meth:`head` reads, arguments as of ``__call__``: those of the last
+        layer, and with a head that pools by the mean, for every token the mean over its text."""
+        masks.check_inputs(input_ids, attention_mask, positions, segment_ids)
+        real = masks.real_tokens(input_ids, attention_mask, segment_ids)
+        if positions is None:
+            positions = masks.count_positions(real, segment_ids, None, None)
+        seen = real[:, None, :] & jnp.ones_like(real)[:, :, None]
+        if segment_ids is not None:
+            seen &= segment_ids[:, :, None] == segment_ids[:, None, :]
+        types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        layers = self.transformer if self.config.model_type == "distilbert" else self.encoder
+        x = layers(self.embeddings(input_ids, positions, types), seen[:, None])
+        head = self.config.head
+        return mean_of_seen(x, seen) if head is not None and head.pooling == "mean" else x
+
+    def head(self, states):
+        """Logits (..., labels) of states (..., hidden) from :meth:`hidden`."""
+        head = self.config.head
+        if head is None:
+            raise PeftJaxError("this encoder has no head: load it with head=Head(...), see peft_jax.load_pretrained.")
+        if head.task_type == "SEQ_CLS" and head.pooling == "first" and self.config.model_type != "roberta":
+            first = self.pooler if self.config.model_type == "bert" else lambda x: nn.relu(self.pre_classifier(x))
+            states = first(states)
+        return self.classifier(states)
+
+
+def mean_of_seen(x, seen):
+    """The mean, in float32, over the tokens that each token may see: (B, S, D), bool (B, S, S) -> (B, S, D)."""
+    weights = seen.astype(jnp.float32) / jnp.maximum(seen.sum(-1, keepdims=True), 1)
+    return jnp.einsum("bts,bsd->btd", weights, x.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST).astype(
+        x.dtype)

@@ -1,0 +1,24 @@
+"""What a model is to tell of a text instead of its next token."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A classification or regression head.
+
+    Fields:
+      task_type: ``"SEQ_CLS"``, one answer for a whole text, or ``"TOKEN_CLS"``, one for each token (peft's words).
+      num_labels: classes; 1 is a regression, as in transformers.
+      pooling: what the answer for a text is read from: ``"first"``, its first token, through the layers that
+        transformers' models of the type have there; ``"mean"``, the mean over its tokens, directly, as in models of
+        sentence embeddings (transformers has no such class).
+    """
+
+    task_type: str = "SEQ_CLS"
+    num_labels: int = 2
+    pooling: str = "first"
+
+
+TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS")
+POOLINGS = ("first", "mean")

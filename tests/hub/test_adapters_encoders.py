@@ -1,0 +1,135 @@
+"""Adapters on encoders with a head in modules_to_save, exchanged with real peft both ways."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import peft_jax
+from peft_jax import Head, bind, flatten, ia3, load_adapter, load_pretrained, lora, partition, save_adapter
+from tests.peer import assert_close
+from tests.properties import moved
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+SIZES = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "max_position_embeddings": 24, "num_labels": 3}
+DISTIL = {"vocab_size": 37, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 24,
+          "num_labels": 3}
+IDS = np.arange(20).reshape(2, 10) * 7 % 33 + 3
+SEQUENCE, TOKEN = "ForSequenceClassification", "ForTokenClassification"
+
+# name: (torch class, method, its arguments, peft's config class and task type, trained modules as peft names them).
+CASES = {
+    "bert": (f"Bert{SEQUENCE}", lora, {"target_modules": ["query", "value"], "r": 2}, "SEQ_CLS", ["classifier"]),
+    "bert all linear": (f"Bert{SEQUENCE}", lora, {"target_modules": "all-linear", "bias": "lora_only", "r": 2},
+                        "SEQ_CLS", ["classifier"]),
+    "bert layer": (f"Bert{SEQUENCE}", lora, {"target_modules": ["query"], "layers_to_transform": [1], "r": 2},
+                   "SEQ_CLS", ["pooler", "classifier"]),
+    "bert regex": (f"Bert{SEQUENCE}", lora, {"target_modules": r"bert\..*\.\d\.intermediate\.dense", "r": 2},
+                   "SEQ_CLS", ["classifier"]),
+    "bert tokens": (f"Bert{TOKEN}", lora, {"target_modules": ["key", "attention.output.dense"], "r": 2}, "TOKEN_CLS",
+                    ["classifier"]),
+    "bert ia3": (f"Bert{SEQUENCE}", ia3, {"target_modules": ["key", "value", "output.dense"],
+                                         "feedforward_modules": ["output.dense"]}, "SEQ_CLS", ["classifier"]),
+    "bert alone": ("BertModel", lora, {"target_modules": ["query"], "r": 2}, "FEATURE_EXTRACTION", None),
+    "roberta": (f"Roberta{SEQUENCE}", lora, {"target_modules": ["query", "value"], "r": 2}, "SEQ_CLS", ["classifier"]),
+    "roberta tokens": (f"Roberta{TOKEN}", lora, {"target_modules": ["query"], "r": 2}, "TOKEN_CLS", ["classifier"]),
+    "distilbert": (f"DistilBert{SEQUENCE}", lora, {"target_modules": ["q_lin", "lin1"], "r": 2}, "SEQ_CLS",
+                   ["pre_classifier", "classifier"]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """{torch class: (makes a fresh torch model, Flax model, params)}."""
+
+    def make(name):
+        torch.manual_seed(0)
+        kind = name.split("For")[0].removesuffix("Model")
+        options = DISTIL if kind == "DistilBert" else SIZES
+        theirs = getattr(transformers, name)(getattr(transformers, f"{kind}Config")(**options))
+        with torch.no_grad():
+            for parameter_name, parameter in theirs.named_parameters():
+                parameter.normal_(1.0 if "norm.weight" in parameter_name.lower() else 0.0, 0.3)
+        folder = tmp_path_factory.mktemp(name)
+        theirs.save_pretrained(folder)
+        return lambda: getattr(transformers, name).from_pretrained(folder).eval(), *load_pretrained(folder)
+
+    return {name: make(name) for name in {case[0] for case in CASES.values()}}
+
+
+def torch_output(model):
+    with torch.no_grad():
+        return model.eval()(torch.tensor(IDS))[0].numpy()
+
+
+def output(method, model, params):
+    return np.asarray(bind(method, model)({"params": params}, IDS))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_made_here_opens_in_peft(bases, case, tmp_path):
+    name, make, arguments, task_type, saved = CASES[case]
+    fresh, model, base = bases[name]
+    method = make(**arguments, modules_to_save=saved)
+    params = moved(method, method.init(jax.random.key(0), base))
+    save_adapter(tmp_path, method, params, model, base_model="org/base")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == task_type
+    ours = output(method, model, params)
+    assert np.abs(ours - model.apply({"params": base}, IDS)).max() > 1e-2 * np.abs(ours).max()
+    assert_close(ours, torch_output(peft.PeftModel.from_pretrained(fresh(), tmp_path)))
+    assert_close(model.apply({"params": method.merge(params)}, IDS), ours)
+    again, loaded = load_adapter(tmp_path, base)
+    assert flatten(again.labels(loaded)) == flatten(method.labels(params))
+    for path, leaf in flatten(params).items():
+        assert np.array_equal(leaf, flatten(loaded)[path]) or method.padding(params), path
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_trained_by_peft_loads_here(bases, case, tmp_path):
+    """peft itself adds "classifier" and "score" to modules_to_save for a classification task."""
+    name, make, arguments, task_type, saved = CASES[case]
+    fresh, model, base = bases[name]
+    torch.manual_seed(1)
+    config = (peft.LoraConfig if make is lora else peft.IA3Config)(
+        **arguments, task_type=task_type, modules_to_save=[m for m in saved or () if m != "classifier"] or None)
+    theirs = peft.get_peft_model(fresh(), config)
+    count, _ = theirs.get_nb_trainable_parameters()
+    before = torch_output(theirs)
+    theirs.train()
+    optimizer = torch.optim.Adam([p for p in theirs.parameters() if p.requires_grad], 0.05)
+    for _ in range(2):
+        optimizer.zero_grad()
+        theirs(torch.tensor(IDS))[0].sin().sum().backward()
+        optimizer.step()
+    expected = torch_output(theirs)
+    assert np.abs(expected - before).max() > 1e-2 * np.abs(before).max()
+    theirs.save_pretrained(tmp_path)
+    method, params = load_adapter(tmp_path, base)
+    assert_close(output(method, model, params), expected)
+    trainable, _ = partition(params, method.labels(params))
+    assert peft_jax.count(trainable) - method.padding(params) == count
+
+
+def test_an_adapter_of_another_family_is_refused(bases, tmp_path):
+    method = lora(target_modules=("q_lin",), modules_to_save=("classifier",))
+    _, model, base = bases[f"DistilBert{SEQUENCE}"]
+    save_adapter(tmp_path, method, method.init(jax.random.key(0), base), model)
+    with pytest.raises(peft_jax.PeftJaxError, match="none of the adapter's target_modules"):
+        load_adapter(tmp_path, bases[f"Bert{SEQUENCE}"][2])
+
+
+def test_an_adapter_with_another_number_of_labels_is_refused(bases, tmp_path):
+    fresh, model, base = bases[f"Roberta{SEQUENCE}"]
+    method = lora(target_modules=("query",), modules_to_save=("classifier",))
+    save_adapter(tmp_path / "adapter", method, method.init(jax.random.key(0), base), model)
+    fresh().base_model.save_pretrained(tmp_path / "base")
+    _, other = load_pretrained(tmp_path / "base", head=Head("SEQ_CLS", 7))
+    with pytest.raises(peft_jax.PeftJaxError, match=r"classifier.out_proj.weight is \[3, 16\].* needs \[7, 16\]"):
+        load_adapter(tmp_path / "adapter", other)
