@@ -70,7 +70,8 @@ def _adapter(name: str, reduction_factor: float, non_linearity: str, **others) -
 
 
 def _bottleneck() -> dict:
-    return _adapter("bottleneck", 16, "gelu", is_parallel=False, original_ln_before=False, init_weights="bert", **_NORMS)
+    return _adapter("bottleneck", 16, "gelu", is_parallel=False, original_ln_before=False, init_weights="bert",
+                    **_NORMS)
 
 
 def _houlsby() -> dict:
