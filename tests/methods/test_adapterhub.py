@@ -1,5 +1,6 @@
 """Bottleneck adapters with the tensors of AdapterHub's ``adapters`` give its logits (tests/golden/make_adapters.py)."""
 
+import zlib
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 import peft_jax
 from peft_jax import (
+    bind,
     compacter,
     flatten,
     houlsby,
@@ -75,6 +77,38 @@ def test_logits_are_adapterhubs(golden, peer_bases, case, tmp_path):
     peer.assert_close(peer.bound_logits(again, model, params), golden[f"{case}/logits"])
     trainable, _ = partition(params, again.labels(params))
     assert peft_jax.count(trainable) - again.padding(params) == sum(value.size for value in held.values())
+
+
+SMOLLM2 = {"houlsby": houlsby(9, "swish"), "pfeiffer": pfeiffer(9), "parallel": parallel_adapter(9),
+           "compacter": compacter(9)}
+
+
+def drawn(name, shape):
+    """As in tests/golden/make_adapters.py."""
+    deviation = 0.2 if "W_" in name or "phm_rule" in name else 0.02
+    return np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32) * deviation
+
+
+@pytest.mark.real
+def test_smollm2_gives_adapterhubs_logits(smollm2, tmp_path):
+    """The real model, adapters of drawn tensors: the logits that are in the golden file."""
+    from safetensors.numpy import load_file, save_file
+
+    model, base, _ = smollm2
+    golden = np.load(Path(__file__).parents[1] / "golden" / "adapters_smollm2.npz")
+    ids = np.arange(12)[None] * 997 % 49152
+    plain = model.apply({"params": base}, ids)[:, -4:, ::64]
+    for case, method in SMOLLM2.items():
+        folder = tmp_path / case
+        save_adapter(folder, method, method.init(jax.random.key(0), base), model)
+        file = folder / "adapter_model.safetensors"
+        held = load_file(file)
+        save_file({key: drawn(key.removeprefix("base_model.model.").removeprefix("model."), value.shape)
+                   for key, value in held.items()}, file)
+        again, params = load_adapter(folder, base)
+        ours = bind(again, model)({"params": params}, ids)[:, -4:, ::64]
+        peer.assert_close(ours, golden[case])
+        assert np.abs(plain - golden[case]).max() > 0.02 * np.abs(plain).max()
 
 
 @pytest.mark.parametrize("case", CASES)
