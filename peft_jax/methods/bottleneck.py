@@ -129,8 +129,11 @@ def _check(config) -> None:
     beside.check_number("reduction_factor", config["reduction_factor"])
     if config["reduction_factor"] <= 0:
         raise PeftJaxError(f"reduction_factor={config['reduction_factor']!r}: give a number above 0.")
-    if config["bottleneck_size"] is not None:
-        beside.check_rank("bottleneck_size", config["bottleneck_size"])
+    if not all(isinstance(layer, int) for layer in config["leave_out"]):
+        raise PeftJaxError(f"leave_out={config['leave_out']!r}: give the numbers of layers.")
+    for name in ("bottleneck_size", "hidden_size"):
+        if config[name] is not None:
+            beside.check_rank(name, config[name])
     if config["scaling"] not in ("learned", "channel"):
         beside.check_number("scaling", config["scaling"])
     if config["scaling"] == 0:
@@ -216,8 +219,10 @@ def _intercept(config, matrices, next_fun, args, kwargs, context):
 
 
 def _normed(module, v):
-    """The norm's output for ``v``, by a copy of it, since a module's own call may read its parameters only once."""
-    return module.clone(parent=None, name=None).apply({"params": dict(module.variables["params"])}, v)
+    """The norm's output for ``v``, by a copy of it, since a module's own call may read its parameters only once; the
+    copy is without the adapter's leaves, or it would be adapted again."""
+    held = {name: leaf for name, leaf in module.variables["params"].items() if name in ("scale", "bias")}
+    return module.clone(parent=None, name=None).apply({"params": held}, v)
 
 
 def _residual(context) -> jax.Array:

@@ -47,7 +47,7 @@ def find(config: Mapping[str, Any], flat: Mapping[str, Any], axes: Mapping[str, 
     """
     stacks = _stacks(flat, axes)
     names = {path: targets.module_names(path, stack) for path, stack in stacks.items()}
-    _check_patterns(config, [name for held in names.values() for name in held])
+    _check_patterns(config, names)
     found = [path for path, held in names.items() if any(named(config, name) for name in held)]
     layers = {targets.layer_index(f"{name}.", None) for path in found for name in names[path]}
     if odd := [layer for layer in config["leave_out"] if layer not in layers]:
@@ -84,23 +84,25 @@ def _stacks(flat, axes) -> dict[str, tuple[int, ...]]:
 def _width(config, path, flat, axes) -> int:
     if config["hidden_size"] is not None:
         return config["hidden_size"]
-    inside = {name.removeprefix(f"{path}/").rpartition("/")[0]: _layout(name, leaf, axes)
-              for name, leaf in flat.items() if name.startswith(f"{path}/")}
-    known = {name: layout.outputs for name, layout in inside.items() if layout and layout.outputs}
-    wide = [outputs for name, outputs in known.items() if name in ("", *LAST)] or list(known.values())
+    inside = {name.removeprefix(f"{path}/"): layout.outputs for name, leaf in flat.items()
+              if name.startswith(f"{path}/") and (layout := _layout(name, leaf, axes)) and layout.outputs}
+    kernels = {name: outputs for name, outputs in inside.items() if name.endswith("kernel")} or inside
+    told = [outputs for name, outputs in kernels.items() if name.rpartition("/")[0] in ("", *LAST)]
+    wide = told or list(kernels.values())
     if len(wide) != 1 or len(wide[0]) != 1:
-        raise PeftJaxError(f"'{path}' has {len(known)} kernels, none of them {', '.join(LAST)} with one output axis: "
+        raise PeftJaxError(f"'{path}' has {len(kernels)} kernels, none of them {', '.join(LAST)} with one output axis: "
                            "give the width of its output, hidden_size=.")
     return wide[0][0]
 
 
-def _check_patterns(config, names) -> None:
+def _check_patterns(config, names: Mapping[str, Sequence[str]]) -> None:
     for adapter, modules in (("mh_adapter", "attention_modules"), ("output_adapter", "output_modules")):
         given = config[modules] if config[adapter] else ()
         for entry in [given] if isinstance(given, str) else given or ():
-            if not any(targets.listed(given if isinstance(given, str) else (entry,), name) for name in names):
+            pattern = given if isinstance(given, str) else (entry,)
+            if not any(targets.listed(pattern, name) for held in names.values() for name in held):
                 raise PeftJaxError(f"{modules} has '{entry}', which is no module of this model: "
-                                   f"{nearest(entry, (name.rpartition('.')[2] for name in names))}")
+                                   f"{nearest(entry, (path.rpartition('/')[2] for path in names))}")
 
 
 def blocks(flat: Mapping[str, Any], modules: Callable[..., Sequence[str]], path: str, stack: tuple[int, ...],
