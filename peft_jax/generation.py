@@ -44,11 +44,12 @@ def _outside_nucleus(logits, top_p):
 
 
 @partial(jax.jit, static_argnames=("apply", "max_new_tokens", "sampling"))
-def decode(apply: Callable, params, cache, input_ids, attention_mask, stop_ids, rng, *, max_new_tokens: int,
+def decode(apply: Callable, params, input_ids, attention_mask, stop_ids, rng, *, max_new_tokens: int,
            sampling: Sampling):
     """New tokens int32 (batch, max_new_tokens), ``stop_ids[0]`` after a row's first stop token.
 
-    ``apply`` is ``model.apply`` or a bound one; the loop ends as soon as every row has stopped.
+    ``apply`` is ``model.apply`` or a bound one, whose cache a method may fill; the loop ends as soon as every row has
+    stopped.
     """
 
     def forward(cache, ids, mask):
@@ -68,7 +69,8 @@ def decode(apply: Callable, params, cache, input_ids, attention_mask, stop_ids, 
         tokens, done, token = write(tokens, done, logits, at)
         return at + 1, tokens, done, token, cache
 
-    batch = input_ids.shape[0]
+    batch, length = input_ids.shape
+    cache = apply({"params": params}, batch, length + max_new_tokens, method="init_cache")
     tokens = jnp.full((batch, max_new_tokens), stop_ids[0], jnp.int32)
     cache, logits = forward(cache, input_ids, attention_mask)
     tokens, done, token = write(tokens, jnp.zeros(batch, bool), logits, 0)
@@ -97,12 +99,11 @@ def generate(apply: Callable, model, params, input_ids, attention_mask, *, max_n
         raise PeftJaxError(f"generate: {sampling}: temperature and top_k are at least 0, top_p above 0 and at most 1.")
     if sampling.temperature and rng is None:
         raise PeftJaxError("generate: a temperature above 0 draws tokens: give rng=jax.random.key(seed).")
-    batch, length = mask.shape
+    length = mask.shape[1]
     if length + max_new_tokens > model.config.max_position_embeddings:
         raise PeftJaxError(f"generate: {length} prompt tokens and {max_new_tokens} new ones are more than the model's "
                            f"{model.config.max_position_embeddings} positions: shorten one of them.")
-    cache = apply({"params": params}, batch, length + max_new_tokens, method="init_cache")
     rng = jax.random.key(0) if rng is None else rng
-    tokens = decode(apply, params, cache, jnp.asarray(input_ids), jnp.asarray(mask), jnp.asarray(stop_ids), rng,
+    tokens = decode(apply, params, jnp.asarray(input_ids), jnp.asarray(mask), jnp.asarray(stop_ids), rng,
                     max_new_tokens=max_new_tokens, sampling=sampling)
     return np.asarray(tokens)
