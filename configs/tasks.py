@@ -1,8 +1,8 @@
 """Named tasks: where the examples come from, how a prompt is written, how validation is held out.
 
 Every key that a task of that kind may have is here with its default. Strings: "" means "not set"; limits: 0 means
-"all". Kinds (see ``peft_jax/data/sources.py``): ``rating`` rated sentences answered in one word, ``sentences`` plain
-text, ``file`` local .jsonl, .json, .csv or .parquet, ``hub`` a data set of the Hugging Face Hub.
+"all". Kinds (see ``peft_jax/data/sources.py``): ``rating`` rated sentences, answered in one word or by a head,
+``sentences`` plain text, ``file`` local .jsonl, .json, .csv or .parquet, ``hub`` a data set of the Hugging Face Hub.
 """
 
 # Hutto and Gilbert, "VADER", ICWSM 2014: sentences with the mean of about 20 human ratings from -4 to 4. The wheel has
@@ -25,24 +25,29 @@ COLUMNS = {
     "validation_limit": 0,
 }
 
+MOVIES = {
+    "kind": "rating",
+    "source": VADER_SOURCE,
+    "archive": VADER_ARCHIVE,
+    "file": "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
+    "prompt_template": "Review: {text}\nIn one word, the movie is",
+    "completion_template": " {word}",
+    "words": ("terrible", "bad", "okay", "good", "great"),
+    # Edges between the words on the human mean. A mean that equals an edge gets the word nearer to zero.
+    "bins": (-2.0, -0.5, 0.5, 2.0),
+    # What each word is worth when the expected rating is computed: the middle of its bin.
+    "word_values": (-3.0, -1.25, 0.0, 1.25, 3.0),
+    "validation_fraction": 0.1,
+    "train_limit": 0,
+    "validation_limit": 0,
+    "answer": "word",  # word; class or score: a head tells which word it is, or gives the rating as a number
+    "pooling": "first",  # class, score: read from the first token's state, or from the "mean" over the text
+}
+
 TASKS = {
-    "movie_rating": {
-        "name": "movie_rating",
-        "kind": "rating",
-        "source": VADER_SOURCE,
-        "archive": VADER_ARCHIVE,
-        "file": "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
-        "prompt_template": "Review: {text}\nIn one word, the movie is",
-        "completion_template": " {word}",
-        "words": ("terrible", "bad", "okay", "good", "great"),
-        # Edges between the words on the human mean. A mean that equals an edge gets the word nearer to zero.
-        "bins": (-2.0, -0.5, 0.5, 2.0),
-        # What each word is worth when the expected rating is computed: the middle of its bin.
-        "word_values": (-3.0, -1.25, 0.0, 1.25, 3.0),
-        "validation_fraction": 0.1,
-        "train_limit": 0,
-        "validation_limit": 0,
-    },
+    "movie_rating": {"name": "movie_rating", **MOVIES},
+    "movie_classes": {"name": "movie_classes", **MOVIES, "answer": "class"},
+    "movie_score": {"name": "movie_score", **MOVIES, "answer": "score"},
     # General text, held out as a whole: what does fine-tuning on something else do to it?
     "newspaper": {
         "name": "newspaper",

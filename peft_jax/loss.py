@@ -1,4 +1,4 @@
-"""Cross entropy where there is a loss, in chunks: (batch, seq, vocab) logits never exist at once."""
+"""The loss where there is one, in chunks: (batch, seq, vocab) logits never exist at once."""
 
 from functools import partial
 
@@ -13,21 +13,32 @@ def pick(hidden, index):
     return jnp.take_along_axis(hidden, index[..., None], axis=1)
 
 
-def summed_loss(head, hidden, target, weight, chunk: int):
-    """Weighted sum of token cross entropies in nats, float32, and the sum of weights.
+def cross_entropy(logits, target):
+    """In nats, of classes int (n,) under logits (n, classes): (n,)."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, target)
+
+
+def squared_error(logits, target):
+    """Of numbers (n,) against the only output, (n, 1): (n,)."""
+    return jnp.square(logits[..., 0] - target)
+
+
+def summed_loss(head, hidden, target, weight, chunk: int, error=cross_entropy):
+    """Weighted sum of the errors of answers, of token cross entropies in nats by default, and the sum of weights.
 
     The gradient is taken chunk by chunk on the way forward, while a chunk's logits are there: a sum's gradient needs
     nothing from later. So no logits are kept, and none are computed twice.
 
     Args:
       head: (tokens, hidden) -> logits (tokens, vocab); may close over traced parameters, which then get gradients.
-      hidden: (batch, n, hidden). target: int (batch, n). weight: float32 (batch, n), 0 for padding.
+      hidden: (batch, n, hidden). target: int or float32 (batch, n). weight: float32 (batch, n), 0 for padding.
       chunk: tokens whose logits exist at once.
+      error: (logits float32 (n, vocab), target (n,)) -> (n,).
     """
     chunk = min(chunk, target.size)
     example = jax.ShapeDtypeStruct((chunk, hidden.shape[-1]), hidden.dtype)
     pure, closed_over = jax.closure_convert(head, example)
-    return _total(pure, closed_over, *(_chunks(x, chunk) for x in (hidden, target, weight))), weight.sum()
+    return _total(pure, error, closed_over, *(_chunks(x, chunk) for x in (hidden, target, weight))), weight.sum()
 
 
 def _chunks(x, chunk):
@@ -37,23 +48,24 @@ def _chunks(x, chunk):
     return jnp.pad(flat, fill).reshape(-1, chunk, *flat.shape[1:])
 
 
-def _chunk_loss(pure, states, closed_over, target, weight):
-    logits = pure(states, *closed_over).astype(jnp.float32)
-    return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, target) * weight)
+def _chunk_loss(pure, error, states, closed_over, target, weight):
+    return jnp.sum(error(pure(states, *closed_over).astype(jnp.float32), target) * weight)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _total(pure, closed_over, hidden, target, weight):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _total(pure, error, closed_over, hidden, target, weight):
     def add(total, part):
-        return total + _chunk_loss(pure, part[0], closed_over, *part[1:]), None
+        return total + _chunk_loss(pure, error, part[0], closed_over, *part[1:]), None
 
     return jax.lax.scan(add, jnp.float32(0), (hidden, target, weight))[0]
 
 
-def _total_forward(pure, closed_over, hidden, target, weight):
+def _total_forward(pure, error, closed_over, hidden, target, weight):
+    differentiated = jax.value_and_grad(partial(_chunk_loss, pure, error), (0, 1))
+
     def add(carry, part):
         total, gradient = carry
-        loss, (by_state, by_leaf) = jax.value_and_grad(_chunk_loss, (1, 2))(pure, part[0], closed_over, *part[1:])
+        loss, (by_state, by_leaf) = differentiated(part[0], closed_over, *part[1:])
         return (total + loss, jax.tree.map(jnp.add, gradient, by_leaf)), by_state
 
     start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, closed_over))
@@ -61,22 +73,28 @@ def _total_forward(pure, closed_over, hidden, target, weight):
     return total, (by_leaf, by_state, target)
 
 
-def _total_backward(pure, kept, cotangent):
+def _total_backward(pure, error, kept, cotangent):
     by_leaf, by_state, target = kept
     scale = partial(jax.tree.map, lambda x: x * cotangent.astype(x.dtype))
-    no_gradient = np.zeros(target.shape, jax.dtypes.float0)
+    real = jnp.issubdtype(target.dtype, jnp.floating)  # targets are data: no gradient, whatever their type
+    no_gradient = jnp.zeros_like(target) if real else np.zeros(target.shape, jax.dtypes.float0)
     return scale(by_leaf), scale(by_state), no_gradient, jnp.zeros(target.shape, jnp.float32)
 
 
 _total.defvjp(_total_forward, _total_backward)
 
 
-def batch_loss(apply, params, batch, *, chunk: int, rngs=None):
-    """Summed loss and weight of a batch, laid out as :mod:`peft_jax.data.batches` says."""
+def batch_loss(apply, params, batch, *, chunk: int, rngs=None, error=cross_entropy):
+    """Summed loss and weight of a batch, laid out as :mod:`peft_jax.data.batches` says.
+
+    The model has ``hidden`` and ``head``: what the head makes of the states at the tokens that the batch names is
+    compared with the batch's targets by ``error``.
+    """
     hidden = apply({"params": params}, batch["input_ids"], positions=batch["positions"],
                    segment_ids=batch["segment_ids"], rngs=rngs, method="hidden")
 
     def head(states):
         return apply({"params": params}, states, rngs=rngs, method="head")
 
-    return summed_loss(head, pick(hidden, batch["loss_index"]), batch["loss_target"], batch["loss_weight"], chunk)
+    picked = pick(hidden, batch["loss_index"])
+    return summed_loss(head, picked, batch["loss_target"], batch["loss_weight"], chunk, error)

@@ -46,12 +46,14 @@ class Naming(NamedTuple):
       whole: ``(path of a leaf) -> {name of a tensor: Slot}``, of a leaf that trains as a whole.
       pairs: (our name, name in the file) of every module with a kernel, layer by layer.
       portable: whether the file's names are Hugging Face's, so that real peft reads it.
+      fan_in_fan_out: whether the model's own linear layers keep a weight as (in, out) at Hugging Face, as GPT-2's do.
     """
 
     modules: Callable[[str, tuple[int, ...]], Sequence[str]]
     whole: Callable[[str], dict[str, Slot]]
     pairs: Sequence[tuple[str, str]]
     portable: bool
+    fan_in_fan_out: bool = False
 
 
 def _no_fields(config, flat, naming) -> dict[str, Any]:

@@ -17,6 +17,7 @@ KINDS = {
     "llama": ("Llama", {}),
     "windowed": ("Mistral", {"sliding_window": 5, "head_dim": 8}),
     "one layer windowed": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+    "gpt2": ("GPT2", {"n_embd": 32, "n_inner": 48, "n_layer": 3, "n_head": 4, "n_positions": 64}),
 }
 
 
@@ -27,12 +28,13 @@ def pair(request, tmp_path_factory):
     torch.set_num_threads(1)
     torch.manual_seed(0)
     kind, options = KINDS[request.param]
-    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **options}, attn_implementation="eager",
+    sizes = {"vocab_size": 53} if kind == "GPT2" else SIZES
+    config = getattr(transformers, f"{kind}Config")(**{**sizes, **options}, attn_implementation="eager",
                                                     bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)
+            parameter.normal_(1.0 if "norm" in name or "ln_" in name else 0.0, 0.3)
     folder = tmp_path_factory.mktemp("model")
     theirs.save_pretrained(folder)
     return theirs, *peft_jax.load_pretrained(folder)

@@ -5,7 +5,8 @@ A batch is a dict of numpy arrays, B rows of S tokens with at most M loss positi
     segment_ids  (B, S) int32    0 is padding, 1.. which example of the row
     positions    (B, S) int32    from 0 in every example
     loss_index   (B, M) int32    t: the hidden state there predicts ...
-    loss_target  (B, M) int32    ... the token at t + 1, always of the same example
+    loss_target  (B, M) int32    ... the token at t + 1, always of the same example, or the text's label (float32
+                                 where labels are numbers)
     loss_weight  (B, M) float32  1, or 0 where the slot is empty
 """
 
@@ -14,10 +15,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from peft_jax.data.collate import COLLATIONS, Layout, bucket_layout, round_up
+from peft_jax.data.labelled import Labelled, targets
 from peft_jax.data.tokenize import Encoded
 from peft_jax.errors import PeftJaxError, nearest
 
 Batch = dict[str, np.ndarray]
+One = Encoded | Labelled
 
 
 class Batches:
@@ -36,7 +39,7 @@ class Batches:
       PeftJaxError: unknown collation, a size below 1, no examples, rows too short for the examples.
     """
 
-    def __init__(self, encoded: Sequence[Encoded], config, seed: int = 0, accumulate_steps: int = 1, pad_id: int = 0):
+    def __init__(self, encoded: Sequence[One], config, seed: int = 0, accumulate_steps: int = 1, pad_id: int = 0):
         _check(config, accumulate_steps)
         _check_examples(encoded)
         self.encoded, self.seed, self.accumulate_steps, self.pad_id = encoded, seed, accumulate_steps, pad_id
@@ -94,17 +97,17 @@ def _check(config, accumulate_steps: int) -> None:
             raise PeftJaxError(f"{key}={value} must be at least 1")
 
 
-def _check_examples(encoded: Sequence[Encoded]) -> None:
+def _check_examples(encoded: Sequence[One]) -> None:
     if not encoded or any(not len(e.input_ids) for e in encoded):
         raise PeftJaxError(
             "an encoded example has no tokens" if encoded else "there are no examples to make batches of"
         )
 
 
-def _sizes(encoded: Sequence[Encoded]) -> tuple[np.ndarray, np.ndarray]:
+def _sizes(encoded: Sequence[One]) -> tuple[np.ndarray, np.ndarray]:
     """(n,) tokens and (n,) loss positions of each example."""
     lengths = np.array([len(e.input_ids) for e in encoded])
-    return lengths, np.array([int(e.loss_mask[1:].sum()) for e in encoded])
+    return lengths, np.array([len(targets(e)[0]) for e in encoded])
 
 
 def _width(members: np.ndarray, lengths: np.ndarray, layout: Layout) -> tuple[int, int]:
@@ -115,10 +118,11 @@ def _width(members: np.ndarray, lengths: np.ndarray, layout: Layout) -> tuple[in
     return int(layout.widths[k]), int(layout.loss_counts[k])
 
 
-def fill(encoded: Sequence[Encoded], members: np.ndarray, layout: Layout, pad_id: int) -> Batch:
+def fill(encoded: Sequence[One], members: np.ndarray, layout: Layout, pad_id: int) -> Batch:
     """Write the examples ``members`` (slots,) (-1: none) into a new batch of the layout's shape."""
     lengths = np.array([len(encoded[i].input_ids) if i >= 0 else 0 for i in members])
-    batch = _empty(layout.num_rows, *_width(np.arange(len(members)), lengths, layout), pad_id)
+    kind = targets(encoded[0])[1].dtype
+    batch = _empty(layout.num_rows, *_width(np.arange(len(members)), lengths, layout), pad_id, kind)
     used = np.zeros((layout.num_rows, 3), np.int64)  # per row: tokens, segments, loss positions
     for member, row in zip(members, layout.slot_row, strict=True):
         if member >= 0:
@@ -126,28 +130,28 @@ def fill(encoded: Sequence[Encoded], members: np.ndarray, layout: Layout, pad_id
     return batch
 
 
-def _empty(rows: int, width: int, loss_count: int, pad_id: int) -> Batch:
+def _empty(rows: int, width: int, loss_count: int, pad_id: int, kind: np.dtype) -> Batch:
     return {
         "input_ids": np.full((rows, width), pad_id, np.int32),
         "segment_ids": np.zeros((rows, width), np.int32),
         "positions": np.zeros((rows, width), np.int32),
         "loss_index": np.zeros((rows, loss_count), np.int32),
-        "loss_target": np.zeros((rows, loss_count), np.int32),
+        "loss_target": np.zeros((rows, loss_count), kind),
         "loss_weight": np.zeros((rows, loss_count), np.float32),
     }
 
 
-def _place(batch: Batch, row: int, start: int, segments: int, losses: int, example: Encoded) -> tuple[int, int, int]:
+def _place(batch: Batch, row: int, start: int, segments: int, losses: int, example: One) -> tuple[int, int, int]:
     """Write one example into a row from token ``start`` on; returns (tokens, segments, loss positions) written."""
-    length, answer = len(example.input_ids), np.flatnonzero(example.loss_mask[1:]) + 1
-    tokens, slots = slice(start, start + length), slice(losses, losses + len(answer))
+    length, (index, target) = len(example.input_ids), targets(example)
+    tokens, slots = slice(start, start + length), slice(losses, losses + len(index))
     batch["input_ids"][row, tokens] = example.input_ids
     batch["segment_ids"][row, tokens] = segments + 1
     batch["positions"][row, tokens] = np.arange(length)
-    batch["loss_index"][row, slots] = start + answer - 1
-    batch["loss_target"][row, slots] = example.input_ids[answer]
+    batch["loss_index"][row, slots] = start + index
+    batch["loss_target"][row, slots] = target
     batch["loss_weight"][row, slots] = 1.0
-    return length, 1, len(answer)
+    return length, 1, len(index)
 
 
 def stack(batches: Sequence[Batch], pad_id: int = 0) -> Batch:
@@ -162,7 +166,7 @@ def stack(batches: Sequence[Batch], pad_id: int = 0) -> Batch:
     return {key: widest(key) for key in batches[0]}
 
 
-def eval_batches(encoded: Sequence[Encoded], config, pad_id: int = 0) -> Iterator[Batch]:
+def eval_batches(encoded: Sequence[One], config, pad_id: int = 0) -> Iterator[Batch]:
     """Every example once, in order: row b of batch i is example ``i * batch_size + b``; missing rows weigh nothing.
 
     Padded to one of ``buckets`` widths. Sort ``encoded`` by length first to pad little; ``Encoded.example`` says which

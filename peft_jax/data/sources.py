@@ -153,23 +153,22 @@ def _fetched_sentences(task) -> list[tuple[float, str, str]]:
 
 
 def rating_examples(task, sentences: Sequence[tuple[float, str, str]]) -> list[Example]:
-    """Rated sentences as prompt and one-word completion; ``"score"`` keeps the human mean."""
+    """Rated sentences as ``task.answer`` says: prompt and one-word completion, or text and label; ``"score"`` keeps the
+    human mean, ``"word"`` the right word."""
     if len(task.words) != len(task.bins) + 1 or len(task.word_values) != len(task.words):
         raise PeftJaxError(
             f"task.words ({len(task.words)}) needs one word more than task.bins ({len(task.bins)}) and one of "
             f"task.word_values ({len(task.word_values)}) for each word"
         )
-    return [
-        {
-            "prompt": task.prompt_template.replace("{text}", text),
-            "completion": task.completion_template.replace("{word}", rating_word(mean, task.words, task.bins)),
-            "word": rating_word(mean, task.words, task.bins),
-            "score": mean,
-            "review": text,
-            "origin": origin,
-        }
-        for mean, text, origin in sentences
-    ]
+    examples = []
+    for mean, text, origin in sentences:
+        word = rating_word(mean, task.words, task.bins)
+        asked = {"prompt": task.prompt_template.replace("{text}", text),
+                 "completion": task.completion_template.replace("{word}", word), "review": text}
+        labels = {"class": task.words.index(word), "score": mean} if task.answer != "word" else {}
+        told = {"text": text, "label": labels[task.answer]} if labels else asked
+        examples.append({**told, "word": word, "score": mean, "origin": origin})
+    return examples
 
 
 # Kinds of task: task -> (examples, validation examples or None where they are to be split off).

@@ -1,6 +1,5 @@
 """What a model does on held-out data: loss, the task's own metrics, and loss on general text to see forgetting."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,9 +7,10 @@ import jax
 import numpy as np
 
 from peft_jax import tree
-from peft_jax.data import Encoded, choice_tokens, encode_all, encode_prompts, eval_batches, prompt_batches
+from peft_jax.data import choice_tokens, encode_all, encode_prompts, eval_batches, prompt_batches
+from peft_jax.data.batches import One
 from peft_jax.data.sources import Example
-from peft_jax.evaluation.metrics import first_word, rating_metrics
+from peft_jax.evaluation.objectives import Objective, objective_of
 from peft_jax.generation import GREEDY, Sampling, generate
 from peft_jax.loss import pick, summed_loss
 
@@ -19,30 +19,37 @@ class HeldOut(NamedTuple):
     """Held-out data, tokenised once.
 
     examples: as loaded. encoded: their token ids, longest last, ``example`` says which. prompts: ids of each question.
-    choices: (k,) the first tokens of the task's answer words, ``None`` where the task has none. probe: general text.
+    choices: (k,) which outputs are the task's answers, ``None`` where it has none to compare: the first tokens of its
+    words, or all outputs of its head. probe: general text.
     """
 
     examples: Sequence[Example]
-    encoded: Sequence[Encoded]
+    encoded: Sequence[One]
     prompts: Sequence[np.ndarray]
     choices: np.ndarray | None
-    probe: Sequence[Encoded]
+    probe: Sequence[One]
 
 
 def hold_out(examples: Sequence[Example], probe: Sequence[Example], tokenizer, task, data) -> HeldOut:
     """Tokenise held-out examples of ``config.task`` and general text as ``config.data`` says."""
-    rating = task.kind == "rating"
-    words = [task.completion_template.replace("{word}", word) for word in task.words] if rating else []
+    objective, rating = objective_of(task), task.kind == "rating"
     return HeldOut(
         examples,
-        _by_length(encode_all(examples, tokenizer, data)[0]),
-        encode_prompts(examples, tokenizer) if rating else [],
-        choice_tokens(words, examples[0]["prompt"], tokenizer) if rating else None,
+        _by_length(objective.encode(examples, tokenizer, data)[0]),
+        encode_prompts(examples, tokenizer) if rating and objective.writes else [],
+        _choices(objective, examples, tokenizer, task) if rating else None,
         _by_length(encode_all(probe, tokenizer, data)[0]) if probe else [],
     )
 
 
-def _by_length(encoded: list[Encoded]) -> list[Encoded]:
+def _choices(objective: Objective, examples: Sequence[Example], tokenizer, task) -> np.ndarray:
+    if not objective.writes:
+        return np.arange(objective.head(task).num_labels)
+    words = [task.completion_template.replace("{word}", word) for word in task.words]
+    return choice_tokens(words, examples[0]["prompt"], tokenizer)
+
+
+def _by_length(encoded: list[One]) -> list[One]:
     """Short ones first: a batch then holds like lengths, and a few widths serve all batches."""
     return sorted(encoded, key=lambda one: len(one.input_ids))
 
@@ -54,31 +61,33 @@ def make_evaluator(apply: Callable, model, tokenizer, held: HeldOut, config) -> 
       apply: ``model.apply`` or ``peft_jax.bind(method, model)``.
       config: the whole configuration; ``task``, ``eval`` and ``optim.loss_chunk`` are read.
 
-    The metrics: ``loss`` in nats per answer token and ``perplexity``; ``probe_loss`` and ``probe_perplexity`` where
-    there is general text; for rating tasks those of :func:`peft_jax.evaluation.metrics.rating_metrics`.
+    The metrics are those of the task's objective (:mod:`peft_jax.evaluation.objectives`), its loss among them;
+    ``probe_loss`` and ``probe_perplexity`` where there is general text.
     """
-    score = make_score(apply, config.optim.loss_chunk)
+    objective = objective_of(config.task)
+    score = make_score(apply, config.optim.loss_chunk, objective)
 
     def evaluate(params: tree.Tree) -> dict[str, float]:
         found: dict[str, float] = {}
-        loss, logprobs = score_all(score, params, held.encoded, held.choices, config.eval, len(held.examples))
+        loss, answers = score_all(score, params, held.encoded, held.choices, config.eval, len(held.examples))
         if held.choices is not None:
             texts = complete(apply, model, params, held.prompts, tokenizer, batch_size=config.eval.batch_size,
                              width_multiple=config.eval.width_multiple, max_new_tokens=config.eval.max_new_tokens)
-            found |= _rate(config.task, held.examples, logprobs, texts)
-        found |= {"loss": loss, "perplexity": _exp(loss)}
+            found |= _rate(objective, config.task, held.examples, answers, texts)
+        found |= objective.losses(loss)
         if held.probe:
             loss, _ = score_all(score, params, held.probe, None, config.eval, len(held.probe))
-            found |= {"probe_loss": loss, "probe_perplexity": _exp(loss)}
+            found |= {f"probe_{name}": value for name, value in objective.losses(loss).items()}
         return found
 
     return evaluate
 
 
-def make_score(apply: Callable, loss_chunk: int) -> Callable:
-    """A jitted ``score(params, batch, choices) -> (summed loss, weight, logprobs (batch, k))``.
+def make_score(apply: Callable, loss_chunk: int, objective: Objective) -> Callable:
+    """A jitted ``score(params, batch, choices) -> (summed loss, weight, answers (batch, k))``.
 
-    ``logprobs`` are of the tokens ``choices`` (k,) as the first answer token of each row, ``None`` without choices.
+    ``answers`` are what ``objective`` reads of the outputs ``choices`` (k,) at the first answer of each row: their
+    log-probabilities, or a number; ``None`` without choices.
     """
 
     @jax.jit
@@ -89,41 +98,33 @@ def make_score(apply: Callable, loss_chunk: int) -> Callable:
         hidden = apply({"params": params}, batch["input_ids"], positions=batch["positions"],
                        segment_ids=batch["segment_ids"], method="hidden")
         picked = pick(hidden, batch["loss_index"])
-        loss, weight = summed_loss(head, picked, batch["loss_target"], batch["loss_weight"], loss_chunk)
+        loss, weight = summed_loss(head, picked, batch["loss_target"], batch["loss_weight"], loss_chunk,
+                                   objective.error)
         if choices is None:
             return loss, weight, None
-        return loss, weight, jax.nn.log_softmax(head(picked[:, 0]).astype("float32"))[:, choices]
+        return loss, weight, objective.read(head(picked[:, 0]))[:, choices]
 
     return score
 
 
 def score_all(score, params, encoded, choices, config, count) -> tuple[float, np.ndarray | None]:
-    """(mean loss over all answer tokens, log-probabilities (count, k) in the examples' order)."""
+    """(mean loss over all answers, what was read of them (count, k) in the examples' order)."""
     total, weight = 0.0, 0.0
-    logprobs = None if choices is None else np.full((count, len(choices)), np.nan)
+    answers = None if choices is None else np.full((count, len(choices)), np.nan)
     for number, batch in enumerate(eval_batches(encoded, config)):
         loss, tokens, found = score(params, batch, choices)
         total, weight = total + float(loss), weight + float(tokens)
         if choices is not None:
             rows = [one.example for one in encoded[number * config.batch_size:][:config.batch_size]]
-            logprobs[rows] = found[:len(rows)]
-    return total / weight, logprobs
+            answers[rows] = found[:len(rows)]
+    return total / weight, answers
 
 
-def _rate(task, examples, logprobs, texts) -> dict[str, float]:
-    scored = ~np.isnan(logprobs).all(axis=1)  # an example longer than data.max_length may have been left out
+def _rate(objective, task, examples, answers, texts) -> dict[str, float]:
+    scored = ~np.isnan(answers).all(axis=1)  # an example longer than data.max_length may have been left out
     kept = [i for i in range(len(examples)) if scored[i]]
-    return rating_metrics(
-        logprobs[kept],
-        [first_word(texts[i]) for i in kept],
-        [examples[i]["word"] for i in kept],
-        dict(zip(task.words, task.word_values, strict=True)),
-        np.array([examples[i]["score"] for i in kept]),
-    )
-
-
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
+    written = [texts[i] for i in kept] if texts else []
+    return objective.rate(task, [examples[i] for i in kept], answers[kept], written)
 
 
 def complete(apply: Callable, model, params: tree.Tree, prompts: Sequence[np.ndarray], tokenizer: Any, *,

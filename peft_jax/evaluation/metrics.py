@@ -52,6 +52,16 @@ def rating_metrics(
     }
 
 
+def class_metrics(logprobs: np.ndarray, references: Sequence[str], choice_values: Mapping[str, float],
+                  human_means: np.ndarray) -> dict[str, float]:
+    """How well a classifier tells the right word: (n, k) log-probabilities of the classes, arguments as above.
+
+    Returns {"accuracy": share where the right class is the likeliest, in [0, 1]; "spearman": as above}.
+    """
+    found = rating_metrics(logprobs, references, references, choice_values, human_means)
+    return {"accuracy": found["among_choices"], "spearman": found["spearman"]}
+
+
 def expected_rating(choice_logprobs: np.ndarray, values: Sequence[float]) -> np.ndarray:
     """(n,) mean rating under the probabilities renormalised over the k choices. (n, k), (k,) -> (n,)."""
     weights = np.exp(choice_logprobs - np.max(choice_logprobs, axis=1, keepdims=True))

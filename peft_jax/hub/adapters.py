@@ -145,7 +145,9 @@ def _naming(flat, axes, family: Family | None) -> Naming:
             module = path.removesuffix("kernel").rstrip("/")
             stack = axes[path].stack if axes and path in axes else targets.plain_axes(leaf.shape).stack
             pairs += zip(targets.module_names(module, stack), _module_names(table, module, stack))
-    return Naming(partial(_module_names, table), partial(_whole, family, table, flat), pairs, family is not None)
+    sideways = any(module.leaf == "kernel" and not module.transposed for module in (table or {}).values())
+    return Naming(partial(_module_names, table), partial(_whole, family, table, flat), pairs, family is not None,
+                  sideways)
 
 
 def _module_names(table: names.Table | None, module: str, stack: tuple[int, ...]) -> list[str]:

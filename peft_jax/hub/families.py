@@ -3,10 +3,10 @@
 from typing import Any
 
 from peft_jax.errors import PeftJaxError, nearest
-from peft_jax.hub import encoders, llama
+from peft_jax.hub import encoders, gpt2, llama
 from peft_jax.hub.family import Family
 
-FAMILIES = (llama.FAMILY, *encoders.FAMILIES)
+FAMILIES = (llama.FAMILY, gpt2.FAMILY, *encoders.FAMILIES)
 KINDS = {kind: family for family in FAMILIES for kind in family.kinds}
 
 

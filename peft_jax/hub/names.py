@@ -24,6 +24,11 @@ def linear(name: str) -> Module:
     return Module(name, "kernel", True)
 
 
+def conv1d(name: str) -> Module:
+    """A linear layer of GPT-2, whose weight is (in, out) there too."""
+    return Module(name, "kernel")
+
+
 def norm(name: str) -> Module:
     return Module(name, "scale")
 

@@ -119,7 +119,8 @@ def _fields(config, flat, naming):
     both = {theirs for ours, theirs in naming.pairs if targets.listed(feedforward or (), ours)}
     told = {theirs for _, theirs in naming.pairs if targets.listed(feedforward or (), theirs)}
     listed = feedforward if both == told else tuple(both)
-    return {**beside.fields(config, flat, naming), "feedforward_modules": listed, "fan_in_fan_out": False}
+    return {**beside.fields(config, flat, naming), "feedforward_modules": listed,
+            "fan_in_fan_out": naming.fan_in_fan_out}
 
 
 ARGUMENTS = ("target_modules", "feedforward_modules", "exclude_modules", "modules_to_save", "init_ia3_weights")

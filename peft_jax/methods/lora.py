@@ -230,7 +230,7 @@ def fields(config, flat, naming) -> dict[str, Any]:
         config["rank_pattern"] = {f"^{name}": r for name, (r, _) in spelled.items() if r != config["r"]}
         config["alpha_pattern"] = {f"^{name}": a for name, (_, a) in spelled.items() if a != config["lora_alpha"]}
     patterns = {name: dict(config[name] or {}) for name in ("rank_pattern", "alpha_pattern")}
-    return {**beside.selection(config), **patterns, "fan_in_fan_out": False}
+    return {**beside.selection(config), **patterns, "fan_in_fan_out": naming.fan_in_fan_out}
 
 
 def _read(stated, where) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from peft_jax.errors import PeftJaxError
 from peft_jax.kept import POLICY, keep
-from peft_jax.models import masks, rope
+from peft_jax.models import cache, masks, rope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class SelfAttention(nn.Module):
             query, key = self._norm("q_norm")(query), self._norm("k_norm")(key)
         query, key = rope.rotate(query, cos, sin), rope.rotate(key, cos, sin)
         if index is not None:
-            key, value = self._remember("key", key, index), self._remember("value", value, index)
+            key, value = cache.remember(self, "key", key, index), cache.remember(self, "value", value, index)
         mixed = AttentionCore(name="core")(query, key, value, mask)
         out = nn.Dense(c.hidden_size, c.out_bias, self.dtype, self.param_dtype, name="o_proj")
         return keep(out(mixed.reshape(*mixed.shape[:2], c.num_attention_heads * c.head_dim)))
@@ -80,12 +80,6 @@ class SelfAttention(nn.Module):
 
     def _norm(self, name):
         return nn.RMSNorm(self.config.rms_norm_eps, self.dtype, self.param_dtype, name=name)
-
-    def _remember(self, name, new, index):
-        """Write (B, T, K, H) into the cache from slot ``index`` on; the whole cache (B, S, K, H) comes back."""
-        held = jax.lax.dynamic_update_slice(self.get_variable("cache", name), new, (0, index, 0, 0))
-        self.put_variable("cache", name, held)
-        return held
 
 
 class MLP(nn.Module):
@@ -188,16 +182,14 @@ class CausalLM(nn.Module):
         """The normed last hidden states (batch, seq, hidden), arguments as of ``__call__``."""
         masks.check_inputs(input_ids, attention_mask, positions, segment_ids)
         mask = masks.real_tokens(input_ids, attention_mask, segment_ids)
-        index, key_mask = self._extend_cache(mask, segment_ids)
+        index, key_mask = cache.extend(self, mask, segment_ids)
         if positions is None:
             positions = masks.count_positions(mask, segment_ids, key_mask, index)
         cos, sin = rope.angles(self.place(positions), rope.inverse_frequencies(
             self.config.head_dim, self.config.rope_theta, self.config.rope_scaling))
         full, windowed = self.visible(key_mask, positions, index, segment_ids)
         flags = jnp.asarray(self.config.sliding_layers or (False,) * self.config.num_hidden_layers)
-        x = self.embed(input_ids)
-        if index is not None:
-            x = jnp.where(index + mask.shape[1] > key_mask.shape[1], jnp.nan, x)  # see masks.check_room
+        x = cache.spoiled(self.embed(input_ids), index, mask.shape[1], key_mask.shape[1])
         x, _ = self.layers(x, flags, cos, sin, full, windowed, index)
         return self.norm(x)
 
@@ -225,20 +217,7 @@ class CausalLM(nn.Module):
         """An empty ``cache`` collection for ``length`` tokens a row: zeros, keys and values (L, B, S, K, H) each."""
         c = self.config
         shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim)
-        slots = {name: jnp.zeros(shape, self.dtype) for name in ("key", "value")}
-        return {"index": jnp.zeros((), jnp.int32), "mask": jnp.zeros((batch, length), bool),
-                "layers": {"self_attn": slots}}
+        return cache.empty("layers", "self_attn", shape, self.dtype)
 
     def _window(self):
         return self.config.sliding_window if any(self.config.sliding_layers) else None
-
-    def _extend_cache(self, mask, segment_ids):
-        """The first free slot and the mask of all slots (B, S), this call's included; ``(None, mask)`` uncached."""
-        if not self.has_variable("cache", "index"):
-            return None, mask
-        index, held = self.get_variable("cache", "index"), self.get_variable("cache", "mask")
-        masks.check_room(index, mask.shape[1], held.shape[1], segment_ids)
-        held = jax.lax.dynamic_update_slice(held, mask, (0, index))
-        self.put_variable("cache", "mask", held)
-        self.put_variable("cache", "index", index + mask.shape[1])
-        return index, held

@@ -7,11 +7,12 @@ import jax
 import numpy as np
 
 from peft_jax import tree
-from peft_jax.data import Batches, encode_all, encode_prompts
+from peft_jax.data import Batches, encode_prompts
 from peft_jax.data.sources import is_chat
 from peft_jax.data.tokenize import describe
 from peft_jax.errors import PeftJaxError
 from peft_jax.evaluation.evaluate import complete, make_evaluator
+from peft_jax.evaluation.objectives import objective_of
 from peft_jax.generation import Sampling
 from peft_jax.hub import load_tokenizer, save_pretrained
 from peft_jax.hub.adapters import load_adapter, save_adapter
@@ -68,7 +69,7 @@ def _already_done(folder: Path) -> int:
 
 def _batches(config, ready: Session) -> tuple[Batches, int]:
     """The training batches and the number of optimiser steps; says what is in them."""
-    encoded, happened = encode_all(ready.train, ready.tokenizer, config.data)
+    encoded, happened = objective_of(config.task).encode(ready.train, ready.tokenizer, config.data)
     session.check_fits(encoded, ready.model.config)
     batches = Batches(encoded, config.data, config.seed, config.optim.accumulate_steps)
     total = config.optim.steps or batches.num_steps(config.optim.epochs)
@@ -96,7 +97,8 @@ def _train(config, folder: Path, method: Method, apply, params, batches, total) 
         print(f"resuming {folder} after step {int(state.step)} of {total}", flush=True)
     log = MetricsLog(folder, int(state.step), config.log.tensorboard)
     try:
-        step = make_step(apply, optimizer, config.optim.loss_chunk, method.penalty)
+        error = objective_of(config.task).error
+        step = make_step(apply, optimizer, config.optim.loss_chunk, error, method.penalty)
         state = fit(step, state, frozen, batches, total_steps=total, schedule=make_schedule(config.optim, total),
                     checkpoints=checkpoints, log=log, checkpoint_every=config.checkpoint.every,
                     log_every=config.log.every)  # fmt: skip
@@ -140,6 +142,9 @@ def merge(command) -> int:
 def generate(command) -> int:
     """Continue prompts with the base model and with the workdir's adapter, or those that were named."""
     config, adapters = command.config, _adapters(command)
+    if not objective_of(config.task).writes:
+        raise PeftJaxError(f"the task {config.task.name!r} is answered by a head, which writes no text: see "
+                           "--mode=eval for what it tells")
     if command.prompts:
         tokenizer, (model, base) = load_tokenizer(config.model.source), session.load_model(config)
         examples = [_as_asked(prompt, config.task) for prompt in command.prompts]

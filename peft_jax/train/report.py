@@ -82,9 +82,12 @@ def summary(results: Mapping[str, Any]) -> str:
 TITLES = {
     "exact": "exact match of the generated word",
     "among_choices": "accuracy among the choices",
+    "accuracy": "accuracy",
     "spearman": "rank correlation with people",
     "loss": "held-out loss (nats per token)",
     "perplexity": "held-out perplexity",
+    "text_loss": "held-out loss (nats per text)",
+    "rmse": "held-out error (root mean sq.)",
     "probe_loss": "general text, loss",
     "probe_perplexity": "general text, perplexity",
 }

@@ -3,14 +3,18 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from peft_jax import tree
-from peft_jax.data import Encoded, load_examples
+from peft_jax.data import load_examples
+from peft_jax.data.batches import One
 from peft_jax.data.sources import Example, sample_by_hash
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.evaluation.evaluate import HeldOut, hold_out
+from peft_jax.evaluation.objectives import objective_of
 from peft_jax.hub import load_config, load_pretrained, load_tokenizer
+from peft_jax.hub.pretrained import with_head
 from peft_jax.method import Method
 from peft_jax.methods import METHODS
 
@@ -36,7 +40,9 @@ def load(config, probe_task=None) -> Session:
     probe = load_probe(config, probe_task)
     tokenizer = load_tokenizer(config.model.source)
     held = hold_out(held_out, probe, tokenizer, config.task, config.data)
-    check_fits([*held.encoded, *held.probe], load_config(config.model.source))
+    model_config = load_config(config.model.source)
+    check_answers(config.task, model_config)
+    check_fits([*held.encoded, *held.probe], model_config)
     model, base = load_model(config)
     return Session(examples["train"], held, tokenizer, model, base)
 
@@ -51,7 +57,15 @@ def load_probe(config, probe_task) -> list[Example]:
         raise PeftJaxError(f"general text: {error} (--config.eval.probe= evaluates without it)") from error
 
 
-def check_fits(encoded: Sequence[Encoded], model_config) -> None:
+def check_answers(task, model_config) -> None:
+    """Raise ``PeftJaxError`` where the model cannot answer as the task asks."""
+    with_head(model_config, objective_of(task).head(task))
+    if objective_of(task).writes and not hasattr(model_config, "tie_word_embeddings"):
+        raise PeftJaxError(f"a {model_config.model_type} model reads and does not write, and the task {task.name!r} is "
+                           "answered in words: take task=movie_classes or movie_score, or a language model")
+
+
+def check_fits(encoded: Sequence[One], model_config) -> None:
     """Raise ``PeftJaxError`` where token ids or lengths are beyond the model's vocabulary or positions."""
     highest = max(int(one.input_ids.max()) for one in encoded)
     if highest >= model_config.vocab_size:
@@ -64,9 +78,13 @@ def check_fits(encoded: Sequence[Encoded], model_config) -> None:
 
 
 def load_model(config) -> tuple[Any, tree.Tree]:
-    """The model computing in ``model.dtype`` and its parameters, kept in ``model.param_dtype``."""
+    """The model computing in ``model.dtype`` and its parameters, kept in ``model.param_dtype``.
+
+    Where the task needs a head, the model has it, and where the checkpoint does not, it starts at random by the seed.
+    """
     model, params = load_pretrained(config.model.source, dtype=jnp.dtype(config.model.param_dtype),
-                                    remat=config.model.remat)
+                                    remat=config.model.remat, head=objective_of(config.task).head(config.task),
+                                    rng=jax.random.key(config.seed))
     return model.clone(dtype=jnp.dtype(config.model.dtype)), params
 
 

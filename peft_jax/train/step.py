@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from peft_jax import tree
-from peft_jax.loss import batch_loss
+from peft_jax.loss import batch_loss, cross_entropy
 
 
 class TrainState(NamedTuple):
@@ -27,19 +27,20 @@ def init_state(trainable: tree.Tree, tx: optax.GradientTransformation, rng: jax.
 
 
 def make_step(apply: Callable, tx: optax.GradientTransformation, loss_chunk: int,
-              penalty: Callable[[tree.Tree], jax.Array] | None = None) -> Callable:
+              error: Callable = cross_entropy, penalty: Callable[[tree.Tree], jax.Array] | None = None) -> Callable:
     """A jitted ``step(state, frozen, batch) -> (state, metrics)``; ``state`` is donated.
 
-    Leaves of ``batch`` are (accumulate_steps, batch, ...). The gradient is that of the mean loss over all answer tokens
+    Leaves of ``batch`` are (accumulate_steps, batch, ...). The gradient is that of the mean loss over all answers
     of all micro-batches, so splitting a batch changes nothing but rounding; ``penalty(params)`` is added to that mean
-    for the gradient, and is not in the ``loss`` that is reported. Metrics are float32 scalars: ``loss`` in
-    nats per answer token, ``grad_norm`` before clipping, ``update_norm`` of what was added to the
-    trainable leaves: if these are finite, so is the new state where the old one was.
+    for the gradient, and is not in the ``loss`` that is reported. Metrics are float32 scalars: ``loss``, the mean
+    ``error`` of an answer, which is in nats per token by default, ``grad_norm`` before clipping, ``update_norm`` of
+    what was added to the trainable leaves: if these are finite, so is the new state where the old one was.
     """
 
     def micro_gradient(trainable, frozen, micro, rng):
         def loss(leaves):
-            return batch_loss(apply, tree.combine(frozen, leaves), micro, chunk=loss_chunk, rngs={"dropout": rng})
+            return batch_loss(apply, tree.combine(frozen, leaves), micro, chunk=loss_chunk, rngs={"dropout": rng},
+                              error=error)
 
         return jax.value_and_grad(loss, has_aux=True)(trainable)
 

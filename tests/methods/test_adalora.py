@@ -138,7 +138,7 @@ def test_a_cut_adapter_opens_in_peft_and_here(peer_bases, tmp_path):
     params = method.init(jax.random.key(0), base)
     trainable, frozen = partition(params, method.labels(params))
     tx = method.optimizer(optax.adam(0.05), 8)
-    step = make_step(peft_jax.bind(method, model), tx, 64, method.penalty)
+    step = make_step(peft_jax.bind(method, model), tx, 64, penalty=method.penalty)
     state = init_state(trainable, tx, jax.random.key(0))
     for _ in range(8):
         state, _ = step(state, frozen, properties.batch_of(peer.IDS))
@@ -181,7 +181,7 @@ def test_the_training_step_adds_the_penalty_to_the_gradient(peer_bases):
     params = method.init(jax.random.key(0), base)
     trainable, frozen = partition(params, method.labels(params))
     tx = method.optimizer(optax.adam(0.02), 60)
-    step, state = make_step(peft_jax.bind(method, model), tx, 64, method.penalty), init_state(trainable, tx,
+    step, state = make_step(peft_jax.bind(method, model), tx, 64, penalty=method.penalty), init_state(trainable, tx,
                                                                                               jax.random.key(0))
     before = method.penalty(params)
     for _ in range(25):

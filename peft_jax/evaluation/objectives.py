@@ -1,0 +1,87 @@
+"""What a task asks of a model: to write the answer, to tell its class, or to give a number.
+
+Training and evaluation know no more of a task than this: its head, its encoding, the loss at the tokens that a batch
+names, and what is read there.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from peft_jax.data import encode_all
+from peft_jax.data.labelled import encode_labelled
+from peft_jax.evaluation.metrics import class_metrics, first_word, rating_metrics, spearman
+from peft_jax.loss import cross_entropy, squared_error
+from peft_jax.models import Head
+
+
+class Objective(NamedTuple):
+    """One way of answering.
+
+    Fields:
+      head: ``task -> Head``, ``None`` for the language model's own.
+      encode: ``(examples, tokenizer, data config) -> (encoded, counts)``.
+      error: ``(logits (n, k), target (n,)) -> (n,)``, the loss of each answer.
+      read: ``logits (n, k) -> (n, k)``, what the metrics are made of.
+      rate: ``(task, examples, answers (n, k), texts) -> metrics``; ``texts`` are what the model wrote.
+      losses: ``mean loss -> metrics``.
+      writes: whether the answer is text.
+    """
+
+    head: Callable[[Any], Head | None]
+    encode: Callable[..., tuple[list, dict[str, int]]]
+    error: Callable[..., jax.Array]
+    read: Callable[[jax.Array], jax.Array]
+    rate: Callable[..., dict[str, float]]
+    losses: Callable[[float], dict[str, float]]
+    writes: bool
+
+
+def _log_softmax(logits):
+    return jax.nn.log_softmax(logits.astype("float32"))
+
+
+def _numbers(logits):
+    return logits.astype("float32")
+
+
+def _values(task) -> dict[str, float]:
+    return dict(zip(task.words, task.word_values, strict=True))
+
+
+def _means(examples) -> np.ndarray:
+    return np.array([example["score"] for example in examples])
+
+
+def _rate_words(task, examples, answers, texts) -> dict[str, float]:
+    return rating_metrics(answers, [first_word(text) for text in texts], [example["word"] for example in examples],
+                          _values(task), _means(examples))
+
+
+def _rate_classes(task, examples, answers, texts) -> dict[str, float]:
+    return class_metrics(answers, [example["word"] for example in examples], _values(task), _means(examples))
+
+
+def _rate_numbers(task, examples, answers, texts) -> dict[str, float]:
+    return {"spearman": spearman(answers[:, 0], _means(examples))}
+
+
+def _word_losses(loss: float) -> dict[str, float]:
+    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+
+
+OBJECTIVES = {
+    "word": Objective(lambda task: None, encode_all, cross_entropy, _log_softmax, _rate_words, _word_losses, True),
+    "class": Objective(lambda task: Head("SEQ_CLS", len(task.words), task.pooling), encode_labelled, cross_entropy,
+                       _log_softmax, _rate_classes, lambda loss: {"text_loss": loss}, False),
+    "score": Objective(lambda task: Head("SEQ_CLS", 1, task.pooling), encode_labelled, squared_error, _numbers,
+                       _rate_numbers, lambda loss: {"rmse": math.sqrt(loss)}, False),
+}  # fmt: skip
+
+
+def objective_of(task) -> Objective:
+    """The objective of ``config.task``; all but ratings are answered in words."""
+    return OBJECTIVES[task.answer if task.kind == "rating" else "word"]

@@ -1,0 +1,38 @@
+"""The cache of a decoder: a ``cache`` collection with the first free slot, the mask of all slots, and in each layer
+keys and values. B batch, T new tokens, S slots.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.models import masks
+
+
+def empty(stack: str, attention: str, shape: tuple[int, ...], dtype) -> dict:
+    """A collection with keys and values (L, B, S, K, H) = ``shape`` in module ``attention`` of the layers ``stack``."""
+    slots = {name: jnp.zeros(shape, dtype) for name in ("key", "value")}
+    return {"index": jnp.zeros((), jnp.int32), "mask": jnp.zeros(shape[1:3], bool), stack: {attention: slots}}
+
+
+def extend(model, mask, segment_ids):
+    """The first free slot and the mask of all slots (B, S), this call's (B, T) included; ``(None, mask)`` uncached."""
+    if not model.has_variable("cache", "index"):
+        return None, mask
+    index, held = model.get_variable("cache", "index"), model.get_variable("cache", "mask")
+    masks.check_room(index, mask.shape[1], held.shape[1], segment_ids)
+    held = jax.lax.dynamic_update_slice(held, mask, (0, index))
+    model.put_variable("cache", "mask", held)
+    model.put_variable("cache", "index", index + mask.shape[1])
+    return index, held
+
+
+def remember(attention, name, new, index):
+    """Write (B, T, K, H) into a layer's cache from slot ``index`` on; the whole cache (B, S, K, H) comes back."""
+    held = jax.lax.dynamic_update_slice(attention.get_variable("cache", name), new, (0, index, 0, 0))
+    attention.put_variable("cache", name, held)
+    return held
+
+
+def spoiled(x, index, new: int, slots: int):
+    """``x``, NaN where the cache overflowed; see :func:`peft_jax.models.masks.check_room`."""
+    return x if index is None else jnp.where(index + new > slots, jnp.nan, x)
