@@ -46,12 +46,14 @@ class Naming(NamedTuple):
       whole: ``(path of a leaf) -> {name of a tensor: Slot}``, of a leaf that trains as a whole.
       pairs: (our name, name in the file) of every module with a kernel, layer by layer.
       portable: whether the file's names are Hugging Face's, so that real peft reads it.
+      owners: pairs as above of every module with leaves, norms and embeddings too.
     """
 
     modules: Callable[[str, tuple[int, ...]], Sequence[str]]
     whole: Callable[[str], dict[str, Slot]]
     pairs: Sequence[tuple[str, str]]
     portable: bool
+    owners: Sequence[tuple[str, str]]
 
 
 def _no_fields(config, flat, naming) -> dict[str, Any]:

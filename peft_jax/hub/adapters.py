@@ -45,13 +45,14 @@ def save_adapter(folder: str | os.PathLike, method: Method, params: Mapping[str,
       PeftJaxError: a method that is not stored, leaves that are not its own, trained leaves that the file has no place
         for, or a folder that cannot be written.
     """
-    parts = [part for part in method.parts or (method,) if part.stored is not None]
-    if not parts:
-        raise PeftJaxError(f"save_adapter: {method.config['peft_type']} has no adapter file: save the whole model with "
-                           "save_pretrained instead.")
+    parts = method.parts or (method,)
+    for part in parts:
+        if part.stored is None and (part is method or _trained(part, params, tree.flatten(params))):
+            raise PeftJaxError(f"save_adapter: {part.config['peft_type']} has no adapter file: save the whole model "
+                               "with save_pretrained(folder, model, method.merge(params)) instead.")
     portable = isinstance(model, CausalLM)
     stated, tensors = [], {}
-    for part in parts:
+    for part in [part for part in parts if part.stored is not None]:
         config, flat = part.stored.plain(part.config, tree.flatten(params))
         naming = _naming(flat, None, portable)
         slots = part.stored.slots(config, flat, _trained(part, params, flat), naming)
@@ -101,7 +102,7 @@ def load_adapter(source: str | os.PathLike, base_params: Mapping[str, Any],
     for part in parts:
         flat = tree.flatten(params)
         naming = _naming(flat, axes, portable)
-        method = part.format.make(**adapter_config.without_unmatched(part.stated, [ours for ours, _ in naming.pairs]))
+        method = part.format.make(**adapter_config.without_unmatched(part.stated, [ours for ours, _ in naming.owners]))
         params = method.init(jax.random.key(0), params, axes=axes)
         flat = tree.flatten(params)
         slots |= part.format.slots(method.config, flat, _trained(method, params, flat), _naming(flat, axes, portable))
@@ -122,7 +123,9 @@ def _naming(flat, axes, portable) -> Naming:
             module = path.removesuffix("kernel").rstrip("/")
             stack = axes[path].stack if axes and path in axes else targets.plain_axes(leaf.shape).stack
             pairs += zip(targets.module_names(module, stack), _module_names(portable, module, stack))
-    return Naming(partial(_module_names, portable), partial(_whole, portable, flat), pairs, portable)
+    owners = [pair for module, stack in targets.stacks(flat, axes).items() if not portable or module in names.MODULES
+              for pair in zip(targets.module_names(module, stack), _module_names(portable, module, stack))]
+    return Naming(partial(_module_names, portable), partial(_whole, portable, flat), pairs, portable, owners)
 
 
 def _module_names(portable: bool, module: str, stack: tuple[int, ...]) -> list[str]:
@@ -184,10 +187,11 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _unties(stated, tensors) -> bool:
-    """Whether peft gives a tied model a head of its own for this adapter."""
-    saved = stated.get("modules_to_save")
-    return (targets.saved(saved, "lm_head") or targets.saved(saved, "embed_tokens")
-            or any(key.startswith(f"{PREFIX}lm_head.") and key not in _TIED for key in tensors))
+    """Whether peft gives a tied model a head of its own for this adapter; one that follows the embedding is none."""
+    saved, head = stated.get("modules_to_save"), f"{PREFIX}lm_head."
+    own = [key for key in tensors if key.startswith(head) and key not in _TIED
+           and key.replace(head, f"{PREFIX}model.embed_tokens.") not in tensors]
+    return bool(targets.saved(saved, "lm_head") or targets.saved(saved, "embed_tokens") or own)
 
 
 def _check_tensors(folder, tensors, slots, flat, base) -> None:
