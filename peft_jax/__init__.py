@@ -13,8 +13,12 @@ CONTENTS = {
     "chain": "method",
     "check_read": "method",
     "METHODS": "methods",
+    "bitfit": "methods",
+    "full": "methods",
     "ia3": "methods",
+    "ln_tuning": "methods",
     "lora": "methods",
+    "trainable_tokens": "methods",
     # parameter trees
     "combine": "tree",
     "count": "tree",
