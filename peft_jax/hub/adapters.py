@@ -65,6 +65,11 @@ def save_adapter(folder: str | os.PathLike, method: Method, params: Mapping[str,
     _write(Path(folder), tensors, stated[0] if len(stated) == 1 else {"peft_type": "CHAIN", "methods": stated})
 
 
+def is_stored(method: Method) -> bool:
+    """Whether there is an adapter file for the method; of a plain full one the whole model is saved instead."""
+    return any(part.stored is not None for part in method.parts or (method,))
+
+
 def _trained(method: Method, params, flat) -> list[str]:
     """The trained leaves among those to be stored; what ``plain`` put in the place of others counts as trained."""
     labels = tree.flatten(method.labels(params))
