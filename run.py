@@ -5,8 +5,9 @@
     python run.py --config=experiments/lora.py --mode=generate --prompt="Review: A delight."
 
 Modes: train (evaluates before and after; the same command again resumes), eval (the base and the adapter of a workdir),
-merge (the workdir's adapter into the weights: workdir/merged), generate (base and adapter side by side; or the adapters
-of --adapters=runs/a/adapter,owner/name, folders or Hub ids).
+merge, or export, which is the same (the workdir's adapter into the weights: a folder that transformers loads,
+workdir/merged or --output), generate (base and adapter side by side; or the adapters of
+--adapters=runs/a/adapter,owner/name, folders or Hub ids).
 """
 
 import sys
@@ -19,7 +20,7 @@ from configs import base, parse
 from configs.check import check, tidy
 from peft_jax.errors import PeftJaxError, nearest
 
-MODES = ("train", "eval", "merge", "generate")
+MODES = ("train", "eval", "merge", "export", "generate")
 
 
 class Command(NamedTuple):
@@ -31,6 +32,7 @@ class Command(NamedTuple):
     prompts: list[str]
     adapters: list[str]
     overwrite: bool
+    output: str | None
     probe: ConfigDict | None  # the task behind eval.probe
 
 
@@ -44,6 +46,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_multi_string("prompt", [], "text to continue in mode generate; repeatable", flag_values=values)
     flags.DEFINE_list("adapters", [], "adapters to compare in mode generate; default the workdir's", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "train again from the start, whatever the workdir holds", flag_values=values)
+    flags.DEFINE_string("output", None, "folder that merge writes; default workdir/merged", flag_values=values)
     flags.DEFINE_bool("help", False, "show this text and every key of the configuration", flag_values=values)
     return values
 
@@ -66,12 +69,14 @@ def parse_command(argv: list[str]) -> Command | None:
         raise PeftJaxError(f"unknown argument {unknown[0]}; {nearest(unknown[0].split('=')[0].lstrip('-'), values)}")
     if values.mode not in MODES:
         raise PeftJaxError(f"--mode={values.mode}: {nearest(values.mode, MODES)}")
+    if values.output and values.mode not in ("merge", "export"):
+        raise PeftJaxError(f"--output is for --mode=merge and export; --mode={values.mode} writes to --workdir")
     check(tidy(config))
     probe = base.task_config(config.eval.probe) if config.eval.probe else None
     if values.adapters and values.mode != "generate":
         raise PeftJaxError(f"--adapters is for --mode=generate; this is --mode={values.mode}")
-    workdir = values.workdir or f"runs/{name}"
-    return Command(config, workdir, values.mode, values.prompt, values.adapters, values.overwrite, probe)
+    return Command(config, values.workdir or f"runs/{name}", values.mode, values.prompt, values.adapters,
+                   values.overwrite, values.output, probe)
 
 
 def print_help(values: flags.FlagValues) -> None:

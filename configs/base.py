@@ -63,6 +63,8 @@ def get_config(model: str = "smollm2-135m", task: str = "movie_rating", method: 
     config.optim.loss_chunk = 512  # tokens whose logits exist at once
 
     config.eval = ConfigDict()
+    config.eval.every = 0  # steps between evaluations during training, besides those before and after; 0: none
+    config.eval.every_epoch = False  # and after each pass over the data
     config.eval.limit = 200  # held-out examples, a fixed sample; 0: all
     config.eval.batch_size = 16
     config.eval.width_multiple = 32
@@ -72,7 +74,8 @@ def get_config(model: str = "smollm2-135m", task: str = "movie_rating", method: 
     config.eval.probe_limit = 64  # 0: all
 
     config.checkpoint = ConfigDict()
-    config.checkpoint.every = 20  # steps; one more at the end
+    config.checkpoint.every = 20  # steps; one more at the end; 0: only there
+    config.checkpoint.every_epoch = False  # and after each pass over the data
     config.checkpoint.keep = 2
 
     config.log = ConfigDict()

@@ -18,13 +18,13 @@ CHOICES = {
 }
 AT_LEAST_ONE = (
     "data.batch_size", "data.width_multiple", "data.buckets", "optim.accumulate_steps", "optim.loss_chunk",
-    "eval.batch_size", "eval.width_multiple", "eval.buckets", "eval.max_new_tokens", "checkpoint.every",
+    "eval.batch_size", "eval.width_multiple", "eval.buckets", "eval.max_new_tokens",
     "checkpoint.keep", "log.every", "generate.max_new_tokens",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "data.rows", "data.row_length", "data.max_length", "optim.learning_rate", "optim.weight_decay", "optim.clip_norm",
-    "optim.steps", "optim.epochs", "optim.eps", "seed", "eval.limit", "eval.probe_limit", "generate.num_prompts",
-    "generate.temperature", "generate.top_k",
+    "optim.steps", "optim.epochs", "optim.eps", "seed", "eval.every", "eval.limit", "eval.probe_limit",
+    "checkpoint.every", "generate.num_prompts", "generate.temperature", "generate.top_k",
 )  # fmt: skip
 
 BELOW_ONE = ("optim.b1", "optim.b2")  # from 0 to 1, 1 not included

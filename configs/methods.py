@@ -232,13 +232,55 @@ def _vera() -> dict:
     }
 
 
+def _full() -> dict:
+    return {
+        "name": "full",
+        "patterns": any_type((".*",)),  # regular expressions for whole paths of leaves: layers/mlp/up_proj/kernel
+        "exclude": any_type(()),
+        "last_n_layers": any_type(None),
+        "embeddings": any_type(None),  # None: yes, but not with last_n_layers
+        "head": True,
+    }
+
+
+def _bitfit() -> dict:
+    return {
+        "name": "bitfit",
+        "target_modules": any_type(None),  # None: every bias
+        "exclude_modules": any_type(None),
+        "modules_to_save": any_type(None),
+        "add_missing": False,  # give kernels without a bias one
+    }
+
+
+def _ln_tuning() -> dict:
+    return {
+        "name": "ln_tuning",
+        "target_modules": any_type(("input_layernorm", "post_attention_layernorm", "norm")),
+        "exclude_modules": any_type(None),
+        "modules_to_save": any_type(None),
+    }
+
+
+def _trainable_tokens() -> dict:
+    return {
+        "name": "trainable_tokens",
+        "token_indices": any_type(()),
+        "target_modules": any_type(None),  # None: the input embedding
+        "init_weights": True,
+    }
+
+
 METHODS = {
     "adalora": _adalora,
+    "bitfit": _bitfit,
     "bottleneck": _bottleneck,
     "compacter": _compacter,
+    "full": _full,
     "houlsby": _houlsby,
     "hra": _hra,
     "ia3": _ia3,
+    "ln_tuning": _ln_tuning,
     "loha": _loha,
     "lokr": _lokr,
     "lora": _lora,
@@ -248,6 +290,7 @@ METHODS = {
     "prefix": _prefix,
     "prompt": _prompt,
     "ptuning": _ptuning,
+    "trainable_tokens": _trainable_tokens,
     "vera": _vera,
 }
 

@@ -93,7 +93,7 @@ def chain(*methods: Method) -> Method:
         return tree.unflatten(_agree([tree.flatten(m.labels(params)) for m in methods]))
 
     def merge(params):
-        for method in reversed(methods):
+        for method in methods:  # the first is nearest to the weights, the next changes what it made of them
             params = method.merge(params)
         return params
 

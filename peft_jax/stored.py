@@ -47,6 +47,7 @@ class Naming(NamedTuple):
       pairs: (our name, name in the file) of every module with a kernel, layer by layer.
       portable: whether the file's names are Hugging Face's, so that real peft reads it.
       fan_in_fan_out: whether the model's own linear layers keep a weight as (in, out) at Hugging Face, as GPT-2's do.
+      owners: pairs as above of every module with leaves, norms and embeddings too.
     """
 
     modules: Callable[[str, tuple[int, ...]], Sequence[str]]
@@ -54,6 +55,7 @@ class Naming(NamedTuple):
     pairs: Sequence[tuple[str, str]]
     portable: bool
     fan_in_fan_out: bool = False
+    owners: Sequence[tuple[str, str]] = ()
 
 
 def _no_fields(config, flat, naming) -> dict[str, Any]:

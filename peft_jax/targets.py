@@ -100,6 +100,32 @@ def module_names(path: str, stack: tuple[int, ...]) -> tuple[str, ...]:
     return tuple(".".join((*parts[:at], *map(str, entry), *parts[at:])) for entry in entries)
 
 
+def stacks(flat: Mapping[str, Any], axes: Mapping[str, KernelAxes] | None) -> dict[str, tuple[int, ...]]:
+    """The stack in front of each module's leaves, by the module's path: that of the kernels below the same stack.
+
+    For leaves that have no layout of their own, such as a norm's scale. ``flat`` is a flattened tree.
+
+    >>> stacks({"layers/up/kernel": jax.numpy.ones((2, 3, 4)), "layers/norm/scale": jax.numpy.ones((2, 3))}, None)
+    {'layers/up': (2,), 'layers/norm': (2,)}
+    """
+    fronts: dict[str, tuple[int, ...]] = {}
+    for path, leaf in flat.items():
+        if path.rpartition("/")[2] == "kernel":
+            layout = plain_axes(leaf.shape) if axes is None else axes.get(path)
+            fronts.setdefault(_top(path.rpartition("/")[0]), layout.stack if layout else ())
+    found = {}
+    for path, leaf in flat.items():
+        module, front = path.rpartition("/")[0], fronts.get(_top(path.rpartition("/")[0]), ())
+        found[module] = front if leaf.shape[:len(front)] == front else ()
+    return found
+
+
+def _top(module: str) -> str:
+    """The path down to the stack that a module would be in, as :func:`module_names` finds it."""
+    parts = module.split("/")
+    return "/".join(parts[:next((i for i, part in enumerate(parts) if part in STACKS), 0) + 1])
+
+
 def spellings(name: str) -> tuple[str, ...]:
     """The names under which peft may know a module: with its model's prefix, ``layers_3`` as ``layers.3``.
 

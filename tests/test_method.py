@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from peft_jax import Method, PeftJaxError, bind, chain, check_read, flatten, lora
+from peft_jax import Method, PeftJaxError, bind, chain, check_read, flatten, ia3, lora
 from peft_jax.tree import map_paths
 
 
@@ -65,6 +65,15 @@ def test_chain_applies_labels_and_merges_every_method():
     assert {path: label for path, label in labels.items() if label != "frozen"} == {
         "first/lora_a": "trainable", "first/lora_b": "trainable", "second/factor_slow": "slow"}
     assert [part["peft_type"] for part in method.config["methods"]] == ["SCALED", "LORA"]
+
+
+@pytest.mark.parametrize("first", ["ia3", "lora"])
+def test_two_methods_of_one_kernel_merge_in_the_order_of_the_forward_pass(first):
+    methods = [ia3(("first",), (), init_ia3_weights=False), on("first")]
+    method = chain(*methods if first == "ia3" else reversed(methods))
+    params = method.init(jax.random.key(1), PARAMS)
+    np.testing.assert_allclose(MODEL.apply({"params": method.merge(params)}, X),
+                               bind(method, MODEL)({"params": params}, X), rtol=1e-4, atol=1e-5)
 
 
 def test_a_chain_with_an_unfoldable_part_has_no_merge():

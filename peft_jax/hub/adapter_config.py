@@ -91,4 +91,7 @@ def write(form: Format, config: Mapping[str, Any], flat: Mapping[str, Any], nami
 
 
 def _plain(value):
-    return sorted(value) if isinstance(value, tuple | list | set | frozenset) else value
+    """Lists for JSON: names in a fixed order, whatever else as it is, since rows of a tensor may follow it."""
+    if not isinstance(value, tuple | list | set | frozenset):
+        return value
+    return sorted(value) if all(isinstance(one, str) for one in value) else list(value)

@@ -46,13 +46,14 @@ def save_adapter(folder: str | os.PathLike, method: Method, params: Mapping[str,
       PeftJaxError: a method that is not stored, leaves that are not its own, trained leaves that the file has no place
         for, or a folder that cannot be written.
     """
-    parts = [part for part in method.parts or (method,) if part.stored is not None]
-    if not parts:
-        raise PeftJaxError(f"save_adapter: {method.config['peft_type']} has no adapter file: save the whole model with "
-                           "save_pretrained instead.")
+    parts = method.parts or (method,)
+    for part in parts:
+        if part.stored is None and (part is method or _trained(part, params, tree.flatten(params))):
+            raise PeftJaxError(f"save_adapter: {part.config['peft_type']} has no adapter file: save the whole model "
+                               "with save_pretrained(folder, model, method.merge(params)) instead.")
     family = _family_of(model)
     stated, tensors = [], {}
-    for part in parts:
+    for part in [part for part in parts if part.stored is not None]:
         config, flat = part.stored.plain(part.config, tree.flatten(params))
         naming = _naming(flat, None, family)
         slots = part.stored.slots(config, flat, _trained(part, params, flat), naming)
@@ -64,6 +65,11 @@ def save_adapter(folder: str | os.PathLike, method: Method, params: Mapping[str,
         stated.append(adapter_config.write(part.stored, config, flat, naming, tied=tied, base_model=base_model,
                                            task_type=_task_type(family, model)))
     _write(Path(folder), tensors, stated[0] if len(stated) == 1 else {"peft_type": "CHAIN", "methods": stated})
+
+
+def is_stored(method: Method) -> bool:
+    """Whether there is an adapter file for the method; of a plain full one the whole model is saved instead."""
+    return any(part.stored is not None for part in method.parts or (method,))
 
 
 def _trained(method: Method, params, flat) -> list[str]:
@@ -103,9 +109,9 @@ def load_adapter(source: str | os.PathLike, base_params: Mapping[str, Any],
     for part in parts:
         flat = tree.flatten(params)
         naming = _naming(flat, axes, family)
-        kernels = [ours for ours, _ in naming.pairs]
+        owners = [ours for ours, _ in naming.owners]
         modules = [path.rpartition("/")[0].replace("/", ".") for path in flat]
-        method = part.format.make(**adapter_config.without_unmatched(part.stated, kernels, modules))
+        method = part.format.make(**adapter_config.without_unmatched(part.stated, owners, modules))
         params = method.init(jax.random.key(0), params, axes=axes)
         flat = tree.flatten(params)
         slots |= part.format.slots(method.config, flat, _trained(method, params, flat), _naming(flat, axes, family))
@@ -145,9 +151,11 @@ def _naming(flat, axes, family: Family | None) -> Naming:
             module = path.removesuffix("kernel").rstrip("/")
             stack = axes[path].stack if axes and path in axes else targets.plain_axes(leaf.shape).stack
             pairs += zip(targets.module_names(module, stack), _module_names(table, module, stack))
+    owners = [pair for module, stack in targets.stacks(flat, axes).items() if table is None or module in table
+              for pair in zip(targets.module_names(module, stack), _module_names(table, module, stack))]
     sideways = any(module.leaf == "kernel" and not module.transposed for module in (table or {}).values())
     return Naming(partial(_module_names, table), partial(_whole, family, table, flat), pairs, family is not None,
-                  sideways)
+                  sideways, owners)
 
 
 def _module_names(table: names.Table | None, module: str, stack: tuple[int, ...]) -> list[str]:
@@ -210,12 +218,15 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _unties(family: Family | None, parts, tensors) -> bool:
-    """Whether peft gives a tied model a head of its own for this adapter."""
+    """Whether peft gives a tied model a head of its own for this adapter; one that follows the embedding is none."""
     if family is None or family.tied is None or any(part.tied for part in parts):
         return False
-    tied = ("lm_head", family.tied.rpartition("/")[0])
-    return (any(targets.saved(part.stated.get("modules_to_save"), name) for part in parts for name in tied)
-            or any(key.startswith(f"{PREFIX}lm_head.") and key not in _TIED for key in tensors))
+    embedding, head = family.tied.rpartition("/")[0], f"{PREFIX}lm_head."
+    followed = f"{PREFIX}{family.modules[embedding].name}."
+    own = [key for key in tensors if key.startswith(head) and key not in _TIED
+           and key.replace(head, followed) not in tensors]
+    return bool(own) or any(targets.saved(part.stated.get("modules_to_save"), name) for part in parts
+                            for name in ("lm_head", embedding))
 
 
 def _check_tensors(folder, tensors, slots, flat, own, base) -> None:

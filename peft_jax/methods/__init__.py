@@ -4,10 +4,13 @@
 """
 
 from peft_jax.methods import adalora as _adalora
+from peft_jax.methods import bitfit as _bitfit
 from peft_jax.methods import bottleneck as _bottleneck
 from peft_jax.methods import compacter as _compacter
+from peft_jax.methods import full as _full
 from peft_jax.methods import hra as _hra
 from peft_jax.methods import ia3 as _ia3
+from peft_jax.methods import ln_tuning as _ln_tuning
 from peft_jax.methods import loha as _loha
 from peft_jax.methods import lokr as _lokr
 from peft_jax.methods import lora as _lora
@@ -15,13 +18,17 @@ from peft_jax.methods import oft as _oft
 from peft_jax.methods import prefix as _prefix
 from peft_jax.methods import prompt as _prompt
 from peft_jax.methods import ptuning as _ptuning
+from peft_jax.methods import trainable_tokens as _trainable_tokens
 from peft_jax.methods import vera as _vera
 from peft_jax.methods.adalora import adalora
+from peft_jax.methods.bitfit import bitfit
 from peft_jax.methods.bottleneck import bottleneck
 from peft_jax.methods.compacter import compacter
+from peft_jax.methods.full import full
 from peft_jax.methods.houlsby import houlsby
 from peft_jax.methods.hra import hra
 from peft_jax.methods.ia3 import ia3
+from peft_jax.methods.ln_tuning import ln_tuning
 from peft_jax.methods.loha import loha
 from peft_jax.methods.lokr import lokr
 from peft_jax.methods.lora import lora
@@ -31,15 +38,19 @@ from peft_jax.methods.pfeiffer import pfeiffer
 from peft_jax.methods.prefix import prefix, prefix_from_ids
 from peft_jax.methods.prompt import prompt
 from peft_jax.methods.ptuning import ptuning
+from peft_jax.methods.trainable_tokens import trainable_tokens
 from peft_jax.methods.vera import vera
 
 METHODS = {
     "adalora": adalora,
+    "bitfit": bitfit,
     "bottleneck": bottleneck,
     "compacter": compacter,
+    "full": full,
     "houlsby": houlsby,
     "hra": hra,
     "ia3": ia3,
+    "ln_tuning": ln_tuning,
     "loha": loha,
     "lokr": lokr,
     "lora": lora,
@@ -49,14 +60,18 @@ METHODS = {
     "prefix": prefix,
     "prompt": prompt,
     "ptuning": ptuning,
+    "trainable_tokens": trainable_tokens,
     "vera": vera,
 }
 FORMATS = (
     _adalora.FORMAT,
+    _bitfit.FORMAT,
     _bottleneck.FORMAT,
     _compacter.FORMAT,
+    _full.FORMAT,
     _hra.FORMAT,
     _ia3.FORMAT,
+    _ln_tuning.FORMAT,
     _loha.FORMAT,
     _lokr.FORMAT,
     _lora.FORMAT,
@@ -65,6 +80,7 @@ FORMATS = (
     _prefix.FORMAT_UNSHIFTED,
     _prompt.FORMAT,
     _ptuning.FORMAT,
+    _trainable_tokens.FORMAT,
     _vera.FORMAT,
 )
 
@@ -72,11 +88,14 @@ __all__ = [
     "FORMATS",
     "METHODS",
     "adalora",
+    "bitfit",
     "bottleneck",
     "compacter",
+    "full",
     "houlsby",
     "hra",
     "ia3",
+    "ln_tuning",
     "loha",
     "lokr",
     "lora",
@@ -87,5 +106,6 @@ __all__ = [
     "prefix_from_ids",
     "prompt",
     "ptuning",
+    "trainable_tokens",
     "vera",
 ]

@@ -1,7 +1,11 @@
-"""What ``run.py`` can be asked to do: train, eval, merge, generate. Each prints for people and returns an exit code."""
+"""What ``run.py`` can be asked to do: train, eval, merge (export), generate.
 
+Each prints for people and returns an exit code.
+"""
+
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,12 +18,12 @@ from peft_jax.errors import PeftJaxError
 from peft_jax.evaluation.evaluate import complete, make_evaluator
 from peft_jax.evaluation.objectives import objective_of
 from peft_jax.generation import Sampling
-from peft_jax.hub import load_tokenizer, save_pretrained
-from peft_jax.hub.adapters import load_adapter, save_adapter
+from peft_jax.hub import load_pretrained, load_tokenizer, save_pretrained
+from peft_jax.hub.adapters import is_stored, load_adapter, save_adapter
 from peft_jax.method import Method, bind
 from peft_jax.train import report, session, workdir
 from peft_jax.train.checkpoint import Checkpoints
-from peft_jax.train.loop import fit
+from peft_jax.train.loop import due, fit
 from peft_jax.train.metrics import MetricsLog
 from peft_jax.train.optim import make_optimizer, make_schedule
 from peft_jax.train.session import Session
@@ -27,7 +31,7 @@ from peft_jax.train.step import TrainState, init_state, make_step
 
 
 def train(command) -> int:
-    """Train, evaluate before and after, save the adapter; goes on where an interrupted run of the workdir stopped."""
+    """Train, evaluate before and after, save; goes on where an interrupted run of the workdir stopped."""
     config, folder = command.config, Path(command.workdir)
     workdir.check_writable(folder)
     if not command.overwrite:
@@ -45,19 +49,34 @@ def train(command) -> int:
     jax.eval_shape(apply, {"params": params}, np.zeros((1, 8), np.int32))  # an adapter that nothing reads stops here
     evaluate = make_evaluator(apply, ready.model, ready.tokenizer, ready.held, config)
     before = _before(folder, evaluate, params, config.eval.to_dict())
-    state, frozen, seconds = _train(config, folder, method, apply, params, batches, total)
+    optimizer = method.optimizer(make_optimizer(config.optim, total), total)
+    step = make_step(apply, optimizer, config.optim.loss_chunk, objective_of(config.task).error, method.penalty)
+    trainable, frozen = tree.partition(params, method.labels(params))
+    state = init_state(trainable, optimizer, jax.random.key(config.seed))
+    ready = ready._replace(base={})  # what does not train is in ``frozen``: a full run has no use for the old weights
+    del params, trainable
+    state, seconds, found = _train(config, folder, step, state, frozen, batches, total, evaluate)
     if int(state.step) < total:
         print(f"stopped after step {int(state.step)} of {total}; the same command goes on from there")
         return 130
 
     params = tree.combine(frozen, state.trainable)
-    save_adapter(folder / "adapter", method, params, ready.model, config.model.source)
-    results = {"before": before, "after": evaluate(params), "steps": total, "seconds": seconds}
+    saved = _save(folder, method, params, ready, config)
+    results = {"before": before, "after": found.get(total) or evaluate(params), "steps": total, "seconds": seconds}
     results |= {"trainable": counts[0], "all": counts[1], "peak_memory": report.peak_memory()}
-    results |= {"adapter": str(folder / "adapter"), "adapter_bytes": _bytes_in(folder / "adapter")}
+    results |= {"adapter": str(saved), "adapter_bytes": _bytes_in(saved)}
     workdir.write_json(folder / "results.json", results)
     print("\n" + report.summary(results))
     return 0
+
+
+def _save(folder: Path, method: Method, params: tree.Tree, ready: Session, config) -> Path:
+    """Write what was trained: the adapter, or the whole model where the method has no adapter file."""
+    if is_stored(method):
+        save_adapter(folder / "adapter", method, params, ready.model, config.model.source)
+        return folder / "adapter"
+    save_pretrained(folder / "model", ready.model, method.merge(params), ready.tokenizer)
+    return folder / "model"
 
 
 def _already_done(folder: Path) -> int:
@@ -87,40 +106,67 @@ def _before(folder: Path, evaluate, params, settings: dict[str, Any]) -> dict[st
     return workdir.read_json(path)["metrics"]
 
 
-def _train(config, folder: Path, method: Method, apply, params, batches, total) -> tuple[TrainState, tree.Tree, float]:
-    """(state, frozen leaves, seconds of training) after training or a request to stop."""
-    optimizer = method.optimizer(make_optimizer(config.optim, total), total)
-    trainable, frozen = tree.partition(params, method.labels(params))
+def _train(config, folder: Path, step, state: TrainState, frozen, batches: Batches, total: int, evaluate):
+    """(state, seconds of training, metrics by step of evaluations on the way) after training or a request to stop."""
+    found: dict[int, dict[str, float]] = {}
+
+    def evaluated(state: TrainState) -> dict[str, float]:
+        found[int(state.step)] = evaluate(tree.combine(frozen, state.trainable))
+        print(report.metrics_line(*list(found.items())[-1]), flush=True)
+        return found[int(state.step)]
+
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
-    state = checkpoints.restore(init_state(trainable, optimizer, jax.random.key(config.seed)))
+    state = checkpoints.restore(state)
     if int(state.step):
         print(f"resuming {folder} after step {int(state.step)} of {total}", flush=True)
     log = MetricsLog(folder, int(state.step), config.log.tensorboard)
+    ends = {batches.num_steps(epoch + 1) for epoch in range(total)}
+    checkpoint_due, evaluate_due = (due(part.every, ends if part.every_epoch else ())
+                                    for part in (config.checkpoint, config.eval))
     try:
-        error = objective_of(config.task).error
-        step = make_step(apply, optimizer, config.optim.loss_chunk, error, method.penalty)
         state = fit(step, state, frozen, batches, total_steps=total, schedule=make_schedule(config.optim, total),
-                    checkpoints=checkpoints, log=log, checkpoint_every=config.checkpoint.every,
-                    log_every=config.log.every)  # fmt: skip
+                    checkpoints=checkpoints, log=log, checkpoint_due=checkpoint_due, log_every=config.log.every,
+                    evaluate=evaluated, evaluate_due=evaluate_due)  # fmt: skip
     finally:
         checkpoints.close()
         log.close()
-    return state, frozen, log.last["seconds"]
+    return state, log.last["seconds"], found
 
 
 def _bytes_in(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+class Tuned(NamedTuple):
+    """What a run has trained, ``"adapter"`` or a whole ``"model"``: how to apply it, and how to get plain weights."""
+
+    name: str
+    apply: Callable
+    params: tree.Tree
+    merge: Callable[[tree.Tree], tree.Tree] | None
+
+
+def _tuned(folder: Path, config, model, base: tree.Tree) -> Tuned:
+    if (folder / "adapter").is_dir():
+        return _adapter(folder / "adapter", model, base)
+    _, params = load_pretrained(folder / "model", dtype=config.model.param_dtype)
+    return Tuned("model", model.apply, params, lambda params: params)
+
+
+def _adapter(source: str | Path, model, base: tree.Tree) -> Tuned:
+    method, params = load_adapter(source, base)
+    return Tuned("adapter", bind(method, model), params, method.merge)
+
+
 def evaluate(command) -> int:
-    """The base model and the workdir's adapter side by side; also written to ``eval.json``."""
+    """The base model and what the workdir's run trained side by side; also written to ``eval.json``."""
     folder = _trained(command)
     ready = session.load(command.config, command.probe)
-    method, params = load_adapter(folder / "adapter", ready.base)
+    tuned = _tuned(folder, command.config, ready.model, ready.base)
     found = {}
-    for name, apply, tree_ in (("base", ready.model.apply, ready.base), ("adapter", bind(method, ready.model), params)):
+    for name, apply, params in (("base", ready.model.apply, ready.base), (tuned.name, tuned.apply, tuned.params)):
         run = make_evaluator(apply, ready.model, ready.tokenizer, ready.held, command.config)
-        found[name] = run(tree_)
+        found[name] = run(params)
     workdir.write_json(folder / "eval.json", found)
     print(report.metrics_table(found))
     return 0
@@ -128,23 +174,28 @@ def evaluate(command) -> int:
 
 def merge(command) -> int:
     """Fold the workdir's adapter into the weights: a folder that transformers loads."""
-    folder = _trained(command)
-    tokenizer = load_tokenizer(command.config.model.source)
+    folder, source = _trained(command), command.config.model.source
+    output = Path(command.output).expanduser() if command.output else folder / "merged"
+    if output.exists() and Path(source).expanduser().exists() and output.samefile(Path(source).expanduser()):
+        raise PeftJaxError(f"--output={output} is the base model itself: choose another folder")
+    tokenizer = load_tokenizer(source)
     model, base = session.load_model(command.config)
-    method, params = load_adapter(folder / "adapter", base)
-    if method.merge is None:
+    tuned = _tuned(folder, command.config, model, base)
+    if tuned.merge is None:
         raise PeftJaxError(f"{folder / 'adapter'} is of a method that cannot be folded into weights: use it as it is")
-    save_pretrained(folder / "merged", model, method.merge(params), tokenizer)
-    print(f"merged model: {folder / 'merged'} ({report.size(_bytes_in(folder / 'merged'))})")
+    save_pretrained(output, model, tuned.merge(tuned.params), tokenizer)
+    print(f"merged model: {output} ({report.size(_bytes_in(output))})")
     return 0
 
 
 def generate(command) -> int:
-    """Continue prompts with the base model and with the workdir's adapter, or those that were named."""
-    config, adapters = command.config, _adapters(command)
+    """Continue prompts with the base model and with what the workdir's run trained, or with the named adapters."""
+    config = command.config
     if not objective_of(config.task).writes:
         raise PeftJaxError(f"the task {config.task.name!r} is answered by a head, which writes no text: see "
                            "--mode=eval for what it tells")
+    if not command.adapters:
+        _trained(command)  # an error before anything is loaded
     if command.prompts:
         tokenizer, (model, base) = load_tokenizer(config.model.source), session.load_model(config)
         examples = [_as_asked(prompt, config.task) for prompt in command.prompts]
@@ -157,22 +208,23 @@ def generate(command) -> int:
     options |= {"max_new_tokens": config.generate.max_new_tokens, "rng": jax.random.key(config.seed)}
     options |= {"sampling": Sampling(*(config.generate[key] for key in Sampling._fields))}
     answers = {"base": complete(model.apply, model, base, prompts, tokenizer, **options)}
-    for name, source in adapters.items():
-        method, params = load_adapter(source, base)
-        answers[name] = complete(bind(method, model), model, params, prompts, tokenizer, **options)
+    for name, tuned in _candidates(command, model, base).items():
+        answers[name] = complete(tuned.apply, model, tuned.params, prompts, tokenizer, **options)
     for prompt, texts in zip(prompts, zip(*answers.values(), strict=True), strict=True):
         print(report.answers(tokenizer.decode(prompt), dict(zip(answers, texts, strict=True))))
     return 0
 
 
-def _adapters(command) -> dict[str, str | Path]:
-    """What to try beside the base, by the name to show: the adapters of the command line or the workdir's."""
+def _candidates(command, model, base: tree.Tree) -> dict[str, Tuned]:
+    """What to try beside the base, by the name to show: the adapters of the command line or what the run trained."""
     if not command.adapters:
-        return {"adapter": _trained(command) / "adapter"}
+        tuned = _tuned(_trained(command), command.config, model, base)
+        return {tuned.name: tuned}
     short = [Path(source).parent.name if Path(source).name == "adapter" else Path(source).name
              for source in command.adapters]
     unlike = len(set(short)) == len(short) and "base" not in short
-    return dict(zip(short if unlike else command.adapters, command.adapters, strict=True))
+    return {name: _adapter(source, model, base) for name, source in
+            zip(short if unlike else command.adapters, command.adapters, strict=True)}
 
 
 def _as_asked(prompt: str, task) -> dict[str, Any]:
@@ -188,12 +240,12 @@ def _opening(example: dict[str, Any], words: int = 8) -> dict[str, Any]:
 
 
 def _trained(command) -> Path:
-    """The workdir, if it holds an adapter for the model of the configuration."""
+    """The workdir, if it holds an adapter, or a whole model, trained from the model of the configuration."""
     folder = Path(command.workdir)
-    if not (folder / "adapter").is_dir():
+    if not any((folder / name).is_dir() for name in ("adapter", "model")):
         raise PeftJaxError(f"{folder} holds no adapter: train one first (the same command with --mode=train)")
     workdir.check_config(folder, command.config.to_dict(), workdir.ADAPTER_MATTERS)
     return folder
 
 
-JOBS = {"train": train, "eval": evaluate, "merge": merge, "generate": generate}
+JOBS = {"train": train, "eval": evaluate, "merge": merge, "export": merge, "generate": generate}

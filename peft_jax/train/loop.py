@@ -1,10 +1,11 @@
 """The training loop: step, look at the loss, log, checkpoint. It knows no method, no model and no task."""
 
+import contextlib
 import math
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -51,15 +52,20 @@ def fit(
     schedule: Callable[[int], float],
     checkpoints: Checkpoints,
     log: MetricsLog,
-    checkpoint_every: int,
+    checkpoint_due: Callable[[int], bool],
     log_every: int,
+    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    evaluate_due: Callable[[int], bool] = lambda step: False,
 ) -> TrainState:
     """Train from ``state.step`` to ``total_steps``, or until a ``StopRequest``; the state returned is checkpointed.
 
     Args:
       step: of ``make_step``; it consumes the state it is given.
       schedule: learning rate of a step, for the log.
-      checkpoint_every, log_every: in steps; one checkpoint more is written at the end.
+      checkpoint_due: of :func:`due`; one checkpoint more is written at the end.
+      log_every: in steps; the last one and those with an evaluation are logged as well.
+      evaluate: metrics of a state, logged as ``eval_<name>`` after steps for which ``evaluate_due``; the time that it
+        takes is no time of training.
     Raises:
       PeftJaxError: a loss, gradient norm or update norm that is not finite, naming the step; the checkpoints before
         it remain.
@@ -76,13 +82,21 @@ def fit(
             values = {name: float(value) for name, value in metrics.items()}  # waits for it
             _check_finite(values, done, checkpoints)
             values |= clock.lap(tokens) | {"learning_rate": float(schedule(done - 1))}
-            if done % log_every == 0 or done == total_steps or stop.asked:
+            if evaluated := evaluate is not None and evaluate_due(done):
+                with clock.paused():
+                    values |= {f"eval_{name}": value for name, value in evaluate(state).items()}
+            if done % log_every == 0 or done == total_steps or stop.asked or evaluated:
                 log.write(done, values)
             progress.update(done, values["loss"], values["tokens_per_second"])
-            if done % checkpoint_every == 0 or done == total_steps or stop.asked:
+            if checkpoint_due(done) or done == total_steps or stop.asked:
                 checkpoints.save(state)
     progress.close()
     return state
+
+
+def due(every: int, also: Collection[int] = ()) -> Callable[[int], bool]:
+    """Whether something is due after a step: after each ``every`` steps (0: never), and after the steps ``also``."""
+    return lambda step: step in also or (every > 0 and step % every == 0)
 
 
 def _at(batches: Batches, step: int) -> dict[str, np.ndarray]:
@@ -107,6 +121,13 @@ class _Clock:
 
     def __init__(self, before: float):
         self.before, self.start, self.warm, self.tokens = before, time.perf_counter(), None, 0
+
+    @contextlib.contextmanager
+    def paused(self):
+        began = time.perf_counter()
+        yield
+        away = time.perf_counter() - began
+        self.start, self.warm = self.start + away, self.warm and self.warm + away
 
     def lap(self, tokens: int) -> dict[str, float]:
         now = time.perf_counter()

@@ -72,7 +72,7 @@ def summary(results: Mapping[str, Any]) -> str:
         ("trainable", f"{100 * results['trainable'] / results['all']:.4f} %"),
         ("train time", f"{duration(results['seconds'])} ({results['steps']} steps)"),
         ("peak memory", " + ".join(f"{size(value)} {where}" for where, value in results["peak_memory"].items())),
-        ("adapter", f"{size(results['adapter_bytes'])}  {results['adapter']}"),
+        ("saved", f"{size(results['adapter_bytes'])}  {results['adapter']}"),
     ]
     found = {name: results[name] for name in ("before", "after")}
     return "\n".join((metrics_table(found), "", *(f"{name:<34}{value}" for name, value in cost)))
@@ -112,6 +112,14 @@ def answers(prompt: str, texts: Mapping[str, str]) -> str:
     """
     width = max(map(len, texts)) + 2
     return "\n".join((prompt, *(f"  {name + ':':<{width}}{text.strip()!r}" for name, text in texts.items()), ""))
+
+
+def metrics_line(step: int, metrics: Mapping[str, float]) -> str:
+    """
+    >>> metrics_line(40, {"loss": 0.5331, "exact": 0.5})
+    'evaluated after step 40: loss 0.533, exact 0.500'
+    """
+    return f"evaluated after step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
 
 
 def duration(seconds: float) -> str:

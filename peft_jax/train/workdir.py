@@ -6,8 +6,9 @@
     tensorboard/
     before.json          the metrics before training
     adapter/             in Hugging Face peft's format, written when training is done
+    model/               the whole model instead, of a method that has no adapter file
     results.json         written last: its presence means that the run is finished
-    merged/, eval.json   by --mode=merge (a whole model) and --mode=eval
+    merged/, eval.json   by --mode=merge (a whole model; --mode=export is the same) and --mode=eval
 """
 
 import contextlib
@@ -22,8 +23,8 @@ from peft_jax import tree
 from peft_jax.errors import PeftJaxError
 
 WRITTEN = (
-    "results.json", "config.json", "checkpoints", "metrics.jsonl", "tensorboard", "before.json", "adapter", "merged",
-    "eval.json",
+    "results.json", "config.json", "checkpoints", "metrics.jsonl", "tensorboard", "before.json", "adapter", "model",
+    "merged", "eval.json",
 )  # fmt: skip
 MATTERS = ("seed", "model", "method", "task", "data", "optim")  # sections that a resumed run may not change
 ADAPTER_MATTERS = ("model.source",)  # what its adapter needs; the method is in the adapter's own files

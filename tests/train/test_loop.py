@@ -1,6 +1,7 @@
 """The loop: an interrupted run ends exactly where an uninterrupted one does; a broken loss stops it."""
 
 import signal
+import time
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from peft_jax.errors import PeftJaxError
 from peft_jax.method import bind
 from peft_jax.methods import lora
 from peft_jax.train.checkpoint import Checkpoints
-from peft_jax.train.loop import fit
+from peft_jax.train.loop import due, fit
 from peft_jax.train.metrics import MetricsLog, read_metrics
 from peft_jax.train.optim import make_optimizer, make_schedule
 from peft_jax.train.step import init_state, make_step
@@ -61,7 +62,7 @@ def setting(request, tiny_model, tiny_tokenizer):
                    make_step(bind(METHOD, model), optimizer, 16))  # fmt: skip
 
 
-def run(setting, folder, batches=None):
+def run(setting, folder, batches=None, log_every=1, **options):
     """Train in ``folder`` as run.py does; (state, frozen leaves)."""
     trainable, frozen = tree.partition(setting.params, METHOD.labels(setting.params))
     trainable = jax.tree.map(jnp.copy, trainable)  # the step consumes its state
@@ -70,8 +71,8 @@ def run(setting, folder, batches=None):
         state = checkpoints.restore(init_state(trainable, setting.optimizer, jax.random.key(3)))
         with closing(MetricsLog(folder, int(state.step), tensorboard=False)) as log:
             state = fit(setting.step, state, frozen, batches or setting.batches, total_steps=STEPS,
-                        schedule=setting.schedule, checkpoints=checkpoints, log=log, checkpoint_every=2,
-                        log_every=1)  # fmt: skip
+                        schedule=setting.schedule, checkpoints=checkpoints, log=log, checkpoint_due=due(2),
+                        log_every=log_every, **options)  # fmt: skip
     return state, frozen
 
 
@@ -143,3 +144,25 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(setting, 
         run(setting, tmp_path / "run", Broken(setting.batches, step=3))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()] == ["2"]
     assert [row[0] for row in losses(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_what_is_due_when():
+    at = [[step for step in range(1, 10) if due(every, also)(step)] for every, also in ((0, ()), (3, ()), (4, {3, 9}))]
+    assert at == [[], [3, 6, 9], [3, 4, 8, 9]]
+
+
+def test_evaluations_on_the_way_are_logged_and_cost_no_training_time(setting, tmp_path):
+    def run_evaluating(folder, batches=None):
+        return run(setting, folder, batches, evaluate=lambda state: time.sleep(0.5) or {"loss": float(state.step)},
+                   evaluate_due=due(0, {2, STEPS}), log_every=4)  # fmt: skip
+
+    began = time.perf_counter()
+    run_evaluating(tmp_path / "whole")
+    taken = time.perf_counter() - began
+    rows = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert [(row["step"], row.get("eval_loss")) for row in rows] == [(2, 2.0), (4, None), (5, 5.0)]
+    assert rows[-1]["seconds"] < taken - 1
+    run_evaluating(tmp_path / "parts", Interrupting(setting.batches, step=2))
+    run_evaluating(tmp_path / "parts")
+    resumed = read_metrics(tmp_path / "parts" / "metrics.jsonl")
+    assert [(row["step"], row.get("eval_loss")) for row in resumed] == [(2, 2.0), (4, None), (5, 5.0)]

@@ -1,0 +1,16 @@
+"""BitFit: only biases train. SmolLM2 has none, so its kernels are given some; then nothing can be merged.
+
+    python run.py --config=experiments/bitfit.py
+    python run.py --config=experiments/bitfit.py:model=qwen2.5-0.5b --config.method.add_missing=False
+
+Paper: Ben Zaken et al. 2021, arXiv:2106.10199 (learning rates from 1e-4 to 1e-3 there). Number: not measured yet.
+"""
+
+from configs import base, parse
+
+
+def get_config(arg: str = ""):
+    config = base.get_config(**parse.typed_args(arg, model="smollm2-135m", task="movie_rating"), method="bitfit")
+    config.method.add_missing = True
+    config.optim.update(learning_rate=1e-3, steps=60)
+    return config
