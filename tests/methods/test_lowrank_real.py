@@ -1,0 +1,55 @@
+"""The real SmolLM2 with updates of low rank or few parameters: adapters exchanged with real peft."""
+
+import jax
+import numpy as np
+import pytest
+
+import peft_jax
+from peft_jax import bind, load_adapter, save_adapter
+from tests import peer, properties
+
+peft = pytest.importorskip("peft")
+torch = pytest.importorskip("torch")
+
+# name: (peft's config, what both are made with, how far leaves are moved to change the logits by some percent)
+KINDS = {
+    "adalora": ("AdaLoraConfig", {"total_step": 4}, 0.15),
+    "hra": ("HRAConfig", {"r": 2}, 0.1),
+    "loha": ("LoHaConfig", {"r": 4}, 0.1),
+    "lokr": ("LoKrConfig", {"r": 4, "decompose_both": True}, 0.1),
+    "oft": ("OFTConfig", {"oft_block_size": 8}, 0.05),
+    "vera": ("VeraConfig", {}, 0.3),
+}
+LAYERS = {"layers_to_transform": [0, 7, 29]}  # quicker in torch
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("kind", KINDS)
+def test_smollm2_exchanges_adapters_with_peft(smollm2, smollm2_peer, kind, tmp_path):
+    model, base, tokenizer = smollm2
+    ids = tokenizer(["Review: a delight.\nIn one word, the movie is"], return_tensors="np")["input_ids"]
+    name, options, by = KINDS[kind]
+    options = options | LAYERS
+
+    def logits(theirs):
+        with torch.no_grad():
+            return theirs.eval()(torch.tensor(ids)).logits.numpy()
+
+    def own_logits(method, params):
+        return np.asarray(jax.jit(bind(method, model))({"params": params}, ids))
+
+    method = getattr(peft_jax, kind)(**options)
+    params = properties.moved(method, method.init(jax.random.key(0), base), by=by)
+    save_adapter(tmp_path / "ours", method, params, model)
+    ours = own_logits(method, params)
+    peer.assert_close(ours, logits(peft.PeftModel.from_pretrained(smollm2_peer(), tmp_path / "ours")))
+    assert np.abs(ours - np.asarray(model.apply({"params": base}, ids))).max() > 1e-2 * np.abs(ours).max()
+
+    theirs = peft.get_peft_model(smollm2_peer(), getattr(peft, name)(task_type="CAUSAL_LM", **options))
+    optimizer = torch.optim.Adam([p for p in theirs.parameters() if p.requires_grad], 0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        theirs(torch.tensor(ids), labels=torch.tensor(ids)).loss.backward()
+        optimizer.step()
+    theirs.save_pretrained(tmp_path / "theirs")
+    peer.assert_close(own_logits(*load_adapter(tmp_path / "theirs", base)), logits(theirs))
