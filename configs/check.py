@@ -30,7 +30,7 @@ NOT_NEGATIVE = (
 BELOW_ONE = ("optim.b1", "optim.b2")  # from 0 to 1, 1 not included
 SHARES = ("optim.warmup_ratio", "generate.top_p")  # from 0 to 1
 LIMITS = ("task.train_limit", "task.validation_limit")  # not negative, where the task has them
-ANSWERS = {"answer": ("word", "class", "score"), "pooling": ("first", "mean")}  # of rating tasks
+ANSWERS = {"answer": ("word", "class", "score"), "pooling": ("first", "mean")}  # where the task has them
 PLACEHOLDERS = {  # what a task's templates must hold, or every example would read the same
     "rating": {"prompt_template": "{text}", "completion_template": "{word}"},
     "file": {"prompt_template": "{prompt}", "completion_template": "{completion}"},
@@ -62,16 +62,26 @@ def check(config: ConfigDict) -> None:
     for key in LIMITS:
         if key in flat and flat[key] < 0:
             raise PeftJaxError(f"--config.{key}={flat[key]}: must be at least 0, which is no limit")
-    for key, choices in ANSWERS.items():
-        if key in config.task and config.task[key] not in choices:
-            raise PeftJaxError(f"--config.task.{key}={config.task[key]}: {nearest(str(config.task[key]), choices)}")
-    if "answer" in config.task and config.task.answer != "word" and config.eval.probe:
-        raise PeftJaxError(f"eval.probe={config.eval.probe} measures how a model writes, and with task.answer="
-                           f"{config.task.answer} it does not: set --config.eval.probe=")
+    check_answers(config)
     check_templates(config.task)
     if bool(config.optim.steps) == bool(config.optim.epochs):
         both = f"optim.steps={config.optim.steps} and optim.epochs={config.optim.epochs}"
         raise PeftJaxError(f"{both}: set exactly one, the other to 0 (--config.optim.steps=0 --config.optim.epochs=3)")
+
+
+def check_answers(config: ConfigDict) -> None:
+    """Raise ``PeftJaxError`` where it is not said what a head is to tell, or something is asked that it cannot."""
+    task = config.task
+    for key, choices in ANSWERS.items():
+        if key in task and task[key] not in choices:
+            raise PeftJaxError(f"--config.task.{key}={task[key]}: {nearest(str(task[key]), choices)}")
+    if task.answer == "word":
+        return
+    if config.eval.probe:
+        raise PeftJaxError(f"eval.probe={config.eval.probe} measures how a model writes, and with task.answer="
+                           f"{task.answer} it does not write: set --config.eval.probe=")
+    if "label_column" in task and not (task.label_column and task.text_column):
+        raise PeftJaxError(f"task.answer={task.answer} needs --config.task.text_column and --config.task.label_column")
 
 
 def check_templates(task: ConfigDict) -> None:

@@ -21,6 +21,7 @@ MODELS = {
     "smollm2-135m-hub": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
     "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+    "llama-7b": "huggyllama/llama-7b",
     "llama-2-7b": "meta-llama/Llama-2-7b-hf",
     "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
     "llama-3.2-1b": "meta-llama/Llama-3.2-1B",

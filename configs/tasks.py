@@ -20,6 +20,11 @@ COLUMNS = {
     "text_column": "",
     "prompt_template": "{prompt}",
     "completion_template": "{completion}",
+    # For a head to tell: text_column and label_column, with whole numbers from 0 (class) or any numbers (score).
+    "answer": "word",
+    "label_column": "",
+    "num_labels": 2,  # class
+    "pooling": "first",
     "validation_fraction": 0.05,
     "train_limit": 0,
     "validation_limit": 0,
@@ -40,8 +45,8 @@ MOVIES = {
     "validation_fraction": 0.1,
     "train_limit": 0,
     "validation_limit": 0,
-    "answer": "word",  # word; class or score: a head tells which word it is, or gives the rating as a number
-    "pooling": "first",  # class, score: read from the first token's state, or from the "mean" over the text
+    "answer": "word",  # written, "word"; told by a head: which word it is, "class", or the rating as a number, "score"
+    "pooling": "first",  # a head reads the first token's state, or the "mean" over the text
 }
 
 TASKS = {
@@ -52,6 +57,7 @@ TASKS = {
     "newspaper": {
         "name": "newspaper",
         "kind": "sentences",
+        "answer": "word",
         "source": VADER_SOURCE,
         "archive": VADER_ARCHIVE,
         "file": "hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt",

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from peft_jax.loss import pick, summed_loss
+from peft_jax.loss import pick, squared_error, summed_loss
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,21 @@ def test_gradients_of_states_and_of_a_trainable_head(inputs, chunk, jit):
     theirs = jax.grad(scaled(whole), (0, 1))
     for mine, expected in zip((jax.jit(ours) if jit else ours)(*inputs[:2]), theirs(*inputs[:2]), strict=True):
         np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_squared_errors_and_their_gradients(inputs):
+    hidden, head, _, weight = inputs
+    target = jnp.linspace(-1, 1, 15).reshape(3, 5)
+
+    def ours(hidden, head):
+        return 2 * summed_loss(lambda states: states @ head[:, :1], hidden, target, weight, 4, squared_error)[0]
+
+    def theirs(hidden, head):
+        return 2 * jnp.sum(((hidden @ head)[..., 0] - target) ** 2 * weight)
+
+    np.testing.assert_allclose(ours(hidden, head), theirs(hidden, head), rtol=1e-5)
+    for mine, expected in zip(jax.grad(ours, (0, 1))(hidden, head), jax.grad(theirs, (0, 1))(hidden, head)):
+        np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_no_chunk_ever_holds_all_logits():

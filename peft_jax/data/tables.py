@@ -1,6 +1,7 @@
 """Tables of prompts and answers: local files and the Hugging Face Hub, both through ``datasets``."""
 
 import json
+import math
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -114,18 +115,19 @@ def table_examples(task, rows: Sequence[dict], where: str) -> list[dict]:
 
 
 def named_columns(task) -> dict[str, str]:
-    """{"prompt", "completion", "messages" or "text": the column's name}, for those that the task names; {} for none."""
+    """{"prompt", "completion", "messages", "text" or "label": the column's name}, for those that the task names."""
     given = {
         "prompt": task.prompt_column,
         "completion": task.completion_column,
         "messages": task.messages_column,
         "text": task.text_column,
+        "label": task.label_column,
     }
     given = {key: name for key, name in given.items() if name}
-    if set(given) not in (set(), {"prompt", "completion"}, {"messages"}, {"text"}):
+    if set(given) not in (set(), {"prompt", "completion"}, {"messages"}, {"text"}, {"text", "label"}):
         raise PeftJaxError(
             "name the columns: either task.prompt_column and task.completion_column, or task.messages_column, "
-            f"or task.text_column (given: {', '.join(given)})"
+            f"or task.text_column, with task.label_column or without (given: {', '.join(given)})"
         )
     return given
 
@@ -152,7 +154,23 @@ def _table_example(task, columns: dict[str, str], row: dict, origin: str) -> dic
         about = f"\n\n{row[columns['input']]}" if "input" in columns and row[columns["input"]] else ""
         values["prompt"] = _prompt_template(task, columns).replace("{prompt}", values["prompt"] + about)
         values["completion"] = task.completion_template.replace("{completion}", values["completion"])
+    if "label" in values:
+        values["label"] = _label(task, values["label"], f"{origin}: column {columns['label']!r}")
     return {**values, "origin": origin}
+
+
+def _label(task, text: str, where: str) -> int | float:
+    """The number of a class, or for a regression any number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if task.answer == "score" and math.isfinite(value):
+        return value
+    if task.answer != "score" and value in range(task.num_labels):
+        return int(value)
+    wanted = "a number" if task.answer == "score" else f"a whole number from 0 to {task.num_labels - 1} (num_labels)"
+    raise PeftJaxError(f"{where} holds {text[:40]!r}, expected {wanted}")
 
 
 def _prompt_template(task, columns: dict[str, str]) -> str:

@@ -37,7 +37,7 @@ def hold_out(examples: Sequence[Example], probe: Sequence[Example], tokenizer, t
         examples,
         _by_length(objective.encode(examples, tokenizer, data)[0]),
         encode_prompts(examples, tokenizer) if rating and objective.writes else [],
-        _choices(objective, examples, tokenizer, task) if rating else None,
+        _choices(objective, examples, tokenizer, task) if rating or not objective.writes else None,
         _by_length(encode_all(probe, tokenizer, data)[0]) if probe else [],
     )
 

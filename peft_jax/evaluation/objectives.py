@@ -13,7 +13,7 @@ import numpy as np
 
 from peft_jax.data import encode_all
 from peft_jax.data.labelled import encode_labelled
-from peft_jax.evaluation.metrics import class_metrics, first_word, rating_metrics, spearman
+from peft_jax.evaluation.metrics import class_metrics, expected_rating, first_word, rating_metrics, spearman
 from peft_jax.loss import cross_entropy, squared_error
 from peft_jax.models import Head
 
@@ -48,25 +48,33 @@ def _numbers(logits):
     return logits.astype("float32")
 
 
-def _values(task) -> dict[str, float]:
-    return dict(zip(task.words, task.word_values, strict=True))
-
-
 def _means(examples) -> np.ndarray:
     return np.array([example["score"] for example in examples])
 
 
 def _rate_words(task, examples, answers, texts) -> dict[str, float]:
+    values = dict(zip(task.words, task.word_values, strict=True))
     return rating_metrics(answers, [first_word(text) for text in texts], [example["word"] for example in examples],
-                          _values(task), _means(examples))
+                          values, _means(examples))
 
 
 def _rate_classes(task, examples, answers, texts) -> dict[str, float]:
-    return class_metrics(answers, [example["word"] for example in examples], _values(task), _means(examples))
+    found = class_metrics(answers, _labels(examples))
+    if task.kind == "rating":  # its classes have an order
+        found["spearman"] = spearman(expected_rating(answers, task.word_values), _means(examples))
+    return found
 
 
 def _rate_numbers(task, examples, answers, texts) -> dict[str, float]:
-    return {"spearman": spearman(answers[:, 0], _means(examples))}
+    return {"spearman": spearman(answers[:, 0], _labels(examples))}
+
+
+def _labels(examples) -> np.ndarray:
+    return np.array([example["label"] for example in examples])
+
+
+def _classes(task) -> Head:
+    return Head("SEQ_CLS", len(task.words) if task.kind == "rating" else task.num_labels, task.pooling)
 
 
 def _word_losses(loss: float) -> dict[str, float]:
@@ -75,13 +83,13 @@ def _word_losses(loss: float) -> dict[str, float]:
 
 OBJECTIVES = {
     "word": Objective(lambda task: None, encode_all, cross_entropy, _log_softmax, _rate_words, _word_losses, True),
-    "class": Objective(lambda task: Head("SEQ_CLS", len(task.words), task.pooling), encode_labelled, cross_entropy,
-                       _log_softmax, _rate_classes, lambda loss: {"text_loss": loss}, False),
+    "class": Objective(_classes, encode_labelled, cross_entropy, _log_softmax, _rate_classes,
+                       lambda loss: {"text_loss": loss}, False),
     "score": Objective(lambda task: Head("SEQ_CLS", 1, task.pooling), encode_labelled, squared_error, _numbers,
                        _rate_numbers, lambda loss: {"rmse": math.sqrt(loss)}, False),
 }  # fmt: skip
 
 
 def objective_of(task) -> Objective:
-    """The objective of ``config.task``; all but ratings are answered in words."""
-    return OBJECTIVES[task.answer if task.kind == "rating" else "word"]
+    """The objective of ``config.task``."""
+    return OBJECTIVES[task.answer]

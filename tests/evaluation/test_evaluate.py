@@ -10,6 +10,7 @@ from configs import base
 from peft_jax.data import choice_tokens, encode_all, encode_prompts
 from peft_jax.evaluation.evaluate import complete, hold_out, make_evaluator, make_score, score_all
 from peft_jax.evaluation.metrics import first_word, rating_metrics
+from peft_jax.evaluation.objectives import OBJECTIVES
 
 REVIEWS = [("dull and far too long", -2.5), ("fine", 0.1), ("a bright film, good fun", 1.0),
            ("a great, great film", 3.0), ("no plot to speak of", -1.0)]  # fmt: skip
@@ -80,7 +81,7 @@ def test_choices_come_back_in_the_examples_order(config, examples, tiny_model, l
     held = hold_out(examples, [], tiny_tokenizer, config.task, config.data)
     order = [one.example for one in held.encoded]
     assert order != sorted(order)  # the lengths of REVIEWS are mixed on purpose
-    score = make_score(model.apply, config.optim.loss_chunk)
+    score = make_score(model.apply, config.optim.loss_chunk, OBJECTIVES["word"])
     _, logprobs = score_all(score, params, held.encoded, held.choices, config.eval, len(examples))
     for row, ids in zip(logprobs, held.prompts, strict=True):
         np.testing.assert_allclose(row, logprobs_of(ids)[-1, held.choices], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,60 @@
+"""The papers' experiments cannot be run here: each is checked by the number of parameters that it trains."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import parse
+from configs.check import check, tidy
+from peft_jax import tree
+from peft_jax.evaluation.objectives import objective_of
+from peft_jax.hub import config as hub_config
+from peft_jax.hub.pretrained import with_head
+from peft_jax.train import report
+from peft_jax.train.session import build_method
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The config.json of each model, as far as it decides shapes.
+MODELS = {
+    "openai-community/gpt2-medium": {"model_type": "gpt2", "vocab_size": 50257, "n_embd": 1024, "n_layer": 24,
+                                     "n_head": 16, "n_positions": 1024},
+    "FacebookAI/roberta-base": {"model_type": "roberta", "vocab_size": 50265, "hidden_size": 768,
+                                "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+                                "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5,
+                                "architectures": ["RobertaForMaskedLM"]},
+    "huggyllama/llama-7b": {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096,
+                            "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "meta-llama/Llama-3.2-3B": {"model_type": "llama", "vocab_size": 128256, "hidden_size": 3072,
+                                "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
+                                "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True},
+}
+
+# experiment: (trainable, of all).
+COUNTS = {
+    "paper_lora_gpt2_e2e": (393_216, 354_823_168 + 393_216),
+    "paper_lora_roberta_sst2": (887_042, 124_055_040 + 592_130 + 294_912),
+    "paper_lora_llama_commonsense": (56_098_816, 6_794_514_432),
+    "paper_lora_llama32_metamath": (9_175_040, 3_212_749_824 + 9_175_040),
+    "paper_ia3_llama32_metamath": (286_720, 3_212_749_824 + 286_720),
+}
+
+
+def test_every_paper_experiment_is_counted():
+    assert {file.stem for file in (ROOT / "experiments").glob("paper_*.py")} == COUNTS.keys()
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_as_many_parameters_train_as_the_paper_or_peft_says(name, monkeypatch):
+    """Shapes alone; no weights are made."""
+    monkeypatch.chdir(ROOT)
+    config, _ = parse.load_experiment(f"experiments/{name}.py")
+    check(tidy(config.lock()))
+    sizes = with_head(hub_config.from_hf(MODELS[config.model.source]), objective_of(config.task).head(config.task))
+    base = tree.unflatten({path: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+                           for path, shape in hub_config.param_shapes(sizes).items()})
+    method = build_method(config)
+    params = jax.eval_shape(method.init, jax.random.key(0), base)
+    assert report.parameter_counts(method, base, params) == COUNTS[name]
