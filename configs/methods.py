@@ -27,8 +27,21 @@ def _lora() -> dict:
         "use_rslora": False,
         "bias": "none",  # none, all, lora_only
         "modules_to_save": any_type(None),
-        "init_lora_weights": any_type(True),  # True, False, gaussian
+        "init_lora_weights": any_type(True),  # True, False, gaussian, orthogonal, pissa, pissa_niter_4, olora, eva
+        "eva_config": any_type(None),  # "{'rho': 2.0, 'tau': 0.99, 'whiten': False, 'adjust_scaling_factors': True}"
     }
+
+
+def _dora() -> dict:
+    return _lora() | {"name": "dora"}
+
+
+def _lorafa() -> dict:
+    return _lora() | {"name": "lorafa"}
+
+
+def _loraplus() -> dict:
+    return _lora() | {"name": "loraplus"}  # the ratio is optim.rates
 
 
 def _ia3() -> dict:
@@ -42,7 +55,7 @@ def _ia3() -> dict:
     }
 
 
-METHODS = {"ia3": _ia3, "lora": _lora}
+METHODS = {"dora": _dora, "ia3": _ia3, "lora": _lora, "lorafa": _lorafa, "loraplus": _loraplus}
 
 
 def method_config(name: str) -> ConfigDict:

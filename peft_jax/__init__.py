@@ -13,8 +13,11 @@ CONTENTS = {
     "chain": "method",
     "check_read": "method",
     "METHODS": "methods",
+    "dora": "methods",
     "ia3": "methods",
     "lora": "methods",
+    "lorafa": "methods",
+    "loraplus": "methods",
     # parameter trees
     "combine": "tree",
     "count": "tree",

@@ -36,6 +36,9 @@ class Method(NamedTuple):
         zero, stay zero, and are not counted as parameters.
       stored: how an adapter file holds the leaves, ``None`` where it does not.
       parts: the methods of a chain.
+      prepare: ``(model, base params, batches) -> Method``, of a method whose ``init`` needs to see data first: what it
+        gives is used in its place. ``batches`` can be gone through more than once, each is a dict of arrays as in
+        training.
     """
 
     init: Callable[..., tree.Tree]
@@ -46,6 +49,7 @@ class Method(NamedTuple):
     padding: Callable[[Mapping], int] = _no_padding
     stored: Format | None = None
     parts: tuple["Method", ...] = ()
+    prepare: Callable[..., "Method"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +90,14 @@ def chain(*methods: Method) -> Method:
             params = method.merge(params)
         return params
 
+    def prepare(model, params, batches):
+        return chain(*[m.prepare(model, params, batches) if m.prepare else m for m in methods])
+
     foldable = all(method.merge for method in methods)
     return Method(init, intercept, labels, merge if foldable else None,
                   {"peft_type": "CHAIN", "methods": tuple(m.config for m in methods)},
-                  lambda params: sum(m.padding(params) for m in methods), parts=methods)
+                  lambda params: sum(m.padding(params) for m in methods), parts=methods,
+                  prepare=prepare if any(method.prepare for method in methods) else None)
 
 
 def _intercepted(intercept, next_fun, context, *args, **kwargs):

@@ -6,6 +6,7 @@ serves both ways.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,12 +47,16 @@ class Naming(NamedTuple):
       whole: ``(path of a leaf) -> {name of a tensor: Slot}``, of a leaf that trains as a whole.
       pairs: (our name, name in the file) of every module with a kernel, layer by layer.
       portable: whether the file's names are Hugging Face's, so that real peft reads it.
+      embeddings: the same pairs of modules with an embedding.
+      tied: ``{path of an embedding that is the head as well: the head's name}``.
     """
 
     modules: Callable[[str, tuple[int, ...]], Sequence[str]]
     whole: Callable[[str], dict[str, Slot]]
     pairs: Sequence[tuple[str, str]]
     portable: bool
+    embeddings: Sequence[tuple[str, str]] = ()
+    tied: Mapping[str, str] = MappingProxyType({})
 
 
 def _no_fields(config, flat, naming) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from peft_jax.models.llama import CausalLM, untie
 from peft_jax.stored import PREFIX, Naming, Slot
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Tensors with these names give a tied model a head of its own, those of _TIED excepted.
+_OWN = (f"{PREFIX}lm_head.", f"{PREFIX}model.embed_tokens.lora_embedding_")
 _TIED = (f"{PREFIX}lm_head.weight", f"{PREFIX}lm_head.base_layer.weight")
 
 
@@ -58,8 +60,7 @@ def save_adapter(folder: str | os.PathLike, method: Method, params: Mapping[str,
         if double := slots.keys() & tensors.keys():
             raise PeftJaxError(f"save_adapter: two methods of the chain both store '{min(double)}'.")
         tensors |= _tensors(slots, flat)
-        tied = portable and "lm_head/kernel" not in flat and any(s.path == "embed_tokens/embedding"
-                                                                 for s in slots.values())
+        tied = bool(naming.tied) and any(slot.path.rpartition("/")[0] in naming.tied for slot in slots.values())
         stated.append(adapter_config.write(part.stored, config, flat, naming, tied=tied, base_model=base_model))
     _write(Path(folder), tensors, stated[0] if len(stated) == 1 else {"peft_type": "CHAIN", "methods": stated})
 
@@ -101,7 +102,8 @@ def load_adapter(source: str | os.PathLike, base_params: Mapping[str, Any],
     for part in parts:
         flat = tree.flatten(params)
         naming = _naming(flat, axes, portable)
-        method = part.format.make(**adapter_config.without_unmatched(part.stated, [ours for ours, _ in naming.pairs]))
+        known = [ours for ours, _ in (*naming.pairs, *naming.embeddings)]
+        method = part.format.make(**adapter_config.without_unmatched(part.stated, known))
         params = method.init(jax.random.key(0), params, axes=axes)
         flat = tree.flatten(params)
         slots |= part.format.slots(method.config, flat, _trained(method, params, flat), _naming(flat, axes, portable))
@@ -116,13 +118,15 @@ def _is_ours(params) -> bool:
 
 
 def _naming(flat, axes, portable) -> Naming:
-    pairs = []
+    pairs = {holder: [] for holder in targets.HOLDERS}
     for path, leaf in flat.items():
-        if path.rpartition("/")[2] == "kernel":
-            module = path.removesuffix("kernel").rstrip("/")
+        module, _, name = path.rpartition("/")
+        if name in pairs:
             stack = axes[path].stack if axes and path in axes else targets.plain_axes(leaf.shape).stack
-            pairs += zip(targets.module_names(module, stack), _module_names(portable, module, stack))
-    return Naming(partial(_module_names, portable), partial(_whole, portable, flat), pairs, portable)
+            pairs[name] += zip(targets.module_names(module, stack), _module_names(portable, module, stack))
+    tied = {"embed_tokens": "lm_head"} if portable and "lm_head/kernel" not in flat else {}
+    return Naming(partial(_module_names, portable), partial(_whole, portable, flat), pairs["kernel"], portable,
+                  pairs["embedding"], tied)
 
 
 def _module_names(portable: bool, module: str, stack: tuple[int, ...]) -> list[str]:
@@ -187,7 +191,7 @@ def _unties(stated, tensors) -> bool:
     """Whether peft gives a tied model a head of its own for this adapter."""
     saved = stated.get("modules_to_save")
     return (targets.saved(saved, "lm_head") or targets.saved(saved, "embed_tokens")
-            or any(key.startswith(f"{PREFIX}lm_head.") and key not in _TIED for key in tensors))
+            or any(key.startswith(_OWN) and key not in _TIED for key in tensors))
 
 
 def _check_tensors(folder, tensors, slots, flat, base) -> None:
@@ -214,7 +218,8 @@ def _says_nothing_new(key: str, tensor, slots, base) -> bool:
         return True
     layers = {leaf.shape[0] for path, leaf in base.items() if path.startswith("layers/")}
     places = names.tensors(list(base), *layers) if layers else {}
-    place = places.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+    name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+    place = places.get(name) or (places.get("model.embed_tokens.weight") if key in _TIED else None)
     if place is None:
         return False
     own = np.asarray(base[place.path] if place.layer is None else base[place.path][place.layer])

@@ -24,6 +24,8 @@ from peft_jax.train.optim import make_optimizer, make_schedule
 from peft_jax.train.session import Session
 from peft_jax.train.step import TrainState, init_state, make_step
 
+LOOKED_AT = 8  # batches
+
 
 def train(command) -> int:
     """Train, evaluate before and after, save the adapter; goes on where an interrupted run of the workdir stopped."""
@@ -34,10 +36,12 @@ def train(command) -> int:
         if (folder / "results.json").exists():
             return _already_done(folder)
     method, ready = session.build_method(config), session.load(config, command.probe)
+    batches, total = _batches(config, ready)
+    if method.prepare:
+        method = method.prepare(ready.model, ready.base, _looked_at(batches, total))
     params = method.init(jax.random.key(config.seed), ready.base)
     counts = report.parameter_counts(method, ready.base, params)
     print(report.parameter_line(*counts), flush=True)
-    batches, total = _batches(config, ready)
     workdir.start(folder, config.to_dict(), command.overwrite)
 
     apply = bind(method, ready.model)
@@ -88,8 +92,9 @@ def _before(folder: Path, evaluate, params, settings: dict[str, Any]) -> dict[st
 
 def _train(config, folder: Path, method: Method, apply, params, batches, total) -> tuple[TrainState, tree.Tree, float]:
     """(state, frozen leaves, seconds of training) after training or a request to stop."""
-    optimizer = make_optimizer(config.optim, total)
-    trainable, frozen = tree.partition(params, method.labels(params))
+    labels = method.labels(params)
+    optimizer = make_optimizer(config.optim, total, labels)
+    trainable, frozen = tree.partition(params, labels)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     state = checkpoints.restore(init_state(trainable, optimizer, jax.random.key(config.seed)))
     if int(state.step):
@@ -103,6 +108,11 @@ def _train(config, folder: Path, method: Method, apply, params, batches, total) 
         checkpoints.close()
         log.close()
     return state, frozen, log.last["seconds"]
+
+
+def _looked_at(batches: Batches, total: int) -> list[dict[str, np.ndarray]]:
+    """The batches that a method may see before training: the first ones of it, the same for a resumed run."""
+    return [batches.at(step) for step in range(min(total, LOOKED_AT))]
 
 
 def _bytes_in(folder: Path) -> int:
