@@ -172,8 +172,8 @@ def _check_biases(config, flat) -> None:
 
 def _intercept(dropout, next_fun, args, kwargs, context):
     y, module = next_fun(*args, **kwargs), context.module
-    if isinstance(module, nn.Embed) and module.has_variable("params", "lora_a"):
-        return y + _embedded(args[0], context.method_name, *(module.get_variable("params", leaf) for leaf in LEAVES), y)
+    if isinstance(module, nn.Embed) and context.method_name in ("__call__", "attend"):
+        return y + _embedded(module, context.method_name, args[0], y) if module.has_variable("params", "lora_a") else y
     held = beside.read(module, context, LEAVES, "LoRA")
     if held is None:
         return y
@@ -182,8 +182,9 @@ def _intercept(dropout, next_fun, args, kwargs, context):
     return y + branch(x.astype(y.dtype), *held).reshape(y.shape)
 
 
-def _embedded(x, method_name, a, b, scaling, y):
+def _embedded(module, method_name, x, y):
     """What the update of an embedding adds to its rows ``y`` for ids ``x``, or to the logits ``y`` of states ``x``."""
+    a, b, scaling = (module.get_variable("params", leaf) for leaf in LEAVES)
     if method_name == "attend":
         return branch(x.astype(y.dtype), b.T, a.T, scaling).reshape(y.shape)
     return (jnp.take(a, x, axis=0).astype(y.dtype) * scaling.astype(y.dtype)) @ b.astype(y.dtype)
