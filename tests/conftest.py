@@ -77,6 +77,22 @@ def smollm2():
     return *load_pretrained(REAL), load_tokenizer(REAL)
 
 
+@pytest.fixture(scope="session")
+def smollm2_peer(smollm2, tmp_path_factory):
+    """(makes a fresh torch model of it, its Flax model, params, token ids (2, n)): the real SmolLM2 for both libraries."""
+    import torch
+    import transformers
+
+    from peft_jax.hub import save_pretrained
+
+    model, params, tokenizer = smollm2
+    folder = tmp_path_factory.mktemp("smollm2")
+    save_pretrained(folder, model, params, tokenizer)
+    fresh = transformers.AutoModelForCausalLM.from_pretrained
+    ids = tokenizer("Review: a delight.\nIn one word, the movie is good. Gravity pulls.", return_tensors="np")["input_ids"]
+    return (lambda: fresh(folder, dtype=torch.float32).eval()), model, params, ids[:, :16].reshape(2, 8)
+
+
 @pytest.fixture(scope="module")
 def quick_compiles():
     """Half the compile time, slower programs: for modules that compile much and compare with other implementations."""

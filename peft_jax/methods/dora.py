@@ -19,8 +19,9 @@ from peft_jax.kept import keep
 from peft_jax.lowrank import branch, delta
 from peft_jax.method import Method
 from peft_jax.methods.lora import FORMAT as LORA
-from peft_jax.methods.lora import KEYS as LORA_KEYS
-from peft_jax.methods.lora import START, fields, init, leaves, lora, needs_data, padding, prepared, slots, trains, view
+from peft_jax.methods.lora import init, leaves, lora, needs_data, padding, prepared, trains
+from peft_jax.methods.lora_file import KEYS as LORA_KEYS
+from peft_jax.methods.lora_file import START, fields, slots, view
 
 LEAVES = ("lora_a", "lora_b", "lora_magnitude", "lora_scaling")
 

@@ -1,4 +1,4 @@
-"""What A and B of a LoRA start from, by ``init_lora_weights``. For W (in, out) and the scale s:
+"""The ranks and scales of a LoRA, and what A and B start from by ``init_lora_weights``. For W (in, out) and the scale s:
 
     True, "gaussian"    A random, B zero
     "orthogonal"        A and B random, their rows and columns on orthogonal halves of the rank, so that A B = 0
@@ -12,17 +12,32 @@ adapter is stored as what it adds to the base as it was, s A B - s A0 B0: a plai
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax import beside, targets
 from peft_jax.errors import PeftJaxError, nearest
 
 NAMES = (True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva")
 _NITER = re.compile(r"pissa_niter_(\d+)")
+
+
+def ranks(config: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
+    """The rank of each module by its name, int (len(names),), 0 where it is not adapted."""
+    return np.array([targets.pattern_value(config["rank_pattern"], name, config["r"]) if chosen else 0
+                     for name, chosen in zip(names, beside.chosen(config, names))], int)
+
+
+def scalings(config: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
+    """The scale of each module by its name, float32 (len(names),), 0 where it is not adapted."""
+    alphas = np.array([targets.pattern_value(config["alpha_pattern"], name, config["lora_alpha"]) for name in names])
+    rank = ranks(config, names)
+    divisor = np.maximum(np.sqrt(rank) if config["use_rslora"] else rank, 1)
+    return np.where(rank > 0, alphas / divisor, 0).astype(np.float32)
 
 
 def check(how: bool | str) -> None:

@@ -14,7 +14,8 @@ from inspect import signature
 from peft_jax import beside
 from peft_jax.method import Method
 from peft_jax.methods.lora import FORMAT as LORA
-from peft_jax.methods.lora import lora, padding, slots, trains
+from peft_jax.methods.lora import lora, padding, trains
+from peft_jax.methods.lora_file import slots
 
 
 def lorafa(*args, **kwargs) -> Method:

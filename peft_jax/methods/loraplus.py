@@ -11,7 +11,8 @@ from inspect import signature
 
 from peft_jax import tree
 from peft_jax.method import FROZEN, Method
-from peft_jax.methods.lora import KEYS, lora
+from peft_jax.methods.lora import lora
+from peft_jax.methods.lora_file import KEYS
 
 VECTORS = ("bias", "scale")
 
