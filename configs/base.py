@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ml_collections.config_dict import ConfigDict
 
-from configs.methods import method_config
+from configs.methods import any_type, method_config
 from configs.models import source_of
 from configs.tasks import TASKS
 from peft_jax.errors import PeftJaxError, nearest
@@ -50,6 +50,7 @@ def get_config(model: str = "smollm2-135m", task: str = "movie_rating", method: 
 
     config.optim = ConfigDict()
     config.optim.learning_rate = 1e-4
+    config.optim.rates = any_type(None)  # of a method's groups, as factors of learning_rate: "{'lora_b': 16}"
     config.optim.schedule = "cosine"  # cosine, linear, constant
     config.optim.warmup_ratio = 0.03  # share of the steps
     config.optim.b1 = 0.9

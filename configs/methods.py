@@ -27,7 +27,8 @@ def _lora() -> dict:
         "use_rslora": False,
         "bias": "none",  # none, all, lora_only
         "modules_to_save": any_type(None),
-        "init_lora_weights": any_type(True),  # True, False, gaussian
+        "init_lora_weights": any_type(True),  # True, False, gaussian, orthogonal, pissa, pissa_niter_4, olora, eva
+        "eva_config": any_type(None),  # "{'rho': 2.0, 'tau': 0.99, 'whiten': False, 'adjust_scaling_factors': True}"
     }
 
 
@@ -271,11 +272,24 @@ def _trainable_tokens() -> dict:
     }
 
 
+def _dora() -> dict:
+    return _lora() | {"name": "dora"}
+
+
+def _lorafa() -> dict:
+    return _lora() | {"name": "lorafa"}
+
+
+def _loraplus() -> dict:
+    return _lora() | {"name": "loraplus"}  # the ratio is optim.rates
+
+
 METHODS = {
     "adalora": _adalora,
     "bitfit": _bitfit,
     "bottleneck": _bottleneck,
     "compacter": _compacter,
+    "dora": _dora,
     "full": _full,
     "houlsby": _houlsby,
     "hra": _hra,
@@ -284,6 +298,8 @@ METHODS = {
     "loha": _loha,
     "lokr": _lokr,
     "lora": _lora,
+    "lorafa": _lorafa,
+    "loraplus": _loraplus,
     "oft": _oft,
     "parallel_adapter": _parallel_adapter,
     "pfeiffer": _pfeiffer,

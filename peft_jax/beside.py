@@ -94,21 +94,22 @@ def chosen(config: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
 
 
 def init(config, rng, params, axes, leaves: Callable[..., Mapping[str, jax.Array]],
-         trains: Callable[[str, Mapping], bool]) -> tree.Tree:
+         trains: Callable[[str, Mapping], bool], holders: Sequence[str] = ("kernel",)) -> tree.Tree:
     """``params`` with ``leaves(key, target, kernel)`` beside every chosen kernel; what trains becomes float32.
 
     A bfloat16 leaf would lose most of an update. ``leaves`` may replace the kernel or the bias of its module.
+    ``holders`` are the names of leaves that count as kernels.
 
     Raises ``PeftJaxError`` where nothing is chosen, a module is both adapted and saved, or leaves are there already.
     """
     flat = tree.flatten(params)
-    found = targets.find(params, axes, selection(config))
+    found = targets.find(params, axes, selection(config), holders)
     check_saved(config, params, found)
-    before = {path.rpartition("/")[2] for path in flat} - {"kernel", "bias"}
+    before = {path.rpartition("/")[2] for path in flat} - {*holders, "bias"}
     for target in found:
         key = jax.random.fold_in(rng, zlib.crc32(target.path.encode()))  # by path: other targets change nothing here
         folder = f"{target.path}/".lstrip("/")
-        new = leaves(key, target, flat[f"{folder}kernel"])
+        new = leaves(key, target, flat[folder + target.leaf])
         if held := new.keys() & before:
             raise PeftJaxError(f"the parameters already hold {config['peft_type']} ('{min(held)}' leaves): start from "
                                "the base's, or merge first.")
@@ -149,13 +150,16 @@ def folders(flat: Mapping[str, Any], leaf: str) -> list[str]:
     return [path.removesuffix(leaf) for path in flat if path.rpartition("/")[2] == leaf]
 
 
-def merge(params, leaves: Sequence[str], fold: Callable[..., jax.Array]) -> tree.Tree:
-    """Each adapted kernel replaced by ``fold(kernel float32, *leaves)``, back in its dtype; the leaves are gone."""
-    flat = tree.flatten(params)
+def merge(params, leaves: Sequence[str], fold: Callable[..., jax.Array], unused: Sequence[str] = ()) -> tree.Tree:
+    """Each adapted kernel, or embedding, replaced by ``fold(kernel float32, *leaves)``, back in its dtype.
+
+    The leaves are gone afterwards, and those of the names ``unused`` with them.
+    """
+    flat = {path: leaf for path, leaf in tree.flatten(params).items() if path.rpartition("/")[2] not in unused}
     for folder in folders(flat, leaves[0]):
         held = [flat.pop(folder + name) for name in leaves]
-        kernel = flat[folder + "kernel"]
-        flat[folder + "kernel"] = fold(kernel.astype(jnp.float32), *held).astype(kernel.dtype)
+        path = folder + ("kernel" if f"{folder}kernel" in flat else "embedding")
+        flat[path] = fold(flat[path].astype(jnp.float32), *held).astype(flat[path].dtype)
     return tree.unflatten(flat)
 
 
@@ -276,9 +280,10 @@ def portable(config: Mapping[str, Any], naming: Naming,
     """
     if not naming.portable:
         return dict(config), None
-    ours, theirs = zip(*naming.pairs, strict=True)
+    linear = config["target_modules"] == "all-linear"
+    ours, theirs = zip(*naming.pairs, *(() if linear else naming.embeddings), strict=True)
     wanted = list(numbers(config, ours))
-    if config["target_modules"] == "all-linear":
+    if linear:
         last = {name.rsplit(".", 1)[-1] for name, number in zip(theirs, wanted) if number}
         config = {**config, "target_modules": tuple(sorted(last))}
     if list(numbers(config, theirs)) == wanted:

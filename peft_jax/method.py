@@ -43,6 +43,9 @@ class Method(NamedTuple):
         where a method has a say in what a step does to them.
       penalty: ``(params) -> float32 scalar``, added to the loss, in nats per answer token, where the method wants one.
       parts: the methods of a chain.
+      prepare: ``(model, base params, batches) -> Method``, of a method whose ``init`` needs to see data first: what it
+        gives is used in its place. ``batches`` can be gone through more than once, each is a dict of arrays as in
+        training.
     """
 
     init: Callable[..., tree.Tree]
@@ -55,6 +58,7 @@ class Method(NamedTuple):
     optimizer: Callable[[Any, int], Any] = _as_given
     penalty: Callable[[Mapping], jax.Array] | None = None
     parts: tuple["Method", ...] = ()
+    prepare: Callable[..., "Method"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +109,15 @@ def chain(*methods: Method) -> Method:
     def penalty(params):
         return sum(method.penalty(params) for method in methods if method.penalty)
 
+    def prepare(model, params, batches):
+        return chain(*[m.prepare(model, params, batches) if m.prepare else m for m in methods])
+
     foldable = all(method.merge for method in methods)
     return Method(init, intercept, labels, merge if foldable else None,
                   {"peft_type": "CHAIN", "methods": tuple(m.config for m in methods)},
                   lambda params: sum(m.padding(params) for m in methods), optimizer=optimizer,
-                  penalty=penalty if any(m.penalty for m in methods) else None, parts=methods)
+                  penalty=penalty if any(m.penalty for m in methods) else None,
+                  prepare=prepare if any(m.prepare for m in methods) else None, parts=methods)
 
 
 def _intercepted(intercept, next_fun, context, *args, **kwargs):

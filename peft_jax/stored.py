@@ -6,6 +6,7 @@ serves both ways.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +49,8 @@ class Naming(NamedTuple):
       portable: whether the file's names are Hugging Face's, so that real peft reads it.
       fan_in_fan_out: whether the model's own linear layers keep a weight as (in, out) at Hugging Face, as GPT-2's do.
       owners: pairs as above of every module with leaves, norms and embeddings too.
+      embeddings: pairs of modules with an embedding alone.
+      tied: ``{path of an embedding that is the head as well: the head's name}``.
     """
 
     modules: Callable[[str, tuple[int, ...]], Sequence[str]]
@@ -56,6 +59,8 @@ class Naming(NamedTuple):
     portable: bool
     fan_in_fan_out: bool = False
     owners: Sequence[tuple[str, str]] = ()
+    embeddings: Sequence[tuple[str, str]] = ()
+    tied: Mapping[str, str] = MappingProxyType({})
 
 
 def _no_fields(config, flat, naming) -> dict[str, Any]:

@@ -7,7 +7,7 @@ entry of its stack: ``layers/self_attn/q_proj/kernel`` with a stack of 2 is ``la
 
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ Patterns = str | tuple[str, ...] | list[str] | None
 # What Hugging Face puts in front of the names of the model proper; a regex may or may not spell it out.
 PREFIXES = ("", "model.", "transformer.", "bert.", "roberta.", "distilbert.")
 STACKS = ("layers", "layer", "h", "blocks", "block")
+HOLDERS = ("kernel", "embedding")  # leaves that are a matrix from inputs to outputs; an embedding's inputs are ids
 HEADS = ("lm_head", "score", "classifier", "embed_out", "output_projection")
 
 
@@ -36,15 +37,16 @@ class KernelAxes(NamedTuple):
 
 
 class Target(NamedTuple):
-    """One kernel to change: its module's path, its layout, and its names in stack order."""
+    """One kernel to change: its module's path, its layout, its names in stack order, and what its leaf is called."""
 
     path: str
     axes: KernelAxes
     names: tuple[str, ...]
+    leaf: str = "kernel"
 
 
 def kernel_axes(model: nn.Module, params: Mapping[str, Any], *inputs, **kwargs) -> dict[str, KernelAxes]:
-    """The layout of every kernel, by path, found by tracing ``model.apply`` once without computing anything.
+    """The layout of every kernel and embedding, by path, found by tracing ``model.apply`` once; nothing is computed.
 
     Dense and DenseGeneral kernels are understood; others are noted by their type. Modules that the pass with these
     ``inputs`` never calls are not listed. Raises ``PeftJaxError`` where a leaf is no stack of its module's kernel.
@@ -53,9 +55,10 @@ def kernel_axes(model: nn.Module, params: Mapping[str, Any], *inputs, **kwargs) 
 
     def note(next_fun, args, keywords, context):
         module = context.module
-        if context.method_name == "__call__" and module.has_variable("params", "kernel"):
-            kernel = module.get_variable("params", "kernel")
-            seen["/".join((*module.path, "kernel"))] = (type(module).__name__, kernel.shape, _input_count(module))
+        for leaf in HOLDERS if context.method_name == "__call__" else ():
+            if module.has_variable("params", leaf):
+                shape = module.get_variable("params", leaf).shape
+                seen["/".join((*module.path, leaf))] = (type(module).__name__, shape, _input_count(module))
         return next_fun(*args, **keywords)
 
     with nn.intercept_methods(note):
@@ -66,7 +69,7 @@ def kernel_axes(model: nn.Module, params: Mapping[str, Any], *inputs, **kwargs) 
 
 def _input_count(module: nn.Module) -> int:
     """How many leading axes of a module's kernel are inputs; 0 where that is not known."""
-    if isinstance(module, nn.Dense):
+    if isinstance(module, nn.Dense | nn.Embed):
         return 1
     if isinstance(module, nn.DenseGeneral) and not module.batch_dims:
         return len(module.axis) if isinstance(module.axis, (tuple, list)) else 1
@@ -192,14 +195,16 @@ def chooser(target_modules: Patterns, exclude_modules: Patterns = None,
     return chosen
 
 
-def find(params: Mapping[str, Any], axes: Mapping[str, KernelAxes] | None,
-         selection: Mapping[str, Any]) -> list[Target]:
+def find(params: Mapping[str, Any], axes: Mapping[str, KernelAxes] | None, selection: Mapping[str, Any],
+         holders: Sequence[str] = ("kernel",)) -> list[Target]:
     """The kernels that ``selection``, the arguments of :func:`chooser`, means for at least one entry of their stack.
 
-    Raises ``PeftJaxError`` where nothing is chosen or one entry of a list matches no kernel, naming the nearest.
+    ``holders`` of ``HOLDERS`` are looked at; embeddings are never part of "all-linear". Raises ``PeftJaxError`` where
+    nothing is chosen or one entry of a list matches no kernel, naming the nearest.
     """
+    wanted = ("kernel",) if selection["target_modules"] == "all-linear" else holders
     everything = [_target(path, leaf, axes) for path, leaf in tree.flatten(params).items()
-                  if path.rsplit("/", 1)[-1] == "kernel"]
+                  if path.rsplit("/", 1)[-1] in wanted]
     _check_patterns(selection["target_modules"], everything)
     chosen = chooser(**selection)
     found = [_understood(target) for target in everything if any(map(chosen, target.names))]
@@ -212,8 +217,8 @@ def find(params: Mapping[str, Any], axes: Mapping[str, KernelAxes] | None,
 def _target(path, leaf, axes) -> Target:
     uncalled = KernelAxes("module that the traced pass never called", (), (), ())
     layout = plain_axes(leaf.shape) if axes is None else axes.get(path) or uncalled
-    module = path.removesuffix("kernel").rstrip("/")
-    return Target(module, layout, module_names(module, layout.stack))
+    module, _, name = path.rpartition("/")
+    return Target(module, layout, module_names(module, layout.stack), name)
 
 
 def _understood(target: Target) -> Target:
@@ -232,10 +237,13 @@ def _meant(target_modules: Patterns, name: str) -> bool:
 def _check_patterns(target_modules, everything) -> None:
     names = [name for t in everything for name in t.names]
     entries = [target_modules] if isinstance(target_modules, str) else list(target_modules or ())
+    tied = " A head that is tied to the embedding has none: peft_jax.untie(params) gives it one."
     for entry in entries:
         pattern = entry if isinstance(target_modules, str) else (entry,)
         if not any(_meant(pattern, name) for name in names):
-            tied = " A head that is tied to the embedding has none: peft_jax.untie(params) gives it one."
             raise PeftJaxError(f"target_modules has '{entry}', which matches no kernel of this model: "
                                f"{nearest(entry, (n.rsplit('.', 1)[-1] for n in names))}"
                                f"{tied if entry.endswith('lm_head') else ''}")
+    if isinstance(target_modules, str) and "lm_head" in target_modules and "lm_head" not in names and listed(
+            target_modules, "lm_head"):
+        raise PeftJaxError(f"target_modules={target_modules!r} matches lm_head, a kernel that this model lacks.{tied}")

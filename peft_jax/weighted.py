@@ -45,8 +45,7 @@ def weighted_adapter(adapters: Sequence[Adapter], weights: Sequence[float], base
         raise PeftJaxError(f"weighted_adapter: {len(adapters)} adapters and {len(weights)} weights: one for each.")
     combine = _combination(combination_type, density, majority_sign_method, rng)
     held = [_layers(method, params) for method, params in adapters]
-    most = [max(max(a.shape[1] for a, _, _ in layers.values()), method.config["r"])
-            for layers, (method, _) in zip(held, adapters, strict=True)]
+    most = [max(a.shape[1] for a, _, _ in layers.values()) for layers in held]
     rank, join = _joiner(combination_type, combine, most, svd_rank)
     names = list(dict.fromkeys(name for layers in held for name in layers))
     joined = {}
@@ -112,11 +111,12 @@ def _layers(method: Method, params) -> dict[str, tuple[np.ndarray, np.ndarray, f
     if method.config["peft_type"] != "LORA" or odd:
         what = f"trains '{odd[0]}'" if odd else f"is {method.config['peft_type']}"
         raise PeftJaxError(f"weighted_adapter: one of the adapters {what}: only plain LoRA can be combined.")
+    config, flat = method.stored.plain(method.config, flat)
     found = {}
     for folder in beside.folders(flat, LEAVES[0]):
         a, b, scaling = (np.asarray(flat[folder + leaf], np.float32) for leaf in LEAVES)
         names = targets.module_names(folder.rstrip("/"), scaling.shape)
-        own = zip(np.ndindex(*scaling.shape), names, ranks(method.config, names), scalings(method.config, names))
+        own = zip(np.ndindex(*scaling.shape), names, ranks(config, names), scalings(config, names))
         found |= {name: (a[entry][..., :r].reshape(-1, r), b[entry][:r].reshape(r, -1), float(scale))
                   for entry, name, r, scale in own if r}
     return found

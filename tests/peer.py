@@ -7,7 +7,7 @@ import numpy as np
 
 import peft_jax
 from peft_jax import bind, flatten, load_adapter, partition, save_adapter
-from tests.properties import moved
+from tests.properties import moved, trained
 
 SIZES = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 32}
@@ -70,17 +70,25 @@ def train_there(model, steps=2):
 
 
 def as_made(method, params):
-    """In the place of :func:`moved` for a method that starts from random leaves and pads them: padding stays zero."""
+    """``change`` for a method that starts from random leaves and pads them: padding stays zero."""
     return params
 
 
-def check_opens_in_peft(base, method, folder, relative=1e-4, move=moved):
-    """Made and moved here, saved, opened by peft: the same logits, merged too; loaded here: the same bits."""
+def trained_here(base):
+    """``change`` for :func:`check_opens_in_peft`: a few training steps."""
+    return lambda method, params: trained(method, base[1], params, IDS)
+
+
+def check_opens_in_peft(base, method, folder, relative=1e-4, change=moved):
+    """Made and moved here, saved, opened by peft: the same logits, merged too; loaded here: the same bits.
+
+    ``change(method, params)`` moves the leaves; by training where padding must stay zero.
+    """
     import peft
 
     fresh, model, params = base
     before = method.init(jax.random.key(0), params)
-    tuned = move(method, before)
+    tuned = change(method, before)
     ours = bound_logits(method, model, tuned)
     assert np.abs(ours - forward(model, params)).max() > 1e-2 * np.abs(ours).max()  # else nothing would be tested
     save_adapter(folder, method, tuned, model)

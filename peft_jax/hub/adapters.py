@@ -60,8 +60,7 @@ def save_adapter(folder: str | os.PathLike, method: Method, params: Mapping[str,
         if double := slots.keys() & tensors.keys():
             raise PeftJaxError(f"save_adapter: two methods of the chain both store '{min(double)}'.")
         tensors |= _tensors(slots, flat)
-        tied = family is not None and "lm_head/kernel" not in flat and any(slot.path == family.tied
-                                                                           for slot in slots.values())
+        tied = bool(naming.tied) and any(slot.path.rpartition("/")[0] in naming.tied for slot in slots.values())
         stated.append(adapter_config.write(part.stored, config, flat, naming, tied=tied, base_model=base_model,
                                            task_type=_task_type(family, model)))
     _write(Path(folder), tensors, stated[0] if len(stated) == 1 else {"peft_type": "CHAIN", "methods": stated})
@@ -145,17 +144,23 @@ def _family_with(params, tensors) -> Family | None:
 
 
 def _naming(flat, axes, family: Family | None) -> Naming:
-    table, pairs = family and table_of(family, flat), []
+    table, pairs = family and table_of(family, flat), {holder: [] for holder in targets.HOLDERS}
     for path, leaf in flat.items():
-        if path.rpartition("/")[2] == "kernel":
-            module = path.removesuffix("kernel").rstrip("/")
+        module, _, name = path.rpartition("/")
+        if name in pairs:
             stack = axes[path].stack if axes and path in axes else targets.plain_axes(leaf.shape).stack
-            pairs += zip(targets.module_names(module, stack), _module_names(table, module, stack))
+            pairs[name] += zip(targets.module_names(module, stack), _module_names(table, module, stack))
     owners = [pair for module, stack in targets.stacks(flat, axes).items() if table is None or module in table
               for pair in zip(targets.module_names(module, stack), _module_names(table, module, stack))]
     sideways = any(module.leaf == "kernel" and not module.transposed for module in (table or {}).values())
-    return Naming(partial(_module_names, table), partial(_whole, family, table, flat), pairs, family is not None,
-                  sideways, owners)
+    tied = {family.tied.rpartition("/")[0]: "lm_head"} if family and _follows(family, flat) else {}
+    return Naming(partial(_module_names, table), partial(_whole, family, table, flat), pairs["kernel"],
+                  family is not None, sideways, owners, pairs["embedding"], tied)
+
+
+def _follows(family: Family, flat) -> bool:
+    """Whether the model's head is its embedding."""
+    return family.tied is not None and "lm_head/kernel" not in flat
 
 
 def _module_names(table: names.Table | None, module: str, stack: tuple[int, ...]) -> list[str]:
@@ -170,7 +175,7 @@ def _whole(family: Family | None, table: names.Table | None, flat, path: str) ->
         return {path.replace("/", "."): Slot(path)}
     placed = names.tensors(table, [path], len(flat[path]))
     found = {name: Slot(path, partial(_part, place)) for name, place in placed.items()}
-    if path == family.tied and "lm_head/kernel" not in flat:  # tied: peft stores it under both names
+    if path == family.tied and _follows(family, flat):  # tied: peft stores it under both names
         found["lm_head.weight"] = Slot(path)
     return found
 
@@ -223,8 +228,8 @@ def _unties(family: Family | None, parts, tensors) -> bool:
         return False
     embedding, head = family.tied.rpartition("/")[0], f"{PREFIX}lm_head."
     followed = f"{PREFIX}{family.modules[embedding].name}."
-    own = [key for key in tensors if key.startswith(head) and key not in _TIED
-           and key.replace(head, followed) not in tensors]
+    own = [key for key in tensors if key.startswith(f"{followed}lora_embedding_") or (
+        key.startswith(head) and key not in _TIED and key.replace(head, followed) not in tensors)]
     return bool(own) or any(targets.saved(part.stated.get("modules_to_save"), name) for part in parts
                             for name in ("lm_head", embedding))
 
@@ -254,7 +259,9 @@ def _says_nothing_new(key: str, tensor, slots, own, base) -> bool:
     """
     if re.sub(r"\.(original_module|modules_to_save)\.", ".", key) in slots:
         return True
-    slot = own.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+    name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+    embedding = next((name for name, slot in own.items() if slot.path.endswith("/embedding")), "")
+    slot = own.get(name) or (own.get(embedding) if key in _TIED else None)
     if slot is None:
         return False
     held = slot.tensor(np.asarray(base[slot.path]))

@@ -7,6 +7,7 @@ from peft_jax.methods import adalora as _adalora
 from peft_jax.methods import bitfit as _bitfit
 from peft_jax.methods import bottleneck as _bottleneck
 from peft_jax.methods import compacter as _compacter
+from peft_jax.methods import dora as _dora
 from peft_jax.methods import full as _full
 from peft_jax.methods import hra as _hra
 from peft_jax.methods import ia3 as _ia3
@@ -24,6 +25,7 @@ from peft_jax.methods.adalora import adalora
 from peft_jax.methods.bitfit import bitfit
 from peft_jax.methods.bottleneck import bottleneck
 from peft_jax.methods.compacter import compacter
+from peft_jax.methods.dora import dora
 from peft_jax.methods.full import full
 from peft_jax.methods.houlsby import houlsby
 from peft_jax.methods.hra import hra
@@ -32,6 +34,8 @@ from peft_jax.methods.ln_tuning import ln_tuning
 from peft_jax.methods.loha import loha
 from peft_jax.methods.lokr import lokr
 from peft_jax.methods.lora import lora
+from peft_jax.methods.lorafa import lorafa
+from peft_jax.methods.loraplus import loraplus
 from peft_jax.methods.oft import oft
 from peft_jax.methods.parallel_adapter import parallel_adapter
 from peft_jax.methods.pfeiffer import pfeiffer
@@ -46,6 +50,7 @@ METHODS = {
     "bitfit": bitfit,
     "bottleneck": bottleneck,
     "compacter": compacter,
+    "dora": dora,
     "full": full,
     "houlsby": houlsby,
     "hra": hra,
@@ -54,6 +59,8 @@ METHODS = {
     "loha": loha,
     "lokr": lokr,
     "lora": lora,
+    "lorafa": lorafa,
+    "loraplus": loraplus,
     "oft": oft,
     "parallel_adapter": parallel_adapter,
     "pfeiffer": pfeiffer,
@@ -68,6 +75,7 @@ FORMATS = (
     _bitfit.FORMAT,
     _bottleneck.FORMAT,
     _compacter.FORMAT,
+    _dora.FORMAT,
     _full.FORMAT,
     _hra.FORMAT,
     _ia3.FORMAT,
@@ -91,6 +99,7 @@ __all__ = [
     "bitfit",
     "bottleneck",
     "compacter",
+    "dora",
     "full",
     "houlsby",
     "hra",
@@ -99,6 +108,8 @@ __all__ = [
     "loha",
     "lokr",
     "lora",
+    "lorafa",
+    "loraplus",
     "oft",
     "parallel_adapter",
     "pfeiffer",

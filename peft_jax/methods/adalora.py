@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import beside, targets, tree
+from peft_jax import beside, lowrank, targets, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
-from peft_jax.methods import allocation, biases, lora
+from peft_jax.methods import allocation, biases, lora, lora_file
 from peft_jax.stored import Format
 from peft_jax.targets import Patterns
 
@@ -116,7 +116,7 @@ def _intercept(dropout, next_fun, args, kwargs, context):
         return y
     a, b, e, scaling = held
     x = beside.dropped(module, context, beside.inputs_last(module, args[0]), dropout, "lora_dropout")
-    return y + lora.branch(x.astype(y.dtype), a * e, b, scaling).reshape(y.shape)
+    return y + lowrank.branch(x.astype(y.dtype), a * e, b, scaling).reshape(y.shape)
 
 
 def _merge(params):
@@ -124,7 +124,7 @@ def _merge(params):
 
     def fold(kernel, a, b, e, scaling):
         spread = e.reshape(*scaling.shape, *[1] * (a.ndim - e.ndim), e.shape[-1])
-        return kernel + lora.delta(a * spread, b, scaling)
+        return kernel + lowrank.delta(a * spread, b, scaling)
 
     return beside.merge(params, LEAVES, fold)
 
@@ -201,5 +201,5 @@ def _fields(config, flat, naming):
 ARGUMENTS = ("target_r", "init_r", "lora_alpha", "lora_dropout", *beside.SELECTION, "tinit", "tfinal", "deltaT",
              "beta1", "beta2", "orth_reg_weight", "total_step", "rank_pattern", "bias", "init_lora_weights")
 # peft's AdaLoRA takes the last three from LoRA's config and reads none of them.
-FORMAT = Format("ADALORA", adalora, ARGUMENTS, _slots, _fields, (*lora.SILENT, "r", "alpha_pattern", "use_rslora"),
+FORMAT = Format("ADALORA", adalora, ARGUMENTS, _slots, _fields, (*lora_file.SILENT, "r", "alpha_pattern", "use_rslora"),
                 plain=plain)

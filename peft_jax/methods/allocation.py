@@ -17,7 +17,7 @@ import optax
 
 from peft_jax import beside, targets, tree
 from peft_jax.errors import PeftJaxError
-from peft_jax.methods import lora
+from peft_jax.methods.lora_init import ranks
 
 FACTORS = ("adalora_a", "adalora_b", "adalora_e")
 
@@ -42,7 +42,7 @@ def modules(config, params) -> list[tuple[str, np.ndarray]]:
     found, flat = [], tree.flatten(params)
     for folder in beside.folders(flat, "adalora_e"):
         *stack, most = flat[folder + "adalora_e"].shape
-        each = lora.ranks(in_ranks(config), targets.module_names(folder.rstrip("/"), tuple(stack)))
+        each = ranks(in_ranks(config), targets.module_names(folder.rstrip("/"), tuple(stack)))
         found.append((folder, np.arange(most) < each.reshape(*stack, 1)))
     return found
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax import beside, targets, tree
-from peft_jax.methods import lora
+from peft_jax.methods import lora_file, lora_init
 from peft_jax.stored import Naming, Slot
 
 ARGUMENTS = ("r", "alpha", *beside.SELECTION, "rank_pattern", "alpha_pattern", "rank_dropout", "module_dropout",
@@ -39,12 +39,12 @@ def _as_lora(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def ranks(config: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
     """The rank of each module by its name, int (len(names),), 0 where it is not adapted."""
-    return lora.ranks(config, names)
+    return lora_init.ranks(config, names)
 
 
 def scalings(config: Mapping[str, Any], target: targets.Target) -> jax.Array:
     """alpha / r of each layer of a target, float32 (*stack)."""
-    return jnp.asarray(lora.scalings(_as_lora(config), target.names).reshape(target.axes.stack))
+    return jnp.asarray(lora_init.scalings(_as_lora(config), target.names).reshape(target.axes.stack))
 
 
 def factor(key, shape: Sequence[int], fan_in: int, each: np.ndarray, name: str, zero: bool = False) -> jax.Array:
@@ -104,10 +104,10 @@ def slots(config: Mapping[str, Any], flat, trained: Sequence[str], naming: Namin
             return lambda b: b.reshape(-1, b.shape[-1])[:, :rank].T
         return lambda whole: whole.T
 
-    lora.check_scalings(_as_lora(config), flat, scaling, "alpha")
+    lora_file.check_scalings(_as_lora(config), flat, scaling, "alpha")
     return beside.slots(flat, trained, naming, scaling, {name: name for name in leaves}, view)
 
 
 def fields(config, flat, naming) -> dict[str, Any]:
     """What peft needs in other words than ours, as for LoRA."""
-    return lora.fields(_as_lora(config), flat, naming)
+    return lora_file.fields(_as_lora(config), flat, naming)

@@ -29,6 +29,8 @@ from peft_jax.train.optim import make_optimizer, make_schedule
 from peft_jax.train.session import Session
 from peft_jax.train.step import TrainState, init_state, make_step
 
+LOOKED_AT = 8  # batches
+
 
 def train(command) -> int:
     """Train, evaluate before and after, save; goes on where an interrupted run of the workdir stopped."""
@@ -39,19 +41,22 @@ def train(command) -> int:
         if (folder / "results.json").exists():
             return _already_done(folder)
     method, ready = session.build_method(config), session.load(config, command.probe)
+    batches, total = _batches(config, ready)
+    if method.prepare:
+        method = method.prepare(ready.model, ready.base, _looked_at(batches, total))
     params = method.init(jax.random.key(config.seed), ready.base)
     counts = report.parameter_counts(method, ready.base, params)
     print(report.parameter_line(*counts), flush=True)
-    batches, total = _batches(config, ready)
     workdir.start(folder, config.to_dict(), command.overwrite)
 
     apply = bind(method, ready.model)
     jax.eval_shape(apply, {"params": params}, np.zeros((1, 8), np.int32))  # an adapter that nothing reads stops here
     evaluate = make_evaluator(apply, ready.model, ready.tokenizer, ready.held, config)
     before = _before(folder, evaluate, params, config.eval.to_dict())
-    optimizer = method.optimizer(make_optimizer(config.optim, total), total)
+    labels = method.labels(params)
+    optimizer = method.optimizer(make_optimizer(config.optim, total, labels), total)
     step = make_step(apply, optimizer, config.optim.loss_chunk, objective_of(config.task).error, method.penalty)
-    trainable, frozen = tree.partition(params, method.labels(params))
+    trainable, frozen = tree.partition(params, labels)
     state = init_state(trainable, optimizer, jax.random.key(config.seed))
     ready = ready._replace(base={})  # what does not train is in ``frozen``: a full run has no use for the old weights
     del params, trainable
@@ -131,6 +136,11 @@ def _train(config, folder: Path, step, state: TrainState, frozen, batches: Batch
         checkpoints.close()
         log.close()
     return state, log.last["seconds"], found
+
+
+def _looked_at(batches: Batches, total: int) -> list[dict[str, np.ndarray]]:
+    """The batches that a method may see before training: the first ones of it, the same for a resumed run."""
+    return [batches.at(step) for step in range(min(total, LOOKED_AT))]
 
 
 def _bytes_in(folder: Path) -> int:

@@ -37,7 +37,7 @@ def test_moved_here_opens_in_peft(peer_bases, case, tmp_path):
     padded = "rank_pattern" in options
     method = MAKE[kind](**options | ({"init_weights": False} if padded else {}))
     peer.check_opens_in_peft(peer_bases[name], method, tmp_path / "adapter",
-                             move=peer.as_made if padded else properties.moved)
+                             change=peer.as_made if padded else properties.moved)
 
 
 @pytest.mark.parametrize("case", CASES)

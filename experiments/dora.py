@@ -1,0 +1,15 @@
+"""DoRA: LoRA of the direction, the length of each column trained apart; 0.02 % more parameters.
+
+    python run.py --config=experiments/dora.py
+
+Paper: Liu et al. 2024, arXiv:2402.09353. Number: not measured yet.
+"""
+
+from configs import base, parse
+
+
+def get_config(arg: str = ""):
+    config = base.get_config(**parse.typed_args(arg, model="smollm2-135m", task="movie_rating"), method="dora")
+    config.method.update(r=16, lora_alpha=32, lora_dropout=0.1)
+    config.optim.update(learning_rate=1e-3, steps=60)
+    return config

@@ -1,0 +1,15 @@
+"""EVA: A begins as the principal directions of the inputs, which also share out the ranks.
+
+    python run.py --config=experiments/eva.py
+
+Paper: Paischer et al. 2024, arXiv:2410.07170. Number: not measured yet.
+"""
+
+from configs import base, parse
+
+
+def get_config(arg: str = ""):
+    config = base.get_config(**parse.typed_args(arg, model="smollm2-135m", task="movie_rating"))
+    config.method.update(r=16, lora_alpha=32, lora_dropout=0.1, init_lora_weights="eva")
+    config.optim.update(learning_rate=1e-3, steps=60)
+    return config

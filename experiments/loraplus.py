@@ -1,0 +1,15 @@
+"""LoRA+: B learns 16 times faster than A, otherwise experiments/lora.py with a lower rate.
+
+    python run.py --config=experiments/loraplus.py
+
+Paper: Hayou et al. 2024, arXiv:2402.12354 (a ratio of 16 there). Number: not measured yet.
+"""
+
+from configs import base, parse
+
+
+def get_config(arg: str = ""):
+    config = base.get_config(**parse.typed_args(arg, model="smollm2-135m", task="movie_rating"), method="loraplus")
+    config.method.update(r=16, lora_alpha=32, lora_dropout=0.1)
+    config.optim.update(learning_rate=2e-4, steps=60, rates={"lora_b": 16.0})
+    return config

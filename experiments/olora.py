@@ -1,0 +1,15 @@
+"""OLoRA: A and B begin as a part of the kernel's QR decomposition.
+
+    python run.py --config=experiments/olora.py
+
+Paper: Büyükakyüz 2024, arXiv:2406.01775. Number: not measured yet.
+"""
+
+from configs import base, parse
+
+
+def get_config(arg: str = ""):
+    config = base.get_config(**parse.typed_args(arg, model="smollm2-135m", task="movie_rating"))
+    config.method.update(r=16, lora_alpha=16, init_lora_weights="olora")
+    config.optim.update(learning_rate=2e-4, steps=60)
+    return config
