@@ -41,7 +41,7 @@ def embedding(flat: Mapping[str, Any]) -> str:
     found = [path for path in flat if re.fullmatch(r"(.*/)?embed_tokens/embedding", path)]
     if len(found) != 1:
         raise PeftJaxError(f"the parameters have {len(found)} leaves 'embed_tokens/embedding', and virtual tokens go "
-                           "into one: a decoder of peft_jax.models is needed (for LoRA on others: peft_jax.lora).")
+                           "beside one: they need a decoder of peft_jax.models.")
     return found[0].removesuffix("embedding")
 
 

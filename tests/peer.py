@@ -161,9 +161,9 @@ def check_virtual_on_real(fresh, model, params, ids, method, config, folder):
 
     tuned = moved(method, method.init(jax.random.key(0), params), by=0.1)
     save_adapter(folder / "ours", method, tuned, model)
-    assert_close(bind(method, model)({"params": tuned}, ids),
+    assert_close(jax.jit(bind(method, model))({"params": tuned}, ids),
                  logits(peft.PeftModel.from_pretrained(fresh(), folder / "ours")))
     theirs = peft.get_peft_model(fresh(), config).eval()
     theirs.save_pretrained(folder / "theirs")
     again, loaded = load_adapter(folder / "theirs", params)
-    assert_close(bind(again, model)({"params": loaded}, ids), logits(theirs))
+    assert_close(jax.jit(bind(again, model))({"params": loaded}, ids), logits(theirs))

@@ -4,8 +4,9 @@
 
 At ``layers/self_attn/core``, beside the attention itself, stands ``prefix`` (layers, n, 2, kv heads * head size). With
 ``prefix_projection`` a network makes it, as in the paper, P = W tanh(V e + c) + b: ``prefix_encoder`` at the root holds
-e, V and c, which all layers share, ``core/prefix_out`` and ``core/prefix_bias`` hold each layer's part of W and b. It
-is there for training only: a saved adapter holds P, and loads as the plain leaf.
+e, V and c, which all layers share, ``core/prefix_out`` and ``core/prefix_bias`` hold each layer's part of W and b. So
+each layer multiplies by its own part of W, once in all; only tanh(V e + c), n small rows, is computed again in each.
+The network is there for training only: a saved adapter holds P, and loads as the plain leaf.
 """
 
 import math
