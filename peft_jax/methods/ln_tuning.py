@@ -31,7 +31,7 @@ def ln_tuning(target_modules: Patterns = DEFAULT, *, exclude_modules: Patterns =
     Returns a :class:`Method`; trained leaves are float32.
 
     >>> import jax.numpy as jnp
-    >>> method = ln_tuning()
+    >>> method = ln_tuning(["norm"])
     >>> params = method.init(None, {"norm": {"scale": jnp.ones(8)}, "up_proj": {"kernel": jnp.ones((8, 8))}})
     >>> method.labels(params)["norm"], method.labels(params)["up_proj"]
     ({'scale': 'trainable'}, {'kernel': 'frozen'})
