@@ -79,7 +79,7 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def smollm2_peer(smollm2, tmp_path_factory):
-    """(makes a fresh torch model of it, its Flax model, params, token ids (2, n)): the real SmolLM2 for both libraries."""
+    """(makes a fresh torch model, Flax model, params, token ids (2, 8)): the real SmolLM2 for both libraries."""
     import torch
     import transformers
 
@@ -89,7 +89,8 @@ def smollm2_peer(smollm2, tmp_path_factory):
     folder = tmp_path_factory.mktemp("smollm2")
     save_pretrained(folder, model, params, tokenizer)
     fresh = transformers.AutoModelForCausalLM.from_pretrained
-    ids = tokenizer("Review: a delight.\nIn one word, the movie is good. Gravity pulls.", return_tensors="np")["input_ids"]
+    text = "Review: a delight.\nIn one word, the movie is good. Gravity pulls."
+    ids = tokenizer(text, return_tensors="np")["input_ids"]
     return (lambda: fresh(folder, dtype=torch.float32).eval()), model, params, ids[:, :16].reshape(2, 8)
 
 

@@ -1,4 +1,4 @@
-"""The ranks and scales of a LoRA, and what A and B start from by ``init_lora_weights``. For W (in, out) and the scale s:
+"""The ranks and scales of a LoRA, and what A and B start from by ``init_lora_weights``. For W (in, out), the scale s:
 
     True, "gaussian"    A random, B zero
     "orthogonal"        A and B random, their rows and columns on orthogonal halves of the rank, so that A B = 0
