@@ -43,8 +43,8 @@ def make_optimizer(optim, total_steps: int, labels: Mapping[str, Any] | None = N
     """AdamW for the trainable tree alone; moments take the leaves' dtype, so keep trainables in float32.
 
     ``labels`` are ``method.labels(params)``; leaves of the group g train at ``optim.rates[g]`` times the learning rate,
-    weight decay included, the group "trainable" at once where it is not named. Raises ``PeftJaxError`` for a group
-    without a rate and a rate without its group.
+    weight decay included, the group "trainable" at the rate itself where it is not named. Raises ``PeftJaxError`` for
+    a group without a rate and a rate without its group.
     """
     clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
     adam = optax.adamw(make_schedule(optim, total_steps), optim.b1, optim.b2, optim.eps,

@@ -45,7 +45,7 @@ def test_a_list_with_names_of_other_models_loads_as_in_peft(stored):
 
 
 @pytest.mark.parametrize("changes", [
-    {"lora_bias": True}, {"use_qalora": True}, {"lora_bias": True}, {"trainable_token_indices": [1, 2]},
+    {"use_qalora": True}, {"lora_bias": True}, {"trainable_token_indices": [1, 2]},
     {"target_parameters": ["mlp.experts"]}, {"layer_replication": [[0, 2], [1, 3]]}, {"megatron_config": {"a": 1}},
     {"alora_invocation_tokens": [5]}, {"velora_config": {"rank": 1}}, {"kasa_config": {}, "use_bdlora": {"n": 1}},
     {"a_field_of_tomorrow": 3}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "pissa_niter_4"},

@@ -1,5 +1,7 @@
 """DoRA: the promises of every method, the paper's equation in numpy, and its exchange with real peft."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -163,3 +165,13 @@ def test_what_cannot_be_meant_is_an_error(peer_bases):
         dora(target_modules=("embed_tokens",)).init(jax.random.key(0), base)
     with pytest.raises(PeftJaxError, match="already hold LORA"):
         dora().init(jax.random.key(0), peft_jax.lora().init(jax.random.key(0), base))
+
+
+def test_a_lora_file_that_says_dora_lacks_the_magnitudes(peer_bases, tmp_path):
+    _, model, base = peer_bases["llama"]
+    method = peft_jax.lora(r=2, target_modules=("q_proj",))
+    peft_jax.save_adapter(tmp_path, method, method.init(jax.random.key(0), base), model)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
+    with pytest.raises(PeftJaxError, match=r"missing.*q_proj\.lora_magnitude_vector"):
+        peft_jax.load_adapter(tmp_path, base)

@@ -140,7 +140,7 @@ def test_the_state_is_donated_and_the_base_is_not(base):
 def test_clipping_sees_the_trainable_part_alone(base, plain):
     optim = ml_collections.ConfigDict({
         "learning_rate": 0.1, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "warmup_ratio": 0.0,
-        "schedule": "constant", "clip_norm": 0.01})  # fmt: skip
+        "schedule": "constant", "clip_norm": 0.01, "rates": None})  # fmt: skip
     method, trainable, frozen, _ = setting(base)
     tx = make_optimizer(optim, 10)
     state = init_state(trainable, tx, jax.random.key(1))
