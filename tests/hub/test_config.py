@@ -51,6 +51,32 @@ def test_keys_left_out_mean_what_they_mean_to_transformers():
         assert hub_config.from_hf({"model_type": kind, **sizes}) == hub_config.from_hf(theirs.to_dict())
 
 
+BERT = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+DISTIL = {"vocab_size": 97, "dim": 32, "hidden_dim": 48, "n_layers": 4, "n_heads": 4}
+OTHERS = {"Bert": BERT, "Roberta": BERT, "DistilBert": DISTIL,
+          "GPT2": {"vocab_size": 97, "n_embd": 32, "n_layer": 4, "n_head": 4}}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_read_what_transformers_means_and_write_what_it_reads(name):
+    transformers = pytest.importorskip("transformers")
+    theirs = getattr(transformers, f"{name}Config")(**OTHERS[name])
+    config = hub_config.from_hf({"model_type": name.lower(), **OTHERS[name]})
+    assert config == hub_config.from_hf(theirs.to_dict())
+    assert hub_config.from_hf(type(theirs)(**hub_config.to_hf(config)).to_dict()) == config
+
+
+@pytest.mark.parametrize(("kind", "options", "message"), [
+    ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
+    ("bert", {"is_decoder": True}, "is_decoder=True is not supported"),
+    ("roberta", {"hidden_act": "gelu_fast"}, "hidden_act 'gelu_fast' is not supported in a roberta model"),
+    ("gpt2", {"vocab_size": 97, "n_embd": 32, "n_layer": 4}, "the gpt2 config lacks n_head"),
+])
+def test_what_other_families_cannot_read_is_named(kind, options, message):
+    with pytest.raises(PeftJaxError, match=message):
+        hub_config.from_hf({"model_type": kind, **(options if kind == "gpt2" else {**BERT, **options})})
+
+
 def test_the_old_word_for_the_rope_type():
     config = read(rope_scaling={"type": "linear", "factor": 2.0})
     assert config.rope_scaling == (("factor", 2.0), ("rope_type", "linear"))
