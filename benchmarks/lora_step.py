@@ -11,6 +11,7 @@ warm-up and data are outside the clock, clipping and AdamW inside it on both sid
 """
 
 import argparse
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -62,8 +63,9 @@ def jax_parts(method) -> tuple:
     model, base = peft_jax.load_pretrained(SOURCE)
     params = method.init(jax.random.key(0), base)
     trainable, frozen = peft_jax.partition(params, method.labels(params))
-    tx = optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(RATE))
-    return make_step(peft_jax.bind(method, model), tx, 512), init_state(trainable, tx, jax.random.key(1)), frozen
+    tx = method.optimizer(optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(RATE)), 1000)
+    step = make_step(peft_jax.bind(method, model), tx, 512, penalty=method.penalty)
+    return step, init_state(trainable, tx, jax.random.key(1)), frozen
 
 
 def stacked(batch: dict) -> dict:
@@ -109,12 +111,17 @@ def torch_step(config, folder: str) -> Step:
     leaves = [leaf for leaf in model.parameters() if leaf.requires_grad]
     optimizer = torch.optim.AdamW(leaves, lr=RATE, weight_decay=1e-4)  # optax.adamw's default decay
 
+    allocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)  # of AdaLoRA alone
+    done = itertools.count(1)
+
     def step(batch):
         given = {name: torch.tensor(array) for name, array in torch_batch(batch).items()}
         loss = model(**given, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(leaves, CLIP)
         optimizer.step()
+        if allocate:
+            allocate(next(done))
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
 

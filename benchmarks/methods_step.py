@@ -39,7 +39,7 @@ CASES = {
     "ln_tuning": ({}, ("LNTuningConfig", {})),
     "prefix": ({"num_virtual_tokens": 20}, ("PrefixTuningConfig", {"num_virtual_tokens": 20})),
     "prompt": ({"num_virtual_tokens": 20}, ("PromptTuningConfig", {"num_virtual_tokens": 20})),
-    "adapter": ({}, None),
+    "houlsby": ({}, None),
     "bitfit": ({"add_missing": True}, None),
 }
 

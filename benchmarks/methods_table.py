@@ -38,10 +38,10 @@ ROWS = {
     "prefix": ({"num_virtual_tokens": 20}, "20 tokens", PEFT),
     "prompt": ({"num_virtual_tokens": 20}, "20 tokens", PEFT),
     "ptuning": ({"num_virtual_tokens": 20}, "20 tokens", PEFT),
-    "adapter": ({}, "", "`adapters` 1.3, golden values"),
+    "houlsby": ({}, "", "`adapters` 1.3, golden values"),
     "pfeiffer": ({}, "", "`adapters` 1.3, golden values"),
     "parallel_adapter": ({}, "", "`adapters` 1.3, golden values"),
-    "compacter": ({}, "", "`adapters` 1.3, golden values"),
+    "compacter": ({"reduction_factor": 16}, "reduction 16", "`adapters` 1.3, golden values"),
 }
 
 

@@ -1,4 +1,4 @@
-"""IA3: 0.03 % of the parameters, a high learning rate.
+"""IA3: 0.04 % of the parameters, a high learning rate.
 
     python run.py --config=experiments/ia3.py
 

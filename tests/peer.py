@@ -1,6 +1,8 @@
 """The exchange of adapters with real Hugging Face peft, the same checks for every method that peft has."""
 
+import tempfile
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -96,20 +98,26 @@ def check_opens_in_peft(base, method, folder, relative=1e-4, change=moved):
     assert_close(ours, torch_logits(theirs), relative)
     if method.merge:
         assert_close(forward(model, method.merge(tuned)), ours, relative)
-    check_same_bits(params, method, tuned, folder)
+    check_same_bits(model, params, method, tuned, folder)
 
 
-def check_same_bits(params, method, tuned, folder):
+def check_same_bits(model, params, method, tuned, folder):
     """What was saved to ``folder`` loads as ``tuned``, bit for bit, zeros of layers that are not adapted aside; what
     was there for training only is folded away."""
     again, loaded = load_adapter(folder, params)
-    _, kept = method.stored.plain(method.config, flatten(tuned))
+    kept = flatten(tuned)
+    for part in method.parts or (method,):
+        _, kept = part.stored.plain(part.config, kept)
     before = flatten(method.labels(tuned))
     assert flatten(again.labels(loaded)) == {path: before.get(path, "trainable") for path in kept}
-    padded = method.padding(tuned)
-    for path, leaf in kept.items():
-        assert leaf.dtype == flatten(loaded)[path].dtype
-        assert padded or np.array_equal(leaf, flatten(loaded)[path]), path
+    assert {path: leaf.dtype for path, leaf in kept.items()} == {path: x.dtype for path, x in flatten(loaded).items()}
+    if not method.padding(tuned):  # moved padding is not in the file
+        for path, leaf in kept.items():
+            np.testing.assert_array_equal(leaf, flatten(loaded)[path], err_msg=path)
+    with tempfile.TemporaryDirectory() as other:
+        save_adapter(other, again, loaded, model)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (Path(other) / name).read_bytes() == (Path(folder) / name).read_bytes(), name
 
 
 def check_loads_from_peft(base, config, folder, relative=1e-4, whole=True):

@@ -1,6 +1,6 @@
 """Which method learns most in one budget? Each with a small sweep of its learning rate.
 
-    python experiments/ablations/methods.py --steps=40 --limit=100
+    python experiments/ablations/methods.py --steps=30 --limit=100
 
 Question: on SmolLM2-135M and the default task, how do the methods compare when all see the same batches and each has
 its own learning rate? (A shared rate makes IA3 and prefix tuning look bad.) Every run is ``run.py`` on the method's own
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RATES = {
-    "full": (1e-5, 3e-5, 1e-4),
+    "full": (2e-5, 5e-5, 2e-4),
     "lora": (5e-4, 1e-3, 2e-3),
     "dora": (5e-4, 1e-3, 2e-3),
     "adapter": (5e-4, 1e-3, 2e-3),
@@ -26,6 +26,12 @@ RATES = {
     "ia3": (3e-3, 1e-2, 3e-2),
     "bitfit": (1e-3, 3e-3, 1e-2),
 }
+# What some of the experiments set for themselves, made the same for all.
+SAME = tuple(f"--config.{key}={value}" for key, value in {
+    "model.dtype": "float32", "model.param_dtype": "float32", "model.remat": False, "data.batch_size": 16,
+    "optim.accumulate_steps": 1, "optim.epochs": 0, "eval.every_epoch": False, "checkpoint.every_epoch": False,
+    "checkpoint.every": 1000000, "log.tensorboard": False,
+}.items())
 COLUMNS = {"exact": "exact", "among_choices": "among five", "spearman": "Spearman", "probe_loss": "general loss"}
 
 
@@ -33,10 +39,8 @@ def run(method: str, rate: float, args) -> dict:
     """The results of one run, from its workdir where it is finished."""
     folder = Path(args.workdir) / f"{method}-{rate:g}"
     command = [sys.executable, "run.py", f"--config=experiments/{method}.py", f"--workdir={folder}",
-               f"--config.optim.learning_rate={rate}", f"--config.optim.steps={args.steps}", "--config.optim.epochs=0",
-               "--config.optim.accumulate_steps=1", "--config.data.batch_size=16", f"--config.eval.limit={args.limit}",
-               f"--config.eval.probe_limit={args.probe_limit}", "--config.log.tensorboard=False",
-               "--config.checkpoint.every=1000000", *args.more]  # fmt: skip
+               f"--config.optim.learning_rate={rate}", f"--config.optim.steps={args.steps}",
+               f"--config.eval.limit={args.limit}", f"--config.eval.probe_limit={args.probe_limit}", *SAME, *args.more]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         print(f"{method} at {rate:g} failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
@@ -53,7 +57,7 @@ def row(name: str, results: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", default=",".join(RATES))
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--limit", type=int, default=100, help="held-out sentences")
     parser.add_argument("--probe_limit", type=int, default=16, help="general texts")
     parser.add_argument("--workdir", default="runs/methods")

@@ -22,7 +22,7 @@ import numpy as np
 from peft_jax import beside, lowrank, targets, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
-from peft_jax.methods import allocation, biases, lora, lora_file
+from peft_jax.methods import allocation, biases, lora_file, lora_init
 from peft_jax.stored import Format
 from peft_jax.targets import Patterns
 
@@ -79,7 +79,7 @@ def _check(config: Mapping[str, Any]) -> None:
                            "alpha above 0 and a weight of at least 0.")
     for name in ("lora_dropout", "beta1", "beta2"):
         beside.check_probability(name, config[name])
-    beside.check_choice("bias", config["bias"], lora.BIASES)
+    beside.check_choice("bias", config["bias"], biases.OF_LORA)
     beside.check_choice("init_lora_weights", config["init_lora_weights"], (True, False))
     if config["total_step"] is not None:
         allocation.check_steps(config, config["total_step"])
@@ -97,7 +97,7 @@ def _init(config, rng, params, axes=None):
 
 def _leaves(config, key, target, kernel) -> dict[str, jax.Array]:
     _, stack, inputs, outputs = target.axes
-    each = lora.ranks(allocation.in_ranks(config), target.names).reshape(*stack, 1)
+    each = lora_init.ranks(allocation.in_ranks(config), target.names).reshape(*stack, 1)
     most = max(int(each.max()), 1)
     size = 0.02 if config["init_lora_weights"] else 1.0
     a, b, e = (size * jax.random.normal(one, (*stack, *shape), jnp.float32) for one, shape in zip(
@@ -179,7 +179,7 @@ def _slots(config, flat, trained, naming):
     def view(leaf, name):
         if not beside.chosen(config, [name])[0]:
             return None
-        rank = int(lora.ranks(allocation.in_ranks(config), [name])[0])
+        rank = int(lora_init.ranks(allocation.in_ranks(config), [name])[0])
         return {"adalora_a": lambda a: a.reshape(-1, a.shape[-1])[:, :rank].T,
                 "adalora_b": lambda b: b.reshape(b.shape[0], -1)[:rank].T,
                 "adalora_e": lambda e: e[:rank, None]}[leaf]

@@ -6,6 +6,8 @@ from typing import Any
 from peft_jax import beside, targets
 from peft_jax.errors import PeftJaxError
 
+OF_LORA = ("none", "all", "lora_only")
+
 
 def trains(config: Mapping[str, Any], path: str, flat: Mapping[str, Any], switch: str) -> bool:
     """Whether the leaf at ``path`` is a bias that trains; ``switch`` is a leaf that every adapted module holds."""

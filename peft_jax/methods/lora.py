@@ -27,8 +27,6 @@ from peft_jax.methods.lora_init import ranks, scalings
 from peft_jax.stored import Format
 from peft_jax.targets import Patterns
 
-BIASES = ("none", "all", "lora_only")
-
 
 def lora(r: int = 8, lora_alpha: float = 8, target_modules: Patterns = ("q_proj", "v_proj"), lora_dropout: float = 0.0,
          *, exclude_modules: Patterns = None, layers_to_transform: int | tuple[int, ...] | None = None,
@@ -88,7 +86,7 @@ def needs_data(config, given) -> bool:
 def _check(config: Mapping[str, Any]) -> None:
     beside.check_patterns(config, "r", "lora_alpha")
     beside.check_probability("lora_dropout", config["lora_dropout"])
-    beside.check_choice("bias", config["bias"], BIASES)
+    beside.check_choice("bias", config["bias"], biases.OF_LORA)
     lora_init.check(config["init_lora_weights"])
     eva.check(config["eva_config"])
 

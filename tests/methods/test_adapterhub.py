@@ -117,7 +117,7 @@ def test_saved_and_loaded_are_the_same_bits(peer_bases, case, tmp_path):
     method = CASES[case]
     tuned = properties.moved(method, method.init(jax.random.key(0), base))
     save_adapter(tmp_path, method, tuned, model)
-    peer.check_same_bits(base, method, tuned, tmp_path)
+    peer.check_same_bits(model, base, method, tuned, tmp_path)
     assert load_adapter(tmp_path, base)[0].config == method.config
 
 

@@ -217,7 +217,7 @@ def test_chains(peer_bases, tmp_path):
         ours = peer.bound_logits(method, model, tuned)
         assert np.array_equal(ours, peer.bound_logits(chain(other, houlsby(4)), model, tuned))
         save_adapter(tmp_path / other.config["peft_type"], method, tuned, model)
-        peer.check_same_bits(base, method, tuned, tmp_path / other.config["peft_type"])
+        peer.check_same_bits(model, base, method, tuned, tmp_path / other.config["peft_type"])
 
 
 @pytest.mark.parametrize("first", EVERY)

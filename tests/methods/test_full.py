@@ -118,7 +118,7 @@ def test_a_part_is_stored_whole_and_loads_as_the_same_bits(peer_bases, name, opt
     method = full(**options)
     tuned = properties.moved(method, method.init(jax.random.key(0), base))
     save_adapter(tmp_path, method, tuned, model)
-    peer.check_same_bits(base, method, tuned, tmp_path)
+    peer.check_same_bits(model, base, method, tuned, tmp_path)
     from safetensors.numpy import load_file
 
     stored = sum(tensor.size for tensor in load_file(tmp_path / "adapter_model.safetensors").values())
@@ -130,7 +130,7 @@ def test_a_part_of_a_model_that_is_not_ours_is_stored_too(tmp_path):
     method = full(last_n_layers=2)
     tuned = properties.moved(method, method.init(jax.random.key(0), base))
     save_adapter(tmp_path, method, tuned, None)
-    peer.check_same_bits(base, method, tuned, tmp_path)
+    peer.check_same_bits(None, base, method, tuned, tmp_path)
 
 
 def test_the_whole_is_stored_as_a_model(peer_bases, tmp_path):

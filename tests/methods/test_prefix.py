@@ -137,7 +137,7 @@ def test_unshifted_it_is_no_file_of_pefts(peer_bases, tmp_path):
     method = prefix(4, shift_positions=False)
     params = properties.moved(method, method.init(jax.random.key(0), base))
     save_adapter(tmp_path, method, params, model)
-    peer.check_same_bits(base, method, params, tmp_path)
+    peer.check_same_bits(model, base, method, params, tmp_path)
     again, loaded = load_adapter(tmp_path, base)
     np.testing.assert_array_equal(peer.bound_logits(again, model, loaded), peer.bound_logits(method, model, params))
     with pytest.raises((KeyError, ValueError), match="PREFIX_TUNING_UNSHIFTED"):

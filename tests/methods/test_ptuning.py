@@ -32,7 +32,7 @@ def test_trained_by_peft_loads_here(peer_bases, case, tmp_path):
     config = peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, **CASES[case])
     method, params = peer.check_loads_from_peft(peer_bases["tied"], config, tmp_path / "theirs", whole=False)
     peft_jax.save_adapter(tmp_path / "again", method, params, peer_bases["tied"][1])
-    peer.check_same_bits(peer_bases["tied"][2], method, params, tmp_path / "again")
+    peer.check_same_bits(*peer_bases["tied"][1:], method, params, tmp_path / "again")
 
 
 @pytest.mark.parametrize("case", CASES)

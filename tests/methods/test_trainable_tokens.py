@@ -90,7 +90,7 @@ def test_beside_lora_in_one_file(peer_bases, tmp_path):
     properties.check_merge(method, model, base, peer.IDS)
     tuned = properties.moved(method, method.init(jax.random.key(0), base))
     peft_jax.save_adapter(tmp_path, method, tuned, model)
-    peer.check_same_bits(base, method, tuned, tmp_path)
+    peer.check_same_bits(model, base, method, tuned, tmp_path)
 
 
 def test_what_cannot_be_meant_is_an_error(peer_bases):
