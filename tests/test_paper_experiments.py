@@ -8,9 +8,10 @@ import pytest
 
 from configs import parse
 from configs.check import check, tidy
-from peft_jax import tree
+from peft_jax import bind, tree
 from peft_jax.evaluation.objectives import objective_of
 from peft_jax.hub import config as hub_config
+from peft_jax.hub import families
 from peft_jax.hub.pretrained import with_head
 from peft_jax.train import report
 from peft_jax.train.session import build_method
@@ -25,6 +26,10 @@ MODELS = {
                                 "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
                                 "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5,
                                 "architectures": ["RobertaForMaskedLM"]},
+    "FacebookAI/roberta-large": {"model_type": "roberta", "vocab_size": 50265, "hidden_size": 1024,
+                                 "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+                                 "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5,
+                                 "architectures": ["RobertaForMaskedLM"]},
     "huggyllama/llama-7b": {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096,
                             "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "meta-llama/Llama-3.2-3B": {"model_type": "llama", "vocab_size": 128256, "hidden_size": 3072,
@@ -39,6 +44,8 @@ COUNTS = {
     "paper_lora_llama_commonsense": (56_098_816, 6_794_514_432),
     "paper_lora_llama32_metamath": (9_175_040, 3_212_749_824 + 9_175_040),
     "paper_ia3_llama32_metamath": (286_720, 3_212_749_824 + 286_720),
+    "paper_prefix_llama32_metamath": (11_468_800, 3_212_749_824 + 11_468_800),
+    "paper_houlsby_roberta_sst2": (835_968 + 1_051_650, 354_310_144 + 1_051_650 + 835_968),
 }
 
 
@@ -46,15 +53,24 @@ def test_every_paper_experiment_is_counted():
     assert {file.stem for file in (ROOT / "experiments").glob("paper_*.py")} == COUNTS.keys()
 
 
-@pytest.mark.parametrize("name", COUNTS)
-def test_as_many_parameters_train_as_the_paper_or_peft_says(name, monkeypatch):
-    """Shapes alone; no weights are made."""
-    monkeypatch.chdir(ROOT)
-    config, _ = parse.load_experiment(f"experiments/{name}.py")
-    check(tidy(config.lock()))
-    sizes = with_head(hub_config.from_hf(MODELS[config.model.source]), objective_of(config.task).head(config.task))
-    base = tree.unflatten({path: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+def counts(config, sizes) -> tuple[int, int]:
+    """(trainable, all) from shapes alone; raises where the forward pass would not read what is trained."""
+    sizes = with_head(hub_config.from_hf(sizes), objective_of(config.task).head(config.task))
+    base = tree.unflatten({path: jax.ShapeDtypeStruct(shape, jnp.float32)
                            for path, shape in hub_config.param_shapes(sizes).items()})
     method = build_method(config)
     params = jax.eval_shape(method.init, jax.random.key(0), base)
-    assert report.parameter_counts(method, base, params) == COUNTS[name]
+    apply = bind(method, families.of(sizes).model(sizes))
+    jax.eval_shape(lambda leaves: apply({"params": leaves}, jnp.zeros((1, 4), jnp.int32)), params)
+    return report.parameter_counts(method, base, params)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_as_many_parameters_train_as_the_paper_or_peft_says(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config, _ = parse.load_experiment(f"experiments/{name}.py")
+    check(tidy(config.lock()))
+    assert counts(config, MODELS[config.model.source]) == COUNTS[name]
+    if "num_virtual_tokens" in config.method:
+        config.method.num_virtual_tokens = 50
+        assert counts(config, MODELS[config.model.source])[0] == 2_867_200
