@@ -21,6 +21,7 @@ from peft_jax import (
     save_adapter,
     unflatten,
 )
+from peft_jax.hub.llama import MODULES
 from peft_jax.hub.names import tensors
 from tests import peer, properties
 
@@ -62,7 +63,7 @@ def test_logits_are_adapterhubs(golden, peer_bases, case, tmp_path):
     from safetensors.numpy import save_file
 
     _, model, shapes = peer_bases["llama"]
-    places = tensors(list(flatten(shapes)), 3)
+    places = tensors(MODULES, list(flatten(shapes)), 3)
     base = {path: np.zeros(leaf.shape, np.float32) for path, leaf in flatten(shapes).items()}
     for key, place in places.items():
         value = golden[f"base/{key}"]
