@@ -40,10 +40,16 @@ PLACEHOLDERS = {  # what a task's templates must hold, or every example would re
 
 def tidy(config: ConfigDict) -> ConfigDict:
     """Give names of modules, however they were written, the one form that methods take."""
-    for key in config.method:
-        if key in NAMES or key.endswith("_modules"):
-            config.method[key] = names(config.method[key])
+    _tidy(config.method)
     return config
+
+
+def _tidy(method: ConfigDict) -> None:
+    for key, value in method.items():
+        if isinstance(value, ConfigDict):  # one of several methods
+            _tidy(value)
+        elif key in NAMES or key.endswith("_modules"):
+            method[key] = names(value)
 
 
 def check(config: ConfigDict) -> None:

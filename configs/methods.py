@@ -3,12 +3,20 @@
 ``name`` picks the method from ``peft_jax.methods.METHODS``; all other keys are passed to it.
 """
 
-from ml_collections.config_dict import ConfigDict, FieldReference
+from ml_collections.config_dict import ConfigDict
+
+from configs import bottlenecks
+from configs.fields import any_type
+from peft_jax.errors import PeftJaxError, nearest
 
 
-def any_type(value) -> FieldReference:
-    """A field that also takes values of another type than its default's, such as a name, a tuple of names or None."""
-    return FieldReference(value, field_type=object)
+def _selection() -> dict:
+    """Which of the target modules are meant, as most of peft's methods say it."""
+    return {
+        "exclude_modules": any_type(None),
+        "layers_to_transform": any_type(None),  # a layer number or several: 0,1,2
+        "layers_pattern": any_type(None),
+    }
 
 
 def _lora() -> dict:
@@ -19,9 +27,7 @@ def _lora() -> dict:
         "lora_dropout": 0.0,
         # Names (`q_proj,v_proj`), a regular expression for whole module names, or `all-linear`.
         "target_modules": any_type(("q_proj", "v_proj")),
-        "exclude_modules": any_type(None),
-        "layers_to_transform": any_type(None),  # a layer number or several: 0,1,2
-        "layers_pattern": any_type(None),
+        **_selection(),
         "rank_pattern": any_type(None),  # "{'layers.0.self_attn.q_proj': 4}"
         "alpha_pattern": any_type(None),
         "use_rslora": False,
@@ -51,9 +57,7 @@ def _loha() -> dict:
         "target_modules": any_type(("q_proj", "v_proj")),
         "rank_dropout": 0.0,  # of output elements
         "module_dropout": 0.0,
-        "exclude_modules": any_type(None),
-        "layers_to_transform": any_type(None),
-        "layers_pattern": any_type(None),
+        **_selection(),
         "rank_pattern": any_type(None),
         "alpha_pattern": any_type(None),
         "modules_to_save": any_type(None),
@@ -106,56 +110,6 @@ def _ptuning() -> dict:
     }
 
 
-# What bottleneck adapters have in common, in AdapterHub's words.
-_PLACES = {
-    "leave_out": (),  # numbers of layers without an adapter: 0,1,2
-    "attention_modules": ("self_attn",),
-    "output_modules": ("mlp",),
-    "hidden_size": None,  # where it cannot be told from the kernels
-    "modules_to_save": None,
-}
-_NORMS = {"norm_modules": ("input_layernorm", "post_attention_layernorm")}  # their input is the residual stream
-
-
-def _adapter(name: str, reduction_factor: float, non_linearity: str, **others) -> dict:
-    shared = {
-        "bottleneck_size": None,  # decides where it is set, else hidden size / reduction_factor
-        "mh_adapter": True,
-        "output_adapter": True,
-        "scaling": 1.0,  # a number, learned, channel
-        "ln_before": False,
-        "ln_after": False,
-        "dropout": 0.0,
-        **_PLACES,
-    }
-    given = {**shared, **others}
-    given = {key: value if isinstance(value, bool) else any_type(value) for key, value in given.items()}
-    return {"name": name, "reduction_factor": float(reduction_factor), "non_linearity": non_linearity, **given}
-
-
-def _bottleneck() -> dict:
-    return _adapter("bottleneck", 16, "gelu", is_parallel=False, original_ln_before=False, init_weights="bert",
-                    **_NORMS)
-
-
-def _houlsby() -> dict:
-    return _adapter("houlsby", 16, "gelu", init_weights=1e-3)
-
-
-def _pfeiffer() -> dict:
-    return _adapter("pfeiffer", 16, "relu", mh_adapter=False, original_ln_before=True, init_weights="bert", **_NORMS)
-
-
-def _parallel_adapter() -> dict:
-    return _adapter("parallel_adapter", 2, "relu", mh_adapter=False, scaling=4.0, original_ln_before=False,
-                    init_weights="mam_adapter", **_NORMS)
-
-
-def _compacter() -> dict:
-    return _adapter("compacter", 32, "gelu", original_ln_before=False, phm_dim=4, phm_rank=1, factorized_phm_W=True,
-                    shared_phm_rule=True, factorized_phm_rule=False, phm_init_range=1e-4, phm_bias=True, **_NORMS)
-
-
 def _adalora() -> dict:
     return {
         "name": "adalora",
@@ -172,9 +126,7 @@ def _adalora() -> dict:
         "orth_reg_weight": 0.5,
         "total_step": any_type(None),  # None: the steps of the run
         "rank_pattern": any_type(None),
-        "exclude_modules": any_type(None),
-        "layers_to_transform": any_type(None),
-        "layers_pattern": any_type(None),
+        **_selection(),
         "bias": "none",  # none, all, lora_only
         "modules_to_save": any_type(None),
         "init_lora_weights": True,
@@ -188,9 +140,7 @@ def _hra() -> dict:
         "apply_GS": False,  # Gram-Schmidt
         "target_modules": any_type(("q_proj", "v_proj")),
         "bias": "none",  # none, all, hra_only
-        "exclude_modules": any_type(None),
-        "layers_to_transform": any_type(None),
-        "layers_pattern": any_type(None),
+        **_selection(),
         "modules_to_save": any_type(None),
         "init_weights": True,
     }
@@ -209,9 +159,7 @@ def _oft() -> dict:
         "block_share": False,
         "use_cayley_neumann": True,
         "num_cayley_neumann_terms": 5,
-        "exclude_modules": any_type(None),
-        "layers_to_transform": any_type(None),
-        "layers_pattern": any_type(None),
+        **_selection(),
         "modules_to_save": any_type(None),
         "init_weights": True,
     }
@@ -287,11 +235,11 @@ def _loraplus() -> dict:
 METHODS = {
     "adalora": _adalora,
     "bitfit": _bitfit,
-    "bottleneck": _bottleneck,
-    "compacter": _compacter,
+    "bottleneck": bottlenecks.bottleneck,
+    "compacter": bottlenecks.compacter,
     "dora": _dora,
     "full": _full,
-    "houlsby": _houlsby,
+    "houlsby": bottlenecks.houlsby,
     "hra": _hra,
     "ia3": _ia3,
     "ln_tuning": _ln_tuning,
@@ -301,8 +249,8 @@ METHODS = {
     "lorafa": _lorafa,
     "loraplus": _loraplus,
     "oft": _oft,
-    "parallel_adapter": _parallel_adapter,
-    "pfeiffer": _pfeiffer,
+    "parallel_adapter": bottlenecks.parallel_adapter,
+    "pfeiffer": bottlenecks.pfeiffer,
     "prefix": _prefix,
     "prompt": _prompt,
     "ptuning": _ptuning,
@@ -312,5 +260,17 @@ METHODS = {
 
 
 def method_config(name: str) -> ConfigDict:
-    """The section ``config.method`` for a method of ``METHODS``."""
-    return ConfigDict(METHODS[name]())
+    """The section ``config.method`` for a method of ``METHODS``, or for several: ``prefix+parallel_adapter``.
+
+    Of several each has a section of its own, ``config.method.prefix.num_virtual_tokens``; ``order`` is the chain's.
+    """
+    names = name.split("+")
+    if len(names) == 1:
+        return ConfigDict(_method(name))
+    return ConfigDict({"name": "chain", "order": tuple(names), **{part: _method(part) for part in names}})
+
+
+def _method(name: str) -> dict:
+    if name not in METHODS:
+        raise PeftJaxError(f"method={name}: {nearest(name, METHODS)}")
+    return METHODS[name]()

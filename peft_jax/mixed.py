@@ -18,7 +18,7 @@ from peft_jax import beside, tree
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.lowrank import branch
 from peft_jax.method import FROZEN, Method
-from peft_jax.methods.lora import LEAVES
+from peft_jax.methods.lora_file import LEAVES, as_plain
 
 MIXED = ("mixed_a", "mixed_b", "mixed_scaling")
 ROWS = "mixed_rows"
@@ -72,13 +72,7 @@ def use_adapters(method: Method, params: Mapping[str, Any], names: str | Sequenc
 
 def _lora_leaves(name, method, params) -> dict[str, list[np.ndarray]]:
     """``{folder: [a, b, scaling]}`` of one adapter, as a plain LoRA on the base as it was."""
-    flat, labels = tree.flatten(params), tree.flatten(method.labels(params))
-    odd = [path for path in flat if labels[path] != FROZEN and path.rpartition("/")[2] not in LEAVES]
-    if method.config["peft_type"] != "LORA" or odd:
-        what = f"trains '{odd[0]}'" if odd else f"is {method.config['peft_type']}"
-        raise PeftJaxError(f"adapter '{name}' {what}: rows of one batch can differ in plain LoRA leaves only; switch "
-                           "with peft_jax.combine(base, adapter) instead.")
-    _, flat = method.stored.plain(method.config, flat)
+    _, flat = as_plain(method, params, f"adapter '{name}'")
     found = {folder: [np.asarray(flat[folder + leaf]) for leaf in LEAVES] for folder in beside.folders(flat, LEAVES[0])}
     if embedded := [folder for folder in found if f"{folder}kernel" not in flat]:
         raise PeftJaxError(f"adapter '{name}' changes the embedding '{embedded[0]}': rows of one batch can differ in "

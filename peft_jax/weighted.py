@@ -14,8 +14,10 @@ import numpy as np
 
 from peft_jax import beside, targets, tree
 from peft_jax.errors import PeftJaxError, nearest
-from peft_jax.method import FROZEN, Method
-from peft_jax.methods.lora import LEAVES, lora, ranks, scalings
+from peft_jax.method import Method
+from peft_jax.methods.lora import lora
+from peft_jax.methods.lora_file import LEAVES, as_plain
+from peft_jax.methods.lora_init import ranks, scalings
 
 Adapter = tuple[Method, Mapping[str, Any]]
 Combine = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (adapters, *shape), (adapters,) weights -> (*shape)
@@ -106,12 +108,7 @@ KINDS = ("svd", "cat", *STEPS, *(f"{name}_svd" for name in STEPS if name != "lin
 
 def _layers(method: Method, params) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
     """``{name of a module in a layer: (a (*in, r), b (r, *out), scale)}`` of the adapted ones."""
-    flat, labels = tree.flatten(params), tree.flatten(method.labels(params))
-    odd = [path for path in flat if labels[path] != FROZEN and path.rpartition("/")[2] not in LEAVES]
-    if method.config["peft_type"] != "LORA" or odd:
-        what = f"trains '{odd[0]}'" if odd else f"is {method.config['peft_type']}"
-        raise PeftJaxError(f"weighted_adapter: one of the adapters {what}: only plain LoRA can be combined.")
-    config, flat = method.stored.plain(method.config, flat)
+    config, flat = as_plain(method, params, "weighted_adapter: one of the adapters")
     found = {}
     for folder in beside.folders(flat, LEAVES[0]):
         a, b, scaling = (np.asarray(flat[folder + leaf], np.float32) for leaf in LEAVES)

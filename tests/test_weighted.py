@@ -130,6 +130,6 @@ def test_what_cannot_be_combined_is_an_error(peer_bases, adapters):
     with pytest.raises(PeftJaxError, match="2 adapters and 1 weights"):
         weighted_adapter(two, [1], base)
     other = ia3()
-    with pytest.raises(PeftJaxError, match="only plain LoRA can be combined"):
+    with pytest.raises(PeftJaxError, match="only plain LoRA can be mixed or combined"):
         weighted_adapter([(other, other.init(jax.random.key(0), base))], [1], base)
     assert set(KINDS) >= {*EQUAL, *UNEQUAL}

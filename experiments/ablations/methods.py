@@ -16,15 +16,15 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-RATES = {
-    "full": (2e-5, 5e-5, 2e-4),
-    "lora": (5e-4, 1e-3, 2e-3),
-    "dora": (5e-4, 1e-3, 2e-3),
-    "adapter": (5e-4, 1e-3, 2e-3),
-    "prefix": (1e-2, 3e-2, 1e-1),
-    "prompt": (1e-2, 3e-2, 1e-1),
-    "ia3": (3e-3, 1e-2, 3e-2),
-    "bitfit": (1e-3, 3e-3, 1e-2),
+RATES = {  # in the order in which they are tried
+    "full": (5e-5, 2e-4, 2e-5),
+    "lora": (1e-3, 2e-3, 5e-4),
+    "dora": (1e-3, 2e-3, 5e-4),
+    "adapter": (1e-3, 2e-3, 5e-4),
+    "prefix": (3e-2, 1e-1, 1e-2),
+    "prompt": (3e-2, 1e-1, 1e-2),
+    "ia3": (1e-2, 3e-2, 3e-3),
+    "bitfit": (3e-3, 1e-2, 1e-3),
 }
 # What some of the experiments set for themselves, made the same for all.
 SAME = tuple(f"--config.{key}={value}" for key, value in {
@@ -57,6 +57,7 @@ def row(name: str, results: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", default=",".join(RATES))
+    parser.add_argument("--rates", type=int, default=3, help="how many of each method's rates")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--limit", type=int, default=100, help="held-out sentences")
     parser.add_argument("--probe_limit", type=int, default=16, help="general texts")
@@ -66,10 +67,10 @@ def main() -> None:
     head = f"| method, rate | trainable | {' | '.join(COLUMNS.values())} | training |"
     print(head + "\n|" + "---|" * (head.count("|") - 1), flush=True)
     best = {}
-    for method in args.methods.split(","):
-        for rate in RATES[method]:
-            if results := run(method, rate, args):
-                line = row(f"{method} {rate:g}", results)
+    for trial in range(args.rates):  # all methods at their first rate, then at the second: a part is balanced too
+        for method in args.methods.split(","):
+            if results := run(method, RATES[method][trial], args):
+                line = row(f"{method} {RATES[method][trial]:g}", results)
                 print(line, flush=True)
                 best[method] = max(best.get(method, (-1, "")), (results["after"]["among_choices"], line))
     print("\nBest of each:\n" + "\n".join(line for _, line in best.values()))

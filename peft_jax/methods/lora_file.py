@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from peft_jax import beside, targets
+from peft_jax import beside, targets, tree
 from peft_jax.errors import PeftJaxError
+from peft_jax.method import FROZEN, Method
 from peft_jax.methods import lora_init
 from peft_jax.methods.lora_init import ranks, scalings
 from peft_jax.stored import PREFIX, Naming, Slot
@@ -49,6 +50,20 @@ def plain(config, flat):
         a, b = lora_init.difference(*pairs, ranks(config, names).reshape(held.shape))
         flat |= dict(zip([path + leaf for leaf in LEAVES], (a, b, scalings(double, names).reshape(held.shape))))
     return double, flat
+
+
+def as_plain(method: Method, params, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config and flat leaves of ``params`` as a plain LoRA on the base as it was.
+
+    Raises ``PeftJaxError``, about ``what``, for another method and where leaves of the base train too.
+    """
+    flat, labels = tree.flatten(params), tree.flatten(method.labels(params))
+    odd = [path for path in flat if labels[path] != FROZEN and path.rpartition("/")[2] not in LEAVES]
+    if method.config["peft_type"] != "LORA" or odd:
+        why = f"trains '{odd[0]}'" if odd else f"is {method.config['peft_type']}"
+        raise PeftJaxError(f"{what} {why}: only plain LoRA can be mixed or combined; switch with "
+                           "peft_jax.combine(base, adapter) instead.")
+    return plain(method.config, flat)
 
 
 def slots(config, flat, trained: Sequence[str], naming: Naming, keys=None, cut=None) -> dict[str, Slot]:

@@ -53,13 +53,9 @@ def train(command) -> int:
     jax.eval_shape(apply, {"params": params}, np.zeros((1, 8), np.int32))  # an adapter that nothing reads stops here
     evaluate = make_evaluator(apply, ready.model, ready.tokenizer, ready.held, config)
     before = _before(folder, evaluate, params, config.eval.to_dict())
-    labels = method.labels(params)
-    optimizer = method.optimizer(make_optimizer(config.optim, total, labels), total)
-    step = make_step(apply, optimizer, config.optim.loss_chunk, objective_of(config.task).error, method.penalty)
-    trainable, frozen = tree.partition(params, labels)
-    state = init_state(trainable, optimizer, jax.random.key(config.seed))
+    step, state, frozen = _start(config, method, apply, params, total)
     ready = ready._replace(base={})  # what does not train is in ``frozen``: a full run has no use for the old weights
-    del params, trainable
+    del params
     state, seconds, found = _train(config, folder, step, state, frozen, batches, total, evaluate)
     if int(state.step) < total:
         print(f"stopped after step {int(state.step)} of {total}; the same command goes on from there")
@@ -73,6 +69,15 @@ def train(command) -> int:
     workdir.write_json(folder / "results.json", results)
     print("\n" + report.summary(results))
     return 0
+
+
+def _start(config, method: Method, apply, params, total: int) -> tuple[Callable, TrainState, tree.Tree]:
+    """(training step, state before the first one, frozen leaves)."""
+    labels = method.labels(params)
+    optimizer = method.optimizer(make_optimizer(config.optim, total, labels), total)
+    step = make_step(apply, optimizer, config.optim.loss_chunk, objective_of(config.task).error, method.penalty)
+    trainable, frozen = tree.partition(params, labels)
+    return step, init_state(trainable, optimizer, jax.random.key(config.seed)), frozen
 
 
 def _save(folder: Path, method: Method, params: tree.Tree, ready: Session, config) -> Path:

@@ -15,7 +15,7 @@ from peft_jax.evaluation.evaluate import HeldOut, hold_out
 from peft_jax.evaluation.objectives import objective_of
 from peft_jax.hub import families, load_config, load_pretrained, load_tokenizer
 from peft_jax.hub.pretrained import with_head
-from peft_jax.method import Method
+from peft_jax.method import Method, chain
 from peft_jax.methods import METHODS
 
 
@@ -89,9 +89,14 @@ def load_model(config) -> tuple[Any, tree.Tree]:
 
 
 def build_method(config) -> Method:
-    """The method of ``config.method``, called with all its other keys."""
-    arguments = config.method.to_dict()
+    """The method of ``config.method``, called with all its other keys; for the name "chain" these are methods."""
+    return _built(config.method.to_dict())
+
+
+def _built(arguments: dict[str, Any]) -> Method:
     name = arguments.pop("name")
+    if name == "chain":
+        return chain(*[_built(arguments[part]) for part in arguments["order"]])
     if name not in METHODS:
         raise PeftJaxError(f"--config.method.name={name}: {nearest(name, METHODS)}")
     return METHODS[name](**arguments)

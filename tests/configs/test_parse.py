@@ -142,4 +142,16 @@ def test_every_method_has_its_arguments_in_the_configuration():
 
     assert METHODS.keys() == methods.METHODS.keys()
     for name, build in methods.METHODS.items():
-        assert set(inspect.signature(build).parameters) == set(method_config(name)) - {"name"}
+        defaults = {key: argument.default for key, argument in inspect.signature(build).parameters.items()}
+        given = method_config(name).to_dict()
+        del given["name"]
+        assert given == defaults, name
+
+
+def test_several_methods_have_a_section_each():
+    config = base.get_config(method="lora+ia3")
+    parse.override(config, ["--config.method.lora.r=3", "--config.method.ia3.target_modules=k_proj,v_proj"])
+    assert check.tidy(config).method.to_dict()["ia3"]["target_modules"] == ("k_proj", "v_proj")
+    assert (config.method.name, config.method.lora.r) == ("chain", 3)
+    with pytest.raises(PeftJaxError, match=r"method=lorra: did you mean lora"):
+        base.get_config(method="ia3+lorra")

@@ -1,5 +1,7 @@
 """The real SmolLM2 with updates of low rank or few parameters: adapters exchanged with real peft."""
 
+from inspect import signature
+
 import jax
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ torch = pytest.importorskip("torch")
 KINDS = {
     "adalora": ("AdaLoraConfig", {"total_step": 4}, 0.15),
     "hra": ("HRAConfig", {"r": 2}, 0.1),
+    "ia3": ("IA3Config", {}, 0.3),
     "loha": ("LoHaConfig", {"r": 4}, 0.1),
     "lokr": ("LoKrConfig", {"r": 4, "decompose_both": True}, 0.1),
     "oft": ("OFTConfig", {"oft_block_size": 8}, 0.05),
@@ -29,7 +32,7 @@ def test_smollm2_exchanges_adapters_with_peft(smollm2, smollm2_peer, kind, tmp_p
     model, base, tokenizer = smollm2
     ids = tokenizer(["Review: a delight.\nIn one word, the movie is"], return_tensors="np")["input_ids"]
     name, options, by = KINDS[kind]
-    options = options | LAYERS
+    options = options | (LAYERS if "layers_to_transform" in signature(getattr(peft_jax, kind)).parameters else {})
 
     def logits(theirs):
         with torch.no_grad():

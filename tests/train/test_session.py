@@ -4,13 +4,16 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 from configs import base
+from peft_jax import bind
 from peft_jax.data import Encoded
 from peft_jax.errors import PeftJaxError
 from peft_jax.train import session
+from tests import properties
 
 
 def example(ids):
@@ -53,3 +56,20 @@ def test_a_damaged_config_of_the_model_is_not_the_tokenizer_s_fault(tiny_folder,
     (folder / "config.json").write_text(content)
     with pytest.raises(PeftJaxError, match=f"^{folder}/config.json .*{words}"):
         session.load(configured(folder, tmp_path))
+
+
+def test_several_methods_are_built_into_one_chain(tiny_model):
+    config = base.get_config(method="prefix+parallel_adapter")
+    config.method.prefix.num_virtual_tokens = 3
+    method = session.build_method(config)
+    assert [part.config["peft_type"] for part in method.parts] == ["PREFIX_TUNING", "BOTTLENECK"]
+    params = method.init(jax.random.key(0), tiny_model[1])
+    core = params["layers"]["self_attn"]["core"]
+    assert core["prefix"].shape[:2] == (2, 3)
+    before, after = (np.asarray(bind(method, tiny_model[0])({"params": tree}, np.arange(8)[None]))
+                     for tree in (params, properties.moved(method, params)))
+    assert np.abs(before - after).max() > 1e-2
+    with pytest.raises(PeftJaxError, match="did you mean lora"):
+        config.method.unlock()
+        config.method.prefix.name = "lorra"
+        session.build_method(config)

@@ -1,0 +1,17 @@
+"""Mix-and-match (MAM): prefix tuning and a parallel adapter at the feed-forward part, both at once.
+
+    python run.py --config=experiments/mam.py --config.method.prefix.num_virtual_tokens=30
+
+Paper: He et al. 2022, arXiv:2110.04366, section 4.6, with a prefix of 30 and a bottleneck of 512 at width 1024, here at
+most 288 of 576. Number: not measured yet.
+"""
+
+from configs import base, parse
+
+
+def get_config(arg: str = ""):
+    config = base.get_config(**parse.typed_args(arg, model="smollm2-135m", task="movie_rating"),
+                             method="prefix+parallel_adapter")
+    config.method.prefix.num_virtual_tokens = 30
+    config.optim.update(learning_rate=2e-3, steps=60)
+    return config
