@@ -10,7 +10,7 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from peft_jax import PeftJaxError, chain, load_adapter, load_pretrained, lora, save_adapter, save_pretrained
+from peft_jax import PeftJaxError, chain, load_adapter, load_pretrained, lora, partition, save_adapter, save_pretrained
 
 METHOD = lora(r=2, init_lora_weights=False)
 
@@ -149,6 +149,15 @@ def test_a_failed_save_leaves_the_older_adapter_whole(stored, tiny_model, tuned,
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
 
 
+def test_a_disk_that_is_full_while_the_tokenizer_is_written(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
+    """tokenizers raises a bare Exception then."""
+    full = "File too large (os error 27)"
+    monkeypatch.setattr(type(tiny_tokenizer), "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(Exception(full)))
+    with pytest.raises(PeftJaxError, match=r"model cannot be written to .*File too large"):
+        save_pretrained(tmp_path / "model", *tiny_model, tiny_tokenizer)
+    assert not list(tmp_path.iterdir())
+
+
 def replaces_until(number, error):
     """``os.replace`` that raises once, at the call of that number; and the list of its targets."""
     calls, replace = [], os.replace
@@ -212,5 +221,7 @@ def test_what_a_file_cannot_hold_is_not_saved(tiny_model, tuned, tmp_path):
 
 
 def test_an_adapter_is_not_loaded_onto_another(stored, tuned):
-    with pytest.raises(PeftJaxError, match="already hold LORA"):
-        load_adapter(stored[0], tuned)
+    """Nor onto the frozen part of its tree, which has the scalings in it."""
+    for params in (tuned, partition(tuned, METHOD.labels(tuned))[1]):
+        with pytest.raises(PeftJaxError, match=r"already hold LORA.*wants the plain model's base_params, .*/lora_"):
+            load_adapter(stored[0], params)
