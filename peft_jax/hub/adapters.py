@@ -233,6 +233,9 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
         return load_file(path)
     except SafetensorError as error:
         raise PeftJaxError(f"{path} is damaged: {error}. Fetch it again.") from error
+    except (AttributeError, KeyError, TypeError) as error:  # of safetensors, for a type such as float8
+        raise PeftJaxError(f"{path} has tensors of a type that cannot be read ({error}): save it as float32, float16 "
+                           "or bfloat16.") from error
 
 
 def _unties(family: Family | None, parts, tensors) -> bool:

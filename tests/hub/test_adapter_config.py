@@ -129,6 +129,14 @@ def test_tensors_that_are_no_floats_are_errors(restated, tiny_model, dtype):
         load_adapter(folder, tiny_model[1])
 
 
+def test_tensors_of_a_type_that_numpy_lacks_are_an_error(restated, tiny_model):
+    folder = restated("lora", {})
+    header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    (folder / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(2))
+    with pytest.raises(PeftJaxError, match=r"adapter_model\.safetensors has tensors of a type that cannot be read"):
+        load_adapter(folder, tiny_model[1])
+
+
 def test_float16_adapters_load(restated, tiny_model):
     folder = restated("lora", {})
     tensors = load_file(folder / "adapter_model.safetensors")
