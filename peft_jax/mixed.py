@@ -18,7 +18,7 @@ from peft_jax import beside, tree
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.lowrank import branch
 from peft_jax.method import FROZEN, Method
-from peft_jax.methods.lora_file import LEAVES, as_plain
+from peft_jax.methods.lora_leaves import Leaves, on_base
 
 MIXED = ("mixed_a", "mixed_b", "mixed_scaling")
 ROWS = "mixed_rows"
@@ -35,14 +35,15 @@ def mix_adapters(adapters: Mapping[str, tuple[Method, Mapping[str, Any]]],
     Returns ``(method, params)`` for :func:`peft_jax.bind`; :func:`use_adapters` says who uses what. Nothing in it
     trains, there is no dropout, and it cannot be merged: merge the adapter alone.
 
-    Raises ``PeftJaxError`` where there is no adapter, where one is no LoRA, or trains leaves of the base too.
+    Raises ``PeftJaxError`` where there is no adapter, where one is no LoRA, trains leaves of the base too, or does not
+    fit the base.
     """
     if not adapters:
         raise PeftJaxError("mix_adapters() was given no adapter: name at least one.")
-    held = {name: _lora_leaves(name, method, params) for name, (method, params) in adapters.items()}
     flat = dict(tree.flatten(base_params))
     if ROWS in flat:
         raise PeftJaxError("the parameters already hold mixed adapters: start from the base's.")
+    held = {name: _lora_leaves(name, method, params, base_params) for name, (method, params) in adapters.items()}
     for folder in dict.fromkeys(folder for leaves in held.values() for folder in leaves):
         flat |= _stacked(folder, [leaves.get(folder) for leaves in held.values()])
     names = tuple(adapters)
@@ -56,10 +57,13 @@ def use_adapters(method: Method, params: Mapping[str, Any], names: str | Sequenc
 
     The tree's shapes depend on the number of rows alone, so a jitted function is compiled once for all choices.
 
-    Raises ``PeftJaxError`` for an unknown name, naming the nearest, and for a method that is not ``mix_adapters``'s.
+    Raises ``PeftJaxError`` for an unknown name, naming the nearest, and for a method or params that are not
+    ``mix_adapters``'s.
     """
     if method.config["peft_type"] != "MIXED":
         raise PeftJaxError("use_adapters: this method was not made by mix_adapters().")
+    if ROWS not in params:
+        raise PeftJaxError(f"use_adapters: the params have no '{ROWS}': give those that mix_adapters() made.")
     known = method.config["adapters"]
     chosen = (names,) if names is None or isinstance(names, str) else tuple(names)
     for name in chosen:
@@ -70,10 +74,9 @@ def use_adapters(method: Method, params: Mapping[str, Any], names: str | Sequenc
     return {**params, ROWS: jnp.asarray(numbers[0] if single else numbers)}
 
 
-def _lora_leaves(name, method, params) -> dict[str, list[np.ndarray]]:
-    """``{folder: [a, b, scaling]}`` of one adapter, as a plain LoRA on the base as it was."""
-    _, flat = as_plain(method, params, f"adapter '{name}'")
-    found = {folder: [np.asarray(flat[folder + leaf]) for leaf in LEAVES] for folder in beside.folders(flat, LEAVES[0])}
+def _lora_leaves(name, method, params, base_params) -> Leaves:
+    _, found = on_base(method, params, base_params, f"adapter '{name}'")
+    flat = tree.flatten(base_params)
     if embedded := [folder for folder in found if f"{folder}kernel" not in flat]:
         raise PeftJaxError(f"adapter '{name}' changes the embedding '{embedded[0]}': rows of one batch can differ in "
                            "linear layers only; switch with peft_jax.combine(base, adapter) instead.")
@@ -88,7 +91,8 @@ def _stacked(folder: str, held: Sequence[list[np.ndarray] | None]) -> dict[str, 
     parts = [[np.zeros(shape, np.float32)] for shape in (*wide, scaling.shape)]
     for leaves in held:
         for part, leaf in zip(parts, leaves or [part[0] for part in parts], strict=True):
-            part.append(np.pad(leaf, [(0, full - size) for full, size in zip(part[0].shape, leaf.shape, strict=True)]))
+            part.append(np.zeros_like(part[0]))
+            part[-1][tuple(map(slice, leaf.shape))] = leaf
     return {folder + name: jnp.asarray(np.stack(part, axis)) for name, part in zip(MIXED, parts, strict=True)}
 
 

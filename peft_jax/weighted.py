@@ -16,8 +16,9 @@ from peft_jax import beside, targets, tree
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.method import Method
 from peft_jax.methods.lora import lora
-from peft_jax.methods.lora_file import LEAVES, as_plain
+from peft_jax.methods.lora_file import LEAVES
 from peft_jax.methods.lora_init import ranks, scalings
+from peft_jax.methods.lora_leaves import on_base
 
 Adapter = tuple[Method, Mapping[str, Any]]
 Combine = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (adapters, *shape), (adapters,) weights -> (*shape)
@@ -30,31 +31,44 @@ def weighted_adapter(adapters: Sequence[Adapter], weights: Sequence[float], base
 
     Args:
       adapters: ``(method, params)`` each, as ``load_adapter`` gives them.
-      weights: one per adapter; may be negative.
+      weights: one finite number per adapter; may be negative.
       combination_type: "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune" (equal ranks only), the same
         with "_svd" behind ("svd" for linear; any ranks), or "cat" (exact; the ranks add up).
-      svd_rank: rank after an "svd"; the largest of the adapters' by default.
+      svd_rank: rank after an "svd", at least 1; the largest of the adapters' by default.
       density: share of the values that pruning keeps, from 0 to 1.
       majority_sign_method: "total" or "frequency", for ties.
       rng: draws what DARE drops.
 
     Returns ``(method, params)``: a plain LoRA with scale 1.
 
-    Raises ``PeftJaxError`` for unknown words, unequal ranks where they must be equal, a missing density or rng, and
-    adapters that are no plain LoRA.
+    Raises ``PeftJaxError`` for unknown words, unequal ranks where they must be equal, numbers out of range, a missing
+    density or rng, and adapters that are no plain LoRA or do not fit the base.
     """
     if not adapters or len(adapters) != len(weights):
         raise PeftJaxError(f"weighted_adapter: {len(adapters)} adapters and {len(weights)} weights: one for each.")
+    sizes = _finite(weights)
+    if svd_rank is not None:
+        beside.check_rank("svd_rank", svd_rank)
     combine = _combination(combination_type, density, majority_sign_method, rng)
-    held = [_layers(method, params) for method, params in adapters]
+    held = [_layers(number, method, params, base_params) for number, (method, params) in enumerate(adapters)]
     most = [max(a.shape[1] for a, _, _ in layers.values()) for layers in held]
     rank, join = _joiner(combination_type, combine, most, svd_rank)
     names = list(dict.fromkeys(name for layers in held for name in layers))
     joined = {}
     for name in names:
-        mine = [(layers[name], weight) for layers, weight in zip(held, weights, strict=True) if name in layers]
+        mine = [(layers[name], weight) for layers, weight in zip(held, sizes, strict=True) if name in layers]
         joined[name] = join([layer for layer, _ in mine], np.array([weight for _, weight in mine], np.float32))
     return _as_method(joined, rank, adapters, base_params)
+
+
+def _finite(weights) -> np.ndarray:
+    try:
+        numbers = np.array([float(weight) for weight in weights if not isinstance(weight, str | bool)], np.float32)
+    except (TypeError, ValueError):
+        numbers = np.array([])
+    if len(numbers) < len(weights) or not np.isfinite(numbers).all():
+        raise PeftJaxError(f"weighted_adapter: the weights are {list(weights)}: give a finite number for each adapter.")
+    return numbers
 
 
 def _combination(kind: str, density, sign_method: str, rng) -> Combine:
@@ -64,10 +78,11 @@ def _combination(kind: str, density, sign_method: str, rng) -> Combine:
         raise PeftJaxError(f"combination_type='{kind}': {nearest(kind, KINDS)}")
     plain = "linear" if kind in ("svd", "cat") else kind.removesuffix("_svd")
     prune, join = STEPS[plain]
-    if prune is not None and (density is None or not 0 <= density <= 1):
+    number = isinstance(density, int | float | np.number) and not isinstance(density, bool)
+    if prune is not None and not (number and 0 <= density <= 1):
         raise PeftJaxError(f"combination_type='{kind}' needs density, the share of values to keep, from 0 to 1; it is "
                            f"{density}.")
-    if prune is _drop and rng is None:
+    if prune is _drop and not isinstance(rng, np.random.Generator):
         raise PeftJaxError(f"combination_type='{kind}' drops at random: give rng=np.random.default_rng(seed).")
 
     def combine(tensors, weights):
@@ -106,12 +121,12 @@ STEPS = {"linear": (None, _sum), "magnitude_prune": (_keep_largest, _sum), "ties
 KINDS = ("svd", "cat", *STEPS, *(f"{name}_svd" for name in STEPS if name != "linear"))
 
 
-def _layers(method: Method, params) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
+def _layers(number: int, method: Method, params, base_params) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
     """``{name of a module in a layer: (a (*in, r), b (r, *out), scale)}`` of the adapted ones."""
-    config, flat = as_plain(method, params, "weighted_adapter: one of the adapters")
+    config, held = on_base(method, params, base_params, f"weighted_adapter: adapter {number}")
     found = {}
-    for folder in beside.folders(flat, LEAVES[0]):
-        a, b, scaling = (np.asarray(flat[folder + leaf], np.float32) for leaf in LEAVES)
+    for folder, leaves in held.items():
+        a, b, scaling = (leaf.astype(np.float32) for leaf in leaves)
         names = targets.module_names(folder.rstrip("/"), scaling.shape)
         own = zip(np.ndindex(*scaling.shape), names, ranks(config, names), scalings(config, names))
         found |= {name: (a[entry][..., :r].reshape(-1, r), b[entry][:r].reshape(r, -1), float(scale))

@@ -1,5 +1,7 @@
 """Many adapters on one base: rows that differ, switches without recompilation, the base never lost."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from peft_jax import (
     lora,
     mix_adapters,
     partition,
+    untie,
     use_adapters,
 )
 from tests import properties
@@ -144,3 +147,52 @@ def test_what_cannot_be_mixed_is_an_error(tiny_model, adapters, mixed):
     for other, why in ((ia3(), "trains"), (lora(modules_to_save=("norm",)), "trains 'layers/input_layernorm/scale'")):
         with pytest.raises(PeftJaxError, match=why):
             mix_adapters({"odd": (other, other.init(jax.random.key(0), base))}, base)
+
+
+def of_another_model(changes, tiny_model):
+    """A LoRA on q_proj, and the params of a model that differs from the tiny one in ``changes``."""
+    config = dataclasses.replace(tiny_model[0].config, **changes)
+    params = tiny_model[0].clone(config=config).init(jax.random.key(0), IDS)["params"]
+    method = lora(r=2, target_modules=("q_proj",))
+    return method, method.init(jax.random.key(0), params)
+
+
+@pytest.mark.parametrize(("changes", "sizes"), [
+    ({"hidden_size": 24}, r"\(2, 24, 32\), in base_params it is \(2, 32, 32\)"),
+    ({"num_hidden_layers": 3}, r"\(3, 32, 32\), in base_params it is \(2, 32, 32\)"),
+])  # fmt: skip
+def test_an_adapter_of_another_model_is_an_error(tiny_model, adapters, changes, sizes):
+    given = {**adapters, "odd": of_another_model(changes, tiny_model)}
+    with pytest.raises(PeftJaxError, match=f"adapter 'odd' changes 'layers/self_attn/q_proj/kernel' of {sizes}"):
+        mix_adapters(given, tiny_model[1])
+
+
+def test_an_adapter_of_a_head_wants_a_base_with_a_head(tiny_model):
+    _, base = tiny_model
+    method, whole = lora(r=2, target_modules=("q_proj", "lm_head")), untie(base)
+    params = method.init(jax.random.key(0), whole)
+    with pytest.raises(PeftJaxError, match=r"adapter 'head' changes 'lm_head/kernel', which base_params lack.*untie"):
+        mix_adapters({"head": (method, params)}, base)
+
+
+def test_heads_are_mixed_too(tiny_model):
+    """A kernel that stands alone, in no stack."""
+    model, whole = tiny_model[0], untie(tiny_model[1])
+    method = lora(r=2, target_modules=("lm_head",))
+    params = properties.moved(method, method.init(jax.random.key(0), whole), seed=0)
+    mixed, both = mix_adapters({"head": (method, params)}, whole)
+    expected = bind(method, model)({"params": params}, IDS)
+    for names in ("head", ["head", None, "head"]):
+        found = bind(mixed, model)({"params": use_adapters(mixed, both, names)}, IDS)
+        np.testing.assert_allclose(found[::2], expected[::2], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(found[1], model.apply({"params": whole}, IDS)[1])
+
+
+def test_params_without_the_leaves_are_an_error(tiny_model, adapters, mixed):
+    base, (method, params) = tiny_model[1], adapters["small"]
+    with pytest.raises(PeftJaxError, match="adapter 'plain' has params without 'lora_a' leaves"):
+        mix_adapters({"plain": (method, base)}, base)
+    with pytest.raises(PeftJaxError, match="adapter 'part' has params without 'layers/self_attn/q_proj/lora_scaling'"):
+        mix_adapters({"part": (method, partition(params, method.labels(params))[0])}, base)
+    with pytest.raises(PeftJaxError, match="the params have no 'mixed_rows': give those that mix_adapters"):
+        use_adapters(mixed[0], base, "small")

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from peft_jax import PeftJaxError, flatten, ia3, lora, save_adapter, weighted_adapter
+from peft_jax import PeftJaxError, flatten, ia3, lora, save_adapter, untie, weighted_adapter
 from peft_jax.weighted import KINDS
 from tests import peer, properties
 
@@ -133,3 +133,35 @@ def test_what_cannot_be_combined_is_an_error(peer_bases, adapters):
     with pytest.raises(PeftJaxError, match="only plain LoRA can be mixed or combined"):
         weighted_adapter([(other, other.init(jax.random.key(0), base))], [1], base)
     assert set(KINDS) >= {*EQUAL, *UNEQUAL}
+
+
+@pytest.mark.parametrize("weights", [[1, np.nan], [1, np.inf], [1, 1e300], ["1", "1"], [1, None], [1, [1]]])
+def test_weights_that_are_no_finite_numbers_are_errors(peer_bases, adapters, weights):
+    with pytest.raises(PeftJaxError, match=r"the weights are .*: give a finite number for each"):
+        weighted_adapter([adapters["one"], adapters["wide"]], weights, peer_bases["llama"][2])
+
+
+@pytest.mark.parametrize(("options", "why"), [
+    ({"svd_rank": 0}, "svd_rank=0: a rank is"), ({"svd_rank": -1}, "svd_rank=-1"), ({"svd_rank": 2.0}, "svd_rank=2.0"),
+    ({"svd_rank": True}, "svd_rank=True"), ({"density": "half"}, "needs density.*it is half"),
+    ({"density": np.nan}, "it is nan"), ({"rng": 3}, "give rng="), ({"rng": jax.random.key(0)}, "give rng="),
+])  # fmt: skip
+def test_options_of_another_kind_are_errors(peer_bases, adapters, options, why):
+    given = [adapters["one"], adapters["wide"]], [1, 1], peer_bases["llama"][2], "dare_ties_svd"
+    with pytest.raises(PeftJaxError, match=why):
+        weighted_adapter(*given, **{"density": 0.5, "rng": np.random.default_rng(0), **options})
+
+
+def test_adapters_must_fit_the_base(peer_bases, adapters):
+    """A deeper base, a tied one under an adapted head, and params that are not the adapter's."""
+    base, (method, params) = peer_bases["llama"][2], adapters["one"]
+    deeper = {**base, "layers": jax.tree.map(lambda leaf: np.concatenate([leaf, leaf[:1]]), base["layers"])}
+    with pytest.raises(PeftJaxError, match=r"adapter 1 changes 'layers/self_attn/q_proj/kernel' of \(3, .*it is \(4, "):
+        weighted_adapter([(method, method.init(jax.random.key(0), deeper)), (method, params)], [1, 1], deeper)
+    with pytest.raises(PeftJaxError, match="adapter 0 has params without 'lora_a' leaves"):
+        weighted_adapter([(method, base)], [1], base)
+    head = lora(r=2, target_modules=("lm_head",))
+    whole, tied = ((untie(base), base) if "lm_head" not in base else
+                   (base, {name: part for name, part in base.items() if name != "lm_head"}))
+    with pytest.raises(PeftJaxError, match="adapter 0 changes 'lm_head/kernel', which base_params lack"):
+        weighted_adapter([(head, head.init(jax.random.key(0), whole))], [1], tied)

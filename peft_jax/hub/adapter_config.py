@@ -1,12 +1,16 @@
 """``adapter_config.json``: Hugging Face peft's statement of an adapter, in and out (peft 0.21)."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft_jax import targets
 from peft_jax.errors import PeftJaxError, nearest
+from peft_jax.hub import fields
 from peft_jax.hub.config import read_json
+from peft_jax.method import Method
 from peft_jax.stored import Format, Naming
 
 # Fields of every kind of adapter that change nothing about what a stored one computes.
@@ -18,6 +22,7 @@ _EMPTY = (None, False, {}, [], "")
 class Stated(NamedTuple):
     """What a config file says of one method: its format, its arguments, whether peft keeps the head tied."""
 
+    path: Path
     format: Format
     stated: dict[str, Any]
     tied: bool
@@ -27,7 +32,7 @@ def read(path: Path, formats: Sequence[Format]) -> list[Stated]:
     """The methods that the file states; more than one for a chain.
 
     Raises ``PeftJaxError`` for an unknown ``peft_type``, and naming any field that would change the result and is not
-    supported.
+    supported, or is of another type than the method's argument.
     """
     given = read_json(path)
     if given.get("peft_type") != "CHAIN":
@@ -40,6 +45,7 @@ def read(path: Path, formats: Sequence[Format]) -> list[Stated]:
 
 def _stated(path: Path, given: dict[str, Any], formats: Sequence[Format]) -> Stated:
     kind = given.get("peft_type")
+    fields.check_flags(path, given)
     claimed = [form for form in formats if form.kind == kind and form.claims(given)]
     if not claimed:
         raise PeftJaxError(f"{path} is a '{kind}' adapter, which cannot be loaded: "
@@ -50,9 +56,31 @@ def _stated(path: Path, given: dict[str, Any], formats: Sequence[Format]) -> Sta
     if unknown:
         raise PeftJaxError(f"{path} asks for {', '.join(unknown)}, which would change the result and is not supported: "
                            "merge the adapter with peft and load the merged model instead.")
-    found = {name: tuple(given[name]) if isinstance(given[name], list) else given[name]
-             for name in form.arguments if name in given}
-    return Stated(form, form.read(found, str(path)), bool(given.get("ensure_weight_tying")))
+    found = {name: given[name] for name in form.arguments if name in given}
+    fields.check(path, found, form.make)
+    with _naming_the_file(path, found):
+        arguments = form.read({name: tuple(value) if isinstance(value, list) else value
+                               for name, value in found.items()}, str(path))
+    return Stated(path, form, arguments, bool(given.get("ensure_weight_tying")))
+
+
+def made(part: Stated, names: Sequence[str], modules: Sequence[str]) -> Method:
+    """The method of a part of the file, for a model with kernels in modules ``names`` and leaves in ``modules``."""
+    with _naming_the_file(part.path, part.stated):
+        return part.format.make(**without_unmatched(part.stated, names, modules))
+
+
+@contextlib.contextmanager
+def _naming_the_file(path: Path, found: Mapping[str, Any]) -> Iterator[None]:
+    """What a method says of its arguments, with the file in front; of what is odd in a way that no check knows, the
+    types of all fields."""
+    try:
+        yield
+    except PeftJaxError as error:
+        raise PeftJaxError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    except (TypeError, ValueError, KeyError, AttributeError, re.error) as error:
+        kinds = ", ".join(f"{name} {type(value).__name__}" for name, value in found.items())
+        raise PeftJaxError(f"{path}: its fields cannot be understood ({kinds}): save the adapter again.") from error
 
 
 def without_unmatched(stated: Mapping[str, Any], names: Sequence[str], modules: Sequence[str]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from peft_jax.models import untie
 from peft_jax.stored import PREFIX, Naming, Slot
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PLAIN = ("kernel", "bias", "scale", "embedding")  # what Flax's own modules call their leaves
 _TIED = (f"{PREFIX}lm_head.weight", f"{PREFIX}lm_head.base_layer.weight")
 
 
@@ -110,8 +111,8 @@ def load_adapter(source: str | os.PathLike, base_params: Mapping[str, Any],
         naming = _naming(flat, axes, family)
         owners = [ours for ours, _ in naming.owners]
         modules = [path.rpartition("/")[0].replace("/", ".") for path in flat]
-        method = part.format.make(**adapter_config.without_unmatched(part.stated, owners, modules))
-        params = method.init(jax.random.key(0), params, axes=axes)
+        method = adapter_config.made(part, owners, modules)
+        params = _with_leaves(method, params, axes)
         flat = tree.flatten(params)
         slots |= part.format.slots(method.config, flat, _trained(method, params, flat), _naming(flat, axes, family))
         methods.append(method)
@@ -119,6 +120,18 @@ def load_adapter(source: str | os.PathLike, base_params: Mapping[str, Any],
     _check_tensors(folder, tensors, slots, flat, _named(family, base), base)
     params = tree.unflatten(flat | _filled(tensors, slots, flat))
     return methods[0] if len(methods) == 1 else chain(*methods), params
+
+
+def _with_leaves(method: Method, params, axes) -> dict[str, Any]:
+    """``method.init``; where that fails on a tree that is perhaps no plain model's, the error says so."""
+    odd = [path for path in tree.flatten(params) if path.rpartition("/")[2] not in _PLAIN]
+    try:
+        return method.init(jax.random.key(0), params, axes=axes)
+    except PeftJaxError as error:
+        if not odd:
+            raise
+        raise PeftJaxError(f"{error} load_adapter wants the plain model's base_params, as load_pretrained gives them, "
+                           f"and these have '{odd[0]}'.") from error
 
 
 def _family_of(model: Any) -> Family | None:
@@ -220,6 +233,9 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
         return load_file(path)
     except SafetensorError as error:
         raise PeftJaxError(f"{path} is damaged: {error}. Fetch it again.") from error
+    except (AttributeError, KeyError, TypeError) as error:  # of safetensors, for a type such as float8
+        raise PeftJaxError(f"{path} has tensors of a type that cannot be read ({error}): save it as float32, float16 "
+                           "or bfloat16.") from error
 
 
 def _unties(family: Family | None, parts, tensors) -> bool:
@@ -247,6 +263,8 @@ def _check_tensors(folder, tensors, slots, flat, own, base) -> None:
         "of another shape": [f"{key} is {list(tensors[key].shape)}, the model needs {list(shape)}"
                              for key, shape in sorted(shapes.items())
                              if key in tensors and tensors[key].shape != shape],
+        "of no floating-point type": [f"{key} is {tensors[key].dtype}" for key in sorted(shapes.keys() & tensors.keys())
+                                      if not jnp.issubdtype(tensors[key].dtype, jnp.floating)],
     }
     if said := files.faults_text(faults):
         raise PeftJaxError(f"the adapter in {folder} does not fit the model or its own config. {said}.")

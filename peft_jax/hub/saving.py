@@ -51,9 +51,16 @@ def save_pretrained(
     with files.written_aside(folder, "model", last="config.json", stale=("model*.safetensors", _INDEX)) as scratch:
         _write_weights(scratch, flat, places, max_shard_bytes)
         if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
+            _write_tokenizer(scratch, tokenizer)
         given = hub_config.to_hf(config, _torch_dtype(flat), _token_ids(tokenizer))
         Path(scratch, "config.json").write_text(json.dumps(given, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tokenizer(folder: Path, tokenizer: Any) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers raises bare Exception for a full disk
+        raise OSError(str(error)) from error
 
 
 def _checked_places(flat: dict[str, Any], config: Any) -> dict[str, names.Place]:

@@ -1,14 +1,16 @@
 """What an adapter's two files may and may not say."""
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from peft_jax import PeftJaxError, chain, load_adapter, lora, save_adapter
+from peft_jax import PeftJaxError, chain, load_adapter, load_pretrained, lora, partition, save_adapter, save_pretrained
 
 METHOD = lora(r=2, init_lora_weights=False)
 
@@ -134,14 +136,79 @@ def test_a_hub_id_that_cannot_be_had_is_an_error(tiny_model):
         load_adapter("org/no-such-adapter", tiny_model[1])
 
 
-def test_a_failed_save_leaves_the_older_adapter_whole(stored, tiny_model, tuned, monkeypatch):
+@pytest.mark.parametrize("error", [OSError("disk full"), SafetensorError("I/O error: No space left on device")])
+def test_a_failed_save_leaves_the_older_adapter_whole(stored, tiny_model, tuned, monkeypatch, error):
     folder, base = stored
     _, before = load_adapter(folder, base)
-    with monkeypatch.context() as patch, pytest.raises(PeftJaxError, match="cannot be written"):
-        patch.setattr("safetensors.numpy.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("safetensors.numpy.save_file", lambda *a, **k: (_ for _ in ()).throw(error))
+    with pytest.raises(PeftJaxError, match=f"adapter cannot be written to .*{error}"):
         save_adapter(folder, METHOD, tuned, tiny_model[0])
+    with pytest.raises(PeftJaxError, match=f"model cannot be written to .*{error}"):
+        save_pretrained(folder.parent / "model", *tiny_model)
     jax.tree.map(np.testing.assert_array_equal, load_adapter(folder, base)[1], before)
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
+
+
+def test_a_disk_that_is_full_while_the_tokenizer_is_written(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
+    """tokenizers raises a bare Exception then."""
+    full = "File too large (os error 27)"
+    monkeypatch.setattr(type(tiny_tokenizer), "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(Exception(full)))
+    with pytest.raises(PeftJaxError, match=r"model cannot be written to .*File too large"):
+        save_pretrained(tmp_path / "model", *tiny_model, tiny_tokenizer)
+    assert not list(tmp_path.iterdir())
+
+
+def replaces_until(number, error):
+    """``os.replace`` that raises once, at the call of that number; and the list of its targets."""
+    calls, replace = [], os.replace
+
+    def failing(source, target):
+        calls.append(target)
+        if len(calls) == number:
+            raise error
+        replace(source, target)
+
+    return failing, calls
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_an_overwrite_that_fails_half_way_is_undone(stored, tiny_model, tuned, monkeypatch, number):
+    """Two old files go, two new ones come; whichever move fails, the old two are back."""
+    folder, _ = stored
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    new = jax.tree.map(lambda leaf: leaf * 1, tuned)
+    new["layers"]["self_attn"]["q_proj"]["lora_b"] += 1
+    with monkeypatch.context() as patch, pytest.raises(PeftJaxError, match="cannot be written"):
+        patch.setattr(os, "replace", replaces_until(number, OSError("gone"))[0])
+        save_adapter(folder, METHOD, new, tiny_model[0])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("what", ["adapter", "model"])
+def test_a_process_that_dies_within_an_overwrite_leaves_nothing_loadable(tiny_model, tuned, tmp_path, monkeypatch,
+                                                                         what):
+    """Between any two moves the folder, as another process would find it, loads as the old, as the new, or not."""
+    old, new = tiny_model[1], jax.tree.map(lambda leaf: leaf + 1, tiny_model[1])
+    save = {"adapter": lambda base, r: save_adapter(tmp_path, lora(r=r), lora(r=r).init(jax.random.key(0), base),
+                                                    tiny_model[0]),
+            "model": lambda base, r: save_pretrained(tmp_path, tiny_model[0], base)}[what]
+    read = {"adapter": lambda: load_adapter(tmp_path, old)[0].config["r"],
+            "model": lambda: float(load_pretrained(tmp_path)[1]["norm"]["scale"][0])}[what]
+    save(old, 2)
+    before, seen, replace = read(), [], os.replace
+
+    def looked_at(source, target):
+        replace(source, target)
+        try:
+            seen.append(read())
+        except PeftJaxError:
+            seen.append(None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", looked_at)
+        save(new, 3)
+    assert before != read() and seen[:3] == [None] * 3 and seen[3:] == [read()]
 
 
 def test_what_a_file_cannot_hold_is_not_saved(tiny_model, tuned, tmp_path):
@@ -154,5 +221,7 @@ def test_what_a_file_cannot_hold_is_not_saved(tiny_model, tuned, tmp_path):
 
 
 def test_an_adapter_is_not_loaded_onto_another(stored, tuned):
-    with pytest.raises(PeftJaxError, match="already hold LORA"):
-        load_adapter(stored[0], tuned)
+    """Nor onto the frozen part of its tree, which has the scalings in it."""
+    for params in (tuned, partition(tuned, METHOD.labels(tuned))[1]):
+        with pytest.raises(PeftJaxError, match=r"already hold LORA.*wants the plain model's base_params, .*/lora_"):
+            load_adapter(stored[0], params)
