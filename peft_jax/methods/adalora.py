@@ -64,7 +64,7 @@ def adalora(target_r: int = 8, init_r: int = 12, lora_alpha: float = 8,
     _check(config)
     return Method(partial(_init, config), partial(_intercept, lora_dropout),
                   partial(beside.labels, trained=partial(_trains, config)), _merge, config, partial(_padding, config),
-                  FORMAT, partial(allocation.optimizer, config), partial(orthogonality, config))
+                  FORMAT, partial(allocation.optimizer, config), partial(orthogonality, config), leaves=LEAVES)
 
 
 def _check(config: Mapping[str, Any]) -> None:
@@ -81,8 +81,19 @@ def _check(config: Mapping[str, Any]) -> None:
         beside.check_probability(name, config[name])
     beside.check_choice("bias", config["bias"], biases.OF_LORA)
     beside.check_choice("init_lora_weights", config["init_lora_weights"], (True, False))
+    for name in ("tinit", "tfinal"):
+        beside.check_whole(name, config[name], least=0)
+    _check_rank_pattern(config["rank_pattern"])
     if config["total_step"] is not None:
+        beside.check_whole("total_step", config["total_step"])
         allocation.check_steps(config, config["total_step"])
+
+
+def _check_rank_pattern(given) -> None:
+    beside.check_pattern("rank_pattern", given)
+    for key, held in (given or {}).items():
+        if not isinstance(held, list | tuple) or not all(isinstance(one, bool | int) for one in held):
+            raise PeftJaxError(f"rank_pattern['{key}']={held!r}: give a list of True and False, one for each rank.")
 
 
 def _trains(config, path, flat) -> bool:

@@ -47,7 +47,7 @@ def bitfit(target_modules: Patterns = None, *, exclude_modules: Patterns = None,
     beside.check_choice("add_missing", add_missing, (True, False))
     padding = partial(beside.padding, config=_adding(config), leaves=tuple(KEYS), switch="bitfit_on")
     return Method(partial(_init, config), _intercept, _labels, None if add_missing else partial(whole.merge, NAME),
-                  config, padding, FORMAT)
+                  config, padding, FORMAT, leaves=(*whole.leaves(NAME), *KEYS, "bitfit_on"))
 
 
 def _adding(config) -> dict[str, Any]:

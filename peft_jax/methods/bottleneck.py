@@ -117,7 +117,8 @@ def build(config: dict[str, Any], matrices: Matrices, stored: Format) -> Method:
     trains = partial(beside.trains, config, (*matrices.keys, *EXTRAS, *shared))
     return Method(partial(_init, config, matrices, trains), partial(_intercept, config, matrices),
                   partial(beside.labels, trained=trains), None, config,
-                  partial(padding, config, (*matrices.keys, *EXTRAS)), stored)
+                  partial(padding, config, (*matrices.keys, *EXTRAS)), stored,
+                  leaves=(*matrices.keys, *EXTRAS, SWITCH, *shared))
 
 
 def _check(config) -> None:
@@ -139,8 +140,8 @@ def _check(config) -> None:
     if config["scaling"] == 0:
         raise PeftJaxError("scaling=0 makes every adapter the base model and gives it no gradient: give another.")
     beside.check_probability("dropout", config["dropout"])
-    beside.check_regexes([config[name] for name in ("attention_modules", "output_modules", "norm_modules")
-                          if isinstance(config[name], str)])
+    for name in ("attention_modules", "output_modules", "norm_modules", "modules_to_save"):
+        beside.check_modules(name, config[name])
 
 
 def size(config, width: int) -> int:

@@ -9,7 +9,7 @@ train.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -56,7 +56,8 @@ def full(patterns: str | Sequence[str] = (".*",), *, exclude: str | Sequence[str
 
 
 def _listed(patterns) -> tuple[str, ...]:
-    found = (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
+    several = isinstance(patterns, Iterable) and not isinstance(patterns, str)
+    found = tuple(patterns) if several else () if patterns is None else (patterns,)
     if not all(isinstance(one, str) for one in found):
         raise PeftJaxError(f"{patterns!r}: give regular expressions for the paths of leaves, such as '.*/bias'.")
     return found

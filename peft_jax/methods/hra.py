@@ -59,7 +59,7 @@ def hra(r: int = 8, apply_GS: bool = False, target_modules: Patterns = ("q_proj"
     trains = partial(_trains, config)
     padding = partial(beside.padding, config=config, leaves=LEAVES[:1], switch="hra_on")
     return Method(partial(_init, config), partial(_intercept, apply_GS), partial(beside.labels, trained=trains),
-                  partial(_merge, apply_GS), config, padding, FORMAT)
+                  partial(_merge, apply_GS), config, padding, FORMAT, leaves=LEAVES)
 
 
 def _trains(config, path, flat) -> bool:

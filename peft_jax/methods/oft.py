@@ -65,7 +65,7 @@ def oft(r: int = 0, oft_block_size: int = 32, module_dropout: float = 0.0,
     trains = partial(_trains, config)
     return Method(partial(_init, config), partial(_intercept, config), partial(beside.labels, trained=trains),
                   partial(_merge, config), config,
-                  partial(beside.padding, config=config, leaves=LEAVES[:1], switch="oft_on"), FORMAT)
+                  partial(beside.padding, config=config, leaves=LEAVES[:1], switch="oft_on"), FORMAT, leaves=LEAVES)
 
 
 def _check(config) -> None:

@@ -48,9 +48,9 @@ def ptuning(num_virtual_tokens: int = 20, encoder_reparameterization_type: str |
     Raises ``PeftJaxError`` for arguments of the wrong type or without effect, and from ``init`` as of ``prompt``.
     """
     config = {"peft_type": "P_TUNING", **locals()}
-    virtual.check_whole("num_virtual_tokens", num_virtual_tokens)
-    virtual.check_whole("encoder_hidden_size", 1 if encoder_hidden_size is None else encoder_hidden_size)
-    virtual.check_whole("encoder_num_layers", encoder_num_layers)
+    beside.check_whole("num_virtual_tokens", num_virtual_tokens)
+    beside.check_whole("encoder_hidden_size", 1 if encoder_hidden_size is None else encoder_hidden_size)
+    beside.check_whole("encoder_num_layers", encoder_num_layers)
     beside.check_choice("encoder_reparameterization_type", encoder_reparameterization_type, ENCODERS)
     beside.check_probability("encoder_dropout", encoder_dropout)
     if encoder_reparameterization_type == "MLP" and (encoder_num_layers != 2 or encoder_dropout):
@@ -58,7 +58,7 @@ def ptuning(num_virtual_tokens: int = 20, encoder_reparameterization_type: str |
                            "the LSTM only (peft ignores them); leave out both, or choose 'LSTM'.")
     read = ("prompt_tokens", partial(_table, config)) if encoder_reparameterization_type else ("prompt", table)
     return Method(partial(_init, config), partial(virtual.intercept, *read), virtual.labels, None, config,
-                  stored=FORMAT)
+                  stored=FORMAT, leaves=virtual.LEAVES)
 
 
 def _init(config, rng, params, axes=None):
