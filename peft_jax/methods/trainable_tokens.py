@@ -46,7 +46,7 @@ def trainable_tokens(token_indices: Sequence[int] = (), target_modules: Patterns
     Raises ``PeftJaxError`` for token ids that are negative or twice there, and from ``init`` for ids beyond the
     vocabulary and names that match no embedding.
     """
-    indices = tuple(token_indices) if isinstance(token_indices, Iterable) else (token_indices,)
+    indices = tuple(token_indices) if isinstance(token_indices, Iterable) else ()
     if not indices or not all(isinstance(i, int) and i >= 0 for i in indices) or len(set(indices)) < len(indices):
         raise PeftJaxError(f"token_indices={token_indices!r}: give at least one token id, each once, none negative.")
     config = {"peft_type": "TRAINABLE_TOKENS", "token_indices": indices, "target_modules": target_modules,
