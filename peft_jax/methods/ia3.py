@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import beside, targets, tree
+from peft_jax import arguments, beside, targets, tree
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.method import Method, check_leaves
 from peft_jax.stored import Format
@@ -47,8 +47,8 @@ def ia3(target_modules: Patterns = ("k_proj", "v_proj", "down_proj"), feedforwar
     """
     config = beside.tidy({"peft_type": "IA3", "layers_to_transform": None, "layers_pattern": None, **locals()},
                          ("k_proj", "v_proj", "down_proj"))
-    beside.check_modules("feedforward_modules", feedforward_modules)
-    beside.check_choice("init_ia3_weights", init_ia3_weights, (True, False))
+    arguments.check_modules("feedforward_modules", feedforward_modules)
+    arguments.check_choice("init_ia3_weights", init_ia3_weights, (True, False))
     trains = partial(beside.trains, config, tuple(KEYS))
     padding = partial(beside.padding, config=config, leaves=tuple(KEYS), switch="ia3_on")
     return Method(partial(_init, config, trains), _intercept, partial(beside.labels, trained=trains), _merge, config,

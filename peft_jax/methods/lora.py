@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from peft_jax import beside, targets, tree
+from peft_jax import arguments, beside, targets, tree
 from peft_jax.lowrank import branch, delta
 from peft_jax.method import Method
 from peft_jax.methods import biases, eva, lora_init
@@ -85,9 +85,9 @@ def needs_data(config, given) -> bool:
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    beside.check_patterns(config, "r", "lora_alpha")
-    beside.check_probability("lora_dropout", config["lora_dropout"])
-    beside.check_choice("bias", config["bias"], biases.OF_LORA)
+    arguments.check_patterns(config, "r", "lora_alpha")
+    arguments.check_probability("lora_dropout", config["lora_dropout"])
+    arguments.check_choice("bias", config["bias"], biases.OF_LORA)
     lora_init.check(config["init_lora_weights"])
     eva.check(config["eva_config"])
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from peft_jax import beside, targets, tree, whole
+from peft_jax import arguments, beside, targets, tree, whole
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import FROZEN, Method
 from peft_jax.methods import lora_init
@@ -134,7 +134,7 @@ def read(stated, where) -> dict[str, Any]:
         raise PeftJaxError(f"{where} has init_lora_weights={value!r}, with which peft also changes the base weights: "
                            "save it from peft with path_initial_model_for_weight_conversion, as a plain LoRA.")
     for pattern in DEFAULTS:
-        beside.check_pattern(pattern, stated.get(pattern))
+        arguments.check_pattern(pattern, stated.get(pattern))
     pairs = _both(stated, "model.embed_tokens", "lm_head")
     adapted = targets.listed(stated.get("target_modules"), "model.embed_tokens")
     if tied and adapted and any(own != other for own, other in pairs.values()):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import beside, tree, virtual
+from peft_jax import arguments, tree, virtual
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.stored import Format
@@ -43,8 +43,8 @@ def prompt(num_virtual_tokens: int = 20, prompt_tuning_init: str = "RANDOM", *,
     virtual tokens already, or ids beyond the vocabulary.
     """
     config = {"peft_type": "PROMPT_TUNING", **locals()}
-    beside.check_whole("num_virtual_tokens", num_virtual_tokens)
-    beside.check_choice("prompt_tuning_init", prompt_tuning_init, INITS)
+    arguments.check_whole("num_virtual_tokens", num_virtual_tokens)
+    arguments.check_choice("prompt_tuning_init", prompt_tuning_init, INITS)
     _check_ids(prompt_tuning_init, prompt_tuning_init_ids)
     return Method(partial(_init, config), partial(virtual.intercept, "prompt", table), virtual.labels, None, config,
                   stored=FORMAT, leaves=virtual.LEAVES)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from peft_jax import beside, targets, tree, virtual, whole
+from peft_jax import arguments, beside, targets, tree, virtual, whole
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import FROZEN, TRAINABLE, Method, check_leaves
 from peft_jax.stored import PREFIX, Format, Slot
@@ -51,8 +51,8 @@ def trainable_tokens(token_indices: Sequence[int] = (), target_modules: Patterns
         raise PeftJaxError(f"token_indices={token_indices!r}: give at least one token id, each once, none negative.")
     config = {"peft_type": "TRAINABLE_TOKENS", "token_indices": indices, "target_modules": target_modules,
               "init_weights": init_weights}
-    beside.check_choice("init_weights", init_weights, (True, False))
-    beside.check_modules("target_modules", target_modules)
+    arguments.check_choice("init_weights", init_weights, (True, False))
+    arguments.check_modules("target_modules", target_modules)
     return Method(partial(_init, config), _intercept, _labels, _merge, config, stored=FORMAT, leaves=LEAVES)
 
 

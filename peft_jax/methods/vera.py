@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import beside, tree
+from peft_jax import arguments, beside, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.kept import keep
 from peft_jax.method import Method, check_leaves
@@ -56,11 +56,11 @@ def vera(r: int = 256, target_modules: Patterns = ("q_proj", "v_proj"), vera_dro
     Raises ``PeftJaxError`` for values out of range, and from ``init`` for patterns that match nothing.
     """
     config = beside.tidy({"peft_type": "VERA", "exclude_modules": None, **locals()})
-    beside.check_rank("r", r)
-    beside.check_probability("vera_dropout", vera_dropout)
-    beside.check_number("d_initial", d_initial)
-    beside.check_choice("bias", bias, BIASES)
-    beside.check_choice("init_weights", init_weights, (True, False))
+    arguments.check_rank("r", r)
+    arguments.check_probability("vera_dropout", vera_dropout)
+    arguments.check_number("d_initial", d_initial)
+    arguments.check_choice("bias", bias, BIASES)
+    arguments.check_choice("init_weights", init_weights, (True, False))
     if not isinstance(projection_prng_key, int):
         raise PeftJaxError(f"projection_prng_key={projection_prng_key!r}: a seed is a whole number.")
     trains = partial(_trains, config)
