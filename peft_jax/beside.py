@@ -72,11 +72,11 @@ def init(config, rng, params, axes, leaves: Callable[..., Mapping[str, jax.Array
         key = jax.random.fold_in(rng, zlib.crc32(target.path.encode()))  # by path: other targets change nothing here
         folder = f"{target.path}/".lstrip("/")
         new = leaves(key, target, flat[folder + target.leaf])
-        if first and target.leaf == "kernel":
-            check_first(first, target.path, new.keys() | {"kernel", "bias"}, flat)
         if held := new.keys() & before:
             raise PeftJaxError(f"the parameters already hold {config['peft_type']} ('{min(held)}' leaves): start from "
                                "the base's, or merge first.")
+        if first and target.leaf == "kernel":
+            check_first(first, target.path, ("kernel", "bias"), flat)
         flat |= {folder + name: leaf for name, leaf in new.items()}
     return tree.unflatten({path: leaf.astype(jnp.float32) if trains(path, flat) else leaf
                            for path, leaf in flat.items()})
