@@ -4,10 +4,8 @@ Beside each chosen kernel stand the method's leaves, with the kernel's stack in 
 is zero for the layers of a stack that are not adapted: its shape says what the stack is, so that nothing else has to.
 """
 
-import math
-import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from peft_jax import targets, tree
+from peft_jax import arguments, targets, tree
 from peft_jax.errors import PeftJaxError, nearest
-from peft_jax.method import FROZEN, TRAINABLE
+from peft_jax.method import FROZEN, TRAINABLE, check_leaves
 from peft_jax.stored import PREFIX, Naming, Slot
 
 SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
@@ -31,56 +29,19 @@ def tidy(config: dict[str, Any], default: targets.Patterns = ("q_proj", "v_proj"
     saved, wanted = config["modules_to_save"], config["target_modules"]
     config = {**config, "target_modules": default if wanted is None else wanted,
               "modules_to_save": (saved,) if isinstance(saved, str) else saved}
-    for name, kind in {**dict.fromkeys(SELECTION, str), "layers_to_transform": int}.items():
-        given = config[name] if isinstance(config[name], list | tuple) else (config[name],)
-        if not all(one is None or isinstance(one, kind) for one in given):
-            raise PeftJaxError(f"{name}={config[name]!r}: give {'names' if kind is str else 'whole numbers'} or None.")
+    for name in SELECTION:
+        if name != "layers_to_transform":
+            arguments.check_modules(name, config[name])
+    layers = config["layers_to_transform"]
+    for one in layers if isinstance(layers, list | tuple) else (layers,):
+        if one is not None and (not isinstance(one, int) or isinstance(one, bool)):
+            raise PeftJaxError(f"layers_to_transform={layers!r}: give whole numbers or None.")
     if isinstance(config["target_modules"], str) and config["layers_to_transform"] not in (None, (), []):
         raise PeftJaxError(f"layers_to_transform needs target_modules as a list of names, as in peft; it is the string "
                            f"{config['target_modules']!r}: name the modules, or put the layers into the regex.")
-    check_regexes([config[name] for name in ("target_modules", "exclude_modules") if isinstance(config[name], str)])
+    words = config["layers_pattern"]
+    arguments.check_regexes(() if words is None or isinstance(words, str) else words)
     return config
-
-
-def check_regexes(given: Sequence[str]) -> None:
-    for regex in given:
-        try:
-            re.compile(regex)
-        except re.error as error:
-            raise PeftJaxError(f"'{regex}' is no regular expression: {error}.") from error
-
-
-def check_rank(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise PeftJaxError(f"{name}={value!r}: a rank is a whole number of at least 1.")
-
-
-def check_number(name: str, value: Any) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise PeftJaxError(f"{name}={value!r}: give a finite number.")
-
-
-def check_probability(name: str, value: Any) -> None:
-    check_number(name, value)
-    if not 0 <= value < 1:
-        raise PeftJaxError(f"{name}={value!r}: a probability of at least 0 and below 1.")
-
-
-def check_patterns(config: Mapping[str, Any], rank: str, alpha: str) -> None:
-    """Raise ``PeftJaxError`` where a rank or an alpha, by itself or in its pattern, is none."""
-    for name, pattern, check in ((rank, "rank_pattern", check_rank), (alpha, "alpha_pattern", check_number)):
-        if not isinstance(config[pattern], Mapping | None):
-            raise PeftJaxError(f"{pattern}={config[pattern]!r}: give a dict, such as {{'layers.0.self_attn.q_proj': "
-                               "4}.")
-        check(name, config[name])
-        for key, value in (config[pattern] or {}).items():
-            check(f"{pattern}['{key}']", value)
-        check_regexes(list(config[pattern] or ()))
-
-
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    if value not in choices:
-        raise PeftJaxError(f"{name}={value!r}: {nearest(str(value), map(str, choices))}")
 
 
 def selection(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,11 +55,12 @@ def chosen(config: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
 
 
 def init(config, rng, params, axes, leaves: Callable[..., Mapping[str, jax.Array]],
-         trains: Callable[[str, Mapping], bool], holders: Sequence[str] = ("kernel",)) -> tree.Tree:
+         trains: Callable[[str, Mapping], bool], holders: Sequence[str] = ("kernel",), first: str = "") -> tree.Tree:
     """``params`` with ``leaves(key, target, kernel)`` beside every chosen kernel; what trains becomes float32.
 
     A bfloat16 leaf would lose most of an update. ``leaves`` may replace the kernel or the bias of its module.
-    ``holders`` are the names of leaves that count as kernels.
+    ``holders`` are the names of leaves that count as kernels. ``first`` names a method whose leaves depend on the
+    kernel's values, so that no other may have changed what the kernel does before.
 
     Raises ``PeftJaxError`` where nothing is chosen, a module is both adapted and saved, or leaves are there already.
     """
@@ -113,9 +75,18 @@ def init(config, rng, params, axes, leaves: Callable[..., Mapping[str, jax.Array
         if held := new.keys() & before:
             raise PeftJaxError(f"the parameters already hold {config['peft_type']} ('{min(held)}' leaves): start from "
                                "the base's, or merge first.")
+        if first and target.leaf == "kernel":
+            check_first(first, target.path, ("kernel", "bias"), flat)
         flat |= {folder + name: leaf for name, leaf in new.items()}
     return tree.unflatten({path: leaf.astype(jnp.float32) if trains(path, flat) else leaf
                            for path, leaf in flat.items()})
+
+
+def check_first(kind: str, module: str, known: Collection[str], flat: Mapping[str, Any]) -> None:
+    """Raise ``PeftJaxError`` where ``module`` holds other leaves than ``known``: those of a method in front of it."""
+    inside = [path for path in flat if path.rpartition("/")[0] == module]
+    if held := [name for path in inside if (name := path.rpartition("/")[2]) not in known]:
+        raise PeftJaxError(f"{kind} must come first in the chain: '{module}' already holds '{held[0]}'.")
 
 
 def check_saved(config, params, found) -> None:
@@ -155,6 +126,7 @@ def merge(params, leaves: Sequence[str], fold: Callable[..., jax.Array], unused:
 
     The leaves are gone afterwards, and those of the names ``unused`` with them.
     """
+    check_leaves(leaves, params)
     flat = {path: leaf for path, leaf in tree.flatten(params).items() if path.rpartition("/")[2] not in unused}
     for folder in folders(flat, leaves[0]):
         held = [flat.pop(folder + name) for name in leaves]

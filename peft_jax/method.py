@@ -1,7 +1,7 @@
 """What a fine-tuning method is, how two become one, and how one is bound to a model."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -46,6 +46,8 @@ class Method(NamedTuple):
       prepare: ``(model, base params, batches) -> Method``, of a method whose ``init`` needs to see data first: what it
         gives is used in its place. ``batches`` can be gone through more than once, each is a dict of arrays as in
         training.
+      leaves: the names of all leaves that the method itself adds, trained and frozen; one that ends in a slash is a
+        folder of such leaves. Empty where the method adds none, or does not say.
     """
 
     init: Callable[..., tree.Tree]
@@ -59,6 +61,7 @@ class Method(NamedTuple):
     penalty: Callable[[Mapping], jax.Array] | None = None
     parts: tuple["Method", ...] = ()
     prepare: Callable[..., "Method"] | None = None
+    leaves: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +79,22 @@ class Context(InterceptorContext):
 
 
 def chain(*methods: Method) -> Method:
-    """Several methods as one; the first is applied first. A leaf trains where any of them says so.
+    """Several methods as one; the first is applied first. A leaf trains where any of them says so, one that a
+    method added only where that method does.
 
-    Raises ``PeftJaxError`` for no method, and on ``labels`` where two give one leaf different optimiser groups.
+    Raises ``PeftJaxError`` for no method, and on ``init`` and ``labels`` where two give one leaf different optimiser
+    groups or one would train a trained leaf of the other.
     """
     if not methods:
         raise PeftJaxError("chain() was given no method: name at least one.")
+    if odd := [one for one in methods if not isinstance(one, Method)]:
+        raise PeftJaxError(f"chain() was given a {type(odd[0]).__name__}: give methods, one by one, chain(lora(), "
+                           "ia3()).")
 
     def init(rng, params, axes=None):
         for key, method in zip(jax.random.split(rng, len(methods)), methods, strict=True):
             params = method.init(key, params, axes=axes)
+        labels(params)
         return params
 
     def intercept(next_fun, args, kwargs, context):
@@ -94,9 +103,10 @@ def chain(*methods: Method) -> Method:
         return next_fun(*args, **kwargs)
 
     def labels(params):
-        return tree.unflatten(_agree([tree.flatten(m.labels(params)) for m in methods]))
+        return tree.unflatten(_agree(methods, [tree.flatten(m.labels(params)) for m in methods]))
 
     def merge(params):
+        check_held(chained, params)
         for method in methods:  # the first is nearest to the weights, the next changes what it made of them
             params = method.merge(params)
         return params
@@ -113,26 +123,67 @@ def chain(*methods: Method) -> Method:
         return chain(*[m.prepare(model, params, batches) if m.prepare else m for m in methods])
 
     foldable = all(method.merge for method in methods)
-    return Method(init, intercept, labels, merge if foldable else None,
-                  {"peft_type": "CHAIN", "methods": tuple(m.config for m in methods)},
-                  lambda params: sum(m.padding(params) for m in methods), optimizer=optimizer,
-                  penalty=penalty if any(m.penalty for m in methods) else None,
-                  prepare=prepare if any(m.prepare for m in methods) else None, parts=methods)
+    chained = Method(init, intercept, labels, merge if foldable else None,
+                     {"peft_type": "CHAIN", "methods": tuple(m.config for m in methods)},
+                     lambda params: sum(m.padding(params) for m in methods), optimizer=optimizer,
+                     penalty=penalty if any(m.penalty for m in methods) else None,
+                     prepare=prepare if any(m.prepare for m in methods) else None, parts=methods,
+                     leaves=tuple(dict.fromkeys(name for m in methods for name in m.leaves)))
+    return chained
 
 
 def _intercepted(intercept, next_fun, context, *args, **kwargs):
     return intercept(next_fun, args, kwargs, context)
 
 
-def _agree(labels: list[dict[str, str]]) -> dict[str, str]:
-    """One label per leaf: the only one that is not frozen, if there is one."""
+def owns(leaves: Sequence[str], path: str) -> bool:
+    """Whether the leaf at ``path`` is one of a method's ``leaves``, or in one of its folders.
+
+    >>> owns(("lora_a", "full/"), "q_proj/lora_a"), owns(("full/",), "full/norm.scale"), owns(("lora_a",), "lora_a/b")
+    (True, True, False)
+    """
+    folders = [f"/{name}" for name in leaves if name.endswith("/")]
+    return path.rpartition("/")[2] in leaves or any(folder in f"/{path}" for folder in folders)
+
+
+def check_leaves(leaves: Sequence[str], params: Mapping, whose: str = "the method") -> None:
+    """Raise ``PeftJaxError`` where ``params`` hold none of ``leaves``, if there are such."""
+    if leaves and not any(owns(leaves, path) for path in tree.flatten(params)):
+        raise PeftJaxError(f"the parameters hold none of {whose}'s leaves ({', '.join(leaves)}): "
+                           "params = method.init(rng, params) first; what was merged holds none either.")
+
+
+def check_held(method: Method, params: Mapping) -> None:
+    """Raise ``PeftJaxError`` where ``params`` lack all leaves of the method, or of one part of a chain.
+
+    Without them the forward pass is the base model's, and nothing would say so.
+    """
+    for part in method.parts:
+        check_held(part, params)
+    if not method.parts:
+        check_leaves(method.leaves, params, method.config["peft_type"])
+
+
+def _agree(methods: Sequence[Method], labels: list[dict[str, str]]) -> dict[str, str]:
+    """One label per leaf: its owner's, else the only one that is not frozen, if there is one."""
     merged = {}
     for path in labels[0]:
-        groups = {given[path] for given in labels} - {FROZEN}
+        owners = [own for own, method in enumerate(methods) if owns(method.leaves, path)]
+        if owners and any(labels[own][path] != FROZEN for own in owners):
+            _check_others(methods, labels, owners, path)
+        groups = {labels[i][path] for i in owners or range(len(methods))} - {FROZEN}
         if len(groups) > 1:
             raise PeftJaxError(f"two methods of a chain put '{path}' into different groups: {sorted(groups)}.")
         merged[path] = groups.pop() if groups else FROZEN
     return merged
+
+
+def _check_others(methods, labels, owners, path) -> None:
+    for other in [i for i in range(len(methods)) if i not in owners and labels[i][path] != FROZEN]:
+        kind, owner = (methods[i].config["peft_type"] for i in (other, owners[0]))
+        first = f", or name {kind} first in the chain" if other > owners[0] else ""
+        raise PeftJaxError(f"{kind} would train '{path}' too, a leaf of {owner}: leave that module out of one of "
+                           f"them{first}.")
 
 
 def bind(method: Method, model: nn.Module) -> Callable[..., Any]:
@@ -140,7 +191,8 @@ def bind(method: Method, model: nn.Module) -> Callable[..., Any]:
 
     The first call of the whole model (no ``method=`` argument) on a new tree structure also checks that the output
     depends on every trainable leaf that the method added, and raises ``PeftJaxError`` naming those it does not; not
-    with a ``cache``, which may hold what was computed from them.
+    with a ``cache``, which may hold what was computed from them. It raises, too, where the parameters hold none of the
+    method's leaves.
     Dropout of a method is active where a ``dropout`` key is in ``rngs``, and only there.
     """
     checked = set()
@@ -154,9 +206,11 @@ def bind(method: Method, model: nn.Module) -> Callable[..., Any]:
                 return model.apply({**variables, "params": params}, *args, **kwargs)
 
         params = variables.get("params", {})
-        whole = "method" not in kwargs and "cache" not in variables
-        if whole and (shape := jax.tree.structure(variables)) not in checked:
-            check_read(method, run, params)
+        named = kwargs.get("method")
+        if named in (None, "hidden") and (shape := (named, jax.tree.structure(variables))) not in checked:
+            check_held(method, params)
+            if named is None and "cache" not in variables:
+                check_read(method, run, params)
             checked.add(shape)
         return run(params)
 

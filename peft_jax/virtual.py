@@ -19,12 +19,8 @@ from peft_jax.stored import Slot, no_place
 
 KEY = "prompt_embeddings"  # in the file; as in peft without the prefix of other keys
 MARK = "virtual_tokens"  # in a cache: how many it was begun with
+LEAVES = ("prompt", "prompt_tokens", "prompt_encoder/", "prefix", "prefix_out", "prefix_bias", "prefix_encoder/")
 OWN = re.compile(r"(.*/)?(embed_tokens/prompt|self_attn/core/prefix|prefix_encoder)(_.*|/.*)?")
-
-
-def check_whole(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise PeftJaxError(f"{name}={value!r}: give a whole number of at least 1.")
 
 
 def start(params: Mapping[str, Any], kind: str) -> dict[str, Any]:

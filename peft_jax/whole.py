@@ -19,7 +19,7 @@ import numpy as np
 
 from peft_jax import targets, tree
 from peft_jax.errors import PeftJaxError, nearest
-from peft_jax.method import FROZEN, TRAINABLE
+from peft_jax.method import FROZEN, TRAINABLE, check_leaves
 from peft_jax.stored import PREFIX, Naming, Slot
 
 PLAIN = ("kernel", "bias", "scale", "embedding")  # what flax calls the parameters of its own modules
@@ -35,8 +35,12 @@ def init(method: str, params: Mapping[str, Any], axes, wanted: Wanted, required:
     if method in params:
         raise PeftJaxError(f"the parameters already hold '{method}' leaves: start from the base's, or merge first.")
     new, marks, stacks = dict(flat), {}, targets.stacks(flat, axes)
+    before = marks_of(flat)
+    others = {mark for held in before.values() for mark in held}
     for path, leaf in flat.items():
-        folder = path.rpartition("/")[0]
+        folder, _, name = path.rpartition("/")
+        if path in others or (name.endswith("_at") and name.removesuffix("_at") in params):
+            continue  # another such method's
         on = np.array([wanted(path, module) for module in targets.module_names(folder, stacks[folder])], bool)
         if not on.any():
             continue
@@ -44,7 +48,8 @@ def init(method: str, params: Mapping[str, Any], axes, wanted: Wanted, required:
             raise PeftJaxError(f"'{path}' cannot train: it is no plain array of floating-point numbers. Leave it out.")
         mark = f"{method}/{path.replace('/', '.')}"
         if on.all():
-            new[path], marks[mark] = jnp.asarray(leaf, jnp.float32), jnp.zeros((), leaf.dtype)
+            kept = [flat[one].dtype for one in before.get(path, ()) if not flat[one].ndim]  # it is float32 already
+            new[path], marks[mark] = jnp.asarray(leaf, jnp.float32), jnp.zeros((), (*kept, leaf.dtype)[0])
         else:
             marks[mark] = leaf.reshape(len(on), *leaf.shape[len(stacks[folder]):])[on].astype(jnp.float32)
             at = np.where(on, np.cumsum(on) - 1, -1).reshape(stacks[folder])
@@ -52,6 +57,16 @@ def init(method: str, params: Mapping[str, Any], axes, wanted: Wanted, required:
     if required and not marks:
         raise PeftJaxError(f"{method} leaves nothing to train in this model.")
     return tree.unflatten(new | marks)
+
+
+def marks_of(flat: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The marks and copies, of any such method, of each leaf that has some, by path."""
+    dotted = {path.replace("/", "."): path for path in flat if "/" in path}
+    found: dict[str, list[str]] = {}
+    for mark in flat:
+        if path := dotted.get(mark.partition("/")[2]):
+            found.setdefault(path, []).append(mark)
+    return found
 
 
 def labels(method: str, params: Mapping[str, Any]) -> tree.Tree:
@@ -94,6 +109,7 @@ def _check_alone(method: str, place: str, names) -> None:
 
 def merge(method: str, params: Mapping[str, Any]) -> tree.Tree:
     """The plain tree: copies back in their places, every leaf in the type it had."""
+    check_leaves(leaves(method), params, method)
     flat = tree.flatten(params)
     marks = {path: flat.pop(path) for path in list(flat) if path.startswith(f"{method}/")}
     places = {f"{method}/{path.replace('/', '.')}": path for path in flat}
@@ -140,9 +156,14 @@ def _whole(naming: Naming, path: str) -> dict[str, Slot]:
 
 
 def bound(method: str) -> dict[str, Callable]:
-    """The four functions of a method but for ``init``, as keyword arguments of :class:`peft_jax.Method`."""
+    """The functions of a method but for ``init``, and its leaves, as keyword arguments of :class:`peft_jax.Method`."""
     return {"intercept": partial(intercept, method), "labels": partial(labels, method),
-            "merge": partial(merge, method)}
+            "merge": partial(merge, method), "leaves": leaves(method)}
+
+
+def leaves(method: str) -> tuple[str, ...]:
+    """The folder of marks and copies, and the leaf beside one that trains in some layers only."""
+    return f"{method}/", f"{method}_at"
 
 
 def modules(flat: Mapping[str, Any], axes) -> list[targets.Target]:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import beside, lowrank, targets, tree
+from peft_jax import arguments, beside, lowrank, targets, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.methods import allocation, biases, lora_file, lora_init
@@ -64,25 +64,36 @@ def adalora(target_r: int = 8, init_r: int = 12, lora_alpha: float = 8,
     _check(config)
     return Method(partial(_init, config), partial(_intercept, lora_dropout),
                   partial(beside.labels, trained=partial(_trains, config)), _merge, config, partial(_padding, config),
-                  FORMAT, partial(allocation.optimizer, config), partial(orthogonality, config))
+                  FORMAT, partial(allocation.optimizer, config), partial(orthogonality, config), leaves=LEAVES)
 
 
 def _check(config: Mapping[str, Any]) -> None:
     for name in ("target_r", "init_r", "deltaT"):
-        beside.check_rank(name, config[name])
+        arguments.check_rank(name, config[name])
     if config["target_r"] > config["init_r"]:
         raise PeftJaxError(f"target_r={config['target_r']} is above init_r={config['init_r']}: ranks only fall.")
     for name in ("lora_alpha", "orth_reg_weight"):
-        beside.check_number(name, config[name])
+        arguments.check_number(name, config[name])
     if config["lora_alpha"] <= 0 or config["orth_reg_weight"] < 0:
         raise PeftJaxError(f"lora_alpha={config['lora_alpha']}, orth_reg_weight={config['orth_reg_weight']}: give an "
                            "alpha above 0 and a weight of at least 0.")
     for name in ("lora_dropout", "beta1", "beta2"):
-        beside.check_probability(name, config[name])
-    beside.check_choice("bias", config["bias"], biases.OF_LORA)
-    beside.check_choice("init_lora_weights", config["init_lora_weights"], (True, False))
+        arguments.check_probability(name, config[name])
+    arguments.check_choice("bias", config["bias"], biases.OF_LORA)
+    arguments.check_choice("init_lora_weights", config["init_lora_weights"], (True, False))
+    for name in ("tinit", "tfinal"):
+        arguments.check_whole(name, config[name], least=0)
+    _check_rank_pattern(config["rank_pattern"])
     if config["total_step"] is not None:
+        arguments.check_whole("total_step", config["total_step"])
         allocation.check_steps(config, config["total_step"])
+
+
+def _check_rank_pattern(given) -> None:
+    arguments.check_pattern("rank_pattern", given)
+    for key, held in (given or {}).items():
+        if not isinstance(held, list | tuple) or not all(isinstance(one, bool | int) for one in held):
+            raise PeftJaxError(f"rank_pattern['{key}']={held!r}: give a list of True and False, one for each rank.")
 
 
 def _trains(config, path, flat) -> bool:

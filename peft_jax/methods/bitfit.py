@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import beside, targets, tree, whole
+from peft_jax import arguments, beside, targets, tree, whole
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import TRAINABLE, Method
 from peft_jax.stored import Format
@@ -44,10 +44,10 @@ def bitfit(target_modules: Patterns = None, *, exclude_modules: Patterns = None,
     a model that has no such bias.
     """
     config = beside.tidy({"peft_type": "BITFIT", "layers_to_transform": None, "layers_pattern": None, **locals()}, None)
-    beside.check_choice("add_missing", add_missing, (True, False))
+    arguments.check_choice("add_missing", add_missing, (True, False))
     padding = partial(beside.padding, config=_adding(config), leaves=tuple(KEYS), switch="bitfit_on")
     return Method(partial(_init, config), _intercept, _labels, None if add_missing else partial(whole.merge, NAME),
-                  config, padding, FORMAT)
+                  config, padding, FORMAT, leaves=(*whole.leaves(NAME), *KEYS, "bitfit_on"))
 
 
 def _adding(config) -> dict[str, Any]:

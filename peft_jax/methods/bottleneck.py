@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from peft_jax import beside, targets, tree
+from peft_jax import arguments, beside, targets, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.kept import keep
 from peft_jax.method import Method
@@ -98,11 +98,11 @@ def bottleneck(mh_adapter: bool = True, output_adapter: bool = True, reduction_f
 
     Raises ``PeftJaxError`` for values out of range, and from ``init`` for modules that are not there.
     """
-    beside.check_choice("is_parallel", is_parallel, (True, False))
+    arguments.check_choice("is_parallel", is_parallel, (True, False))
     if not isinstance(init_weights, str):
-        beside.check_number("init_weights", init_weights)
+        arguments.check_number("init_weights", init_weights)
     elif init_weights not in INITS:
-        beside.check_choice("init_weights", init_weights, (*INITS, "a standard deviation"))
+        arguments.check_choice("init_weights", init_weights, (*INITS, "a standard deviation"))
     return build(dict(locals()), PLAIN, FORMAT)
 
 
@@ -117,30 +117,31 @@ def build(config: dict[str, Any], matrices: Matrices, stored: Format) -> Method:
     trains = partial(beside.trains, config, (*matrices.keys, *EXTRAS, *shared))
     return Method(partial(_init, config, matrices, trains), partial(_intercept, config, matrices),
                   partial(beside.labels, trained=trains), None, config,
-                  partial(padding, config, (*matrices.keys, *EXTRAS)), stored)
+                  partial(padding, config, (*matrices.keys, *EXTRAS)), stored,
+                  leaves=(*matrices.keys, *EXTRAS, SWITCH, *shared))
 
 
 def _check(config) -> None:
     for name in ("mh_adapter", "output_adapter", "original_ln_before", "ln_before", "ln_after"):
-        beside.check_choice(name, config[name], (True, False))
+        arguments.check_choice(name, config[name], (True, False))
     if not (config["mh_adapter"] or config["output_adapter"]):
         raise PeftJaxError("mh_adapter and output_adapter are both False, which leaves no adapter: set one of them.")
-    beside.check_choice("non_linearity", config["non_linearity"], tuple(ACTIVATIONS))
-    beside.check_number("reduction_factor", config["reduction_factor"])
+    arguments.check_choice("non_linearity", config["non_linearity"], tuple(ACTIVATIONS))
+    arguments.check_number("reduction_factor", config["reduction_factor"])
     if config["reduction_factor"] <= 0:
         raise PeftJaxError(f"reduction_factor={config['reduction_factor']!r}: give a number above 0.")
     if not all(isinstance(layer, int) for layer in config["leave_out"]):
         raise PeftJaxError(f"leave_out={config['leave_out']!r}: give the numbers of layers.")
     for name in ("bottleneck_size", "hidden_size"):
         if config[name] is not None:
-            beside.check_rank(name, config[name])
+            arguments.check_rank(name, config[name])
     if config["scaling"] not in ("learned", "channel"):
-        beside.check_number("scaling", config["scaling"])
+        arguments.check_number("scaling", config["scaling"])
     if config["scaling"] == 0:
         raise PeftJaxError("scaling=0 makes every adapter the base model and gives it no gradient: give another.")
-    beside.check_probability("dropout", config["dropout"])
-    beside.check_regexes([config[name] for name in ("attention_modules", "output_modules", "norm_modules")
-                          if isinstance(config[name], str)])
+    arguments.check_probability("dropout", config["dropout"])
+    for name in ("attention_modules", "output_modules", "norm_modules", "modules_to_save"):
+        arguments.check_modules(name, config[name])
 
 
 def size(config, width: int) -> int:

@@ -12,7 +12,7 @@ factorised rule is ``phm_rule_left`` (p, p, 1) and ``phm_rule_right`` (p, 1, p).
 import jax
 import jax.numpy as jnp
 
-from peft_jax import beside
+from peft_jax import arguments
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.methods import bottleneck as bn
@@ -47,10 +47,10 @@ def compacter(reduction_factor: float = 32, non_linearity: str = "gelu", *, phm_
     """
     config = dict(locals())
     for name in ("phm_dim", "phm_rank"):
-        beside.check_rank(name, config[name])
+        arguments.check_rank(name, config[name])
     for name in ("factorized_phm_W", "shared_phm_rule", "factorized_phm_rule", "phm_bias"):
-        beside.check_choice(name, config[name], (True, False))
-    beside.check_number("phm_init_range", phm_init_range)
+        arguments.check_choice(name, config[name], (True, False))
+    arguments.check_number("phm_init_range", phm_init_range)
     return bn.build({**config, "is_parallel": False}, MATRICES, FORMAT)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from peft_jax import beside
+from peft_jax import arguments, beside
 from peft_jax.errors import PeftJaxError, nearest
 
 DEFAULTS = {"rho": 2.0, "tau": 0.99, "whiten": False, "adjust_scaling_factors": True}
@@ -47,7 +47,7 @@ def check(given: Mapping[str, Any] | None) -> None:
             raise PeftJaxError(f"eva_config['{name}']: {nearest(name, DEFAULTS)}")
     asked = settings(given)
     for name in ("rho", "tau"):
-        beside.check_number(f"eva_config['{name}']", asked[name])
+        arguments.check_number(f"eva_config['{name}']", asked[name])
     if asked["rho"] < 1 or not 0 < asked["tau"] <= 1:
         raise PeftJaxError(f"eva_config: rho={asked['rho']} must be at least 1, tau={asked['tau']} above 0, at most 1.")
 

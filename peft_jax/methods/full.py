@@ -9,11 +9,11 @@ train.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from peft_jax import beside, targets, tree, whole
+from peft_jax import arguments, targets, tree, whole
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.method import Method
 from peft_jax.stored import Format
@@ -46,17 +46,18 @@ def full(patterns: str | Sequence[str] = (".*",), *, exclude: str | Sequence[str
     layers than there are, or where nothing is left to train.
     """
     config = {"peft_type": "FULL", **locals(), "patterns": _listed(patterns), "exclude": _listed(exclude)}
-    beside.check_regexes([*config["patterns"], *config["exclude"]])
+    arguments.check_regexes([*config["patterns"], *config["exclude"]])
     if last_n_layers is not None:
-        beside.check_rank("last_n_layers", last_n_layers)
-    beside.check_choice("embeddings", embeddings, (None, True, False))
-    beside.check_choice("head", head, (True, False))
+        arguments.check_rank("last_n_layers", last_n_layers)
+    arguments.check_choice("embeddings", embeddings, (None, True, False))
+    arguments.check_choice("head", head, (True, False))
     everything = config["patterns"] == (".*",) and not (exclude or last_n_layers or embeddings is False or not head)
     return Method(partial(_init, config), config=config, stored=None if everything else FORMAT, **whole.bound(NAME))
 
 
 def _listed(patterns) -> tuple[str, ...]:
-    found = (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
+    several = isinstance(patterns, Iterable) and not isinstance(patterns, str)
+    found = tuple(patterns) if several else () if patterns is None else (patterns,)
     if not all(isinstance(one, str) for one in found):
         raise PeftJaxError(f"{patterns!r}: give regular expressions for the paths of leaves, such as '.*/bias'.")
     return found

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import beside, tree
+from peft_jax import arguments, beside, tree
 from peft_jax.kept import keep
 from peft_jax.method import Method
 from peft_jax.methods import biases
@@ -52,14 +52,14 @@ def hra(r: int = 8, apply_GS: bool = False, target_modules: Patterns = ("q_proj"
     Raises ``PeftJaxError`` for values out of range, and from ``init`` for patterns that match nothing.
     """
     config = beside.tidy({"peft_type": "HRA", **locals()})
-    beside.check_rank("r", r)
-    beside.check_choice("apply_GS", apply_GS, (True, False))
-    beside.check_choice("bias", bias, BIASES)
-    beside.check_choice("init_weights", init_weights, (True, False))
+    arguments.check_rank("r", r)
+    arguments.check_choice("apply_GS", apply_GS, (True, False))
+    arguments.check_choice("bias", bias, BIASES)
+    arguments.check_choice("init_weights", init_weights, (True, False))
     trains = partial(_trains, config)
     padding = partial(beside.padding, config=config, leaves=LEAVES[:1], switch="hra_on")
     return Method(partial(_init, config), partial(_intercept, apply_GS), partial(beside.labels, trained=trains),
-                  partial(_merge, apply_GS), config, padding, FORMAT)
+                  partial(_merge, apply_GS), config, padding, FORMAT, leaves=LEAVES)
 
 
 def _trains(config, path, flat) -> bool:

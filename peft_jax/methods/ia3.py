@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import beside, targets, tree
-from peft_jax.errors import PeftJaxError
-from peft_jax.method import Method
+from peft_jax import arguments, beside, targets, tree
+from peft_jax.errors import PeftJaxError, nearest
+from peft_jax.method import Method, check_leaves
 from peft_jax.stored import Format
 from peft_jax.targets import Patterns
 
+DEFAULT = ("down_proj",)
+LEAVES = ("ia3_in", "ia3_out", "ia3_on")
 KEYS = {"ia3_in": "ia3_l", "ia3_out": "ia3_l"}
 
 
@@ -45,15 +47,29 @@ def ia3(target_modules: Patterns = ("k_proj", "v_proj", "down_proj"), feedforwar
     """
     config = beside.tidy({"peft_type": "IA3", "layers_to_transform": None, "layers_pattern": None, **locals()},
                          ("k_proj", "v_proj", "down_proj"))
-    beside.check_choice("init_ia3_weights", init_ia3_weights, (True, False))
+    arguments.check_modules("feedforward_modules", feedforward_modules)
+    arguments.check_choice("init_ia3_weights", init_ia3_weights, (True, False))
     trains = partial(beside.trains, config, tuple(KEYS))
     padding = partial(beside.padding, config=config, leaves=tuple(KEYS), switch="ia3_on")
     return Method(partial(_init, config, trains), _intercept, partial(beside.labels, trained=trains), _merge, config,
-                  padding, FORMAT)
+                  padding, FORMAT, leaves=LEAVES)
 
 
 def _init(config, trains, rng, params, axes=None):
+    _check_feedforward(config, targets.find(params, axes, beside.selection(config)))
     return beside.init(config, rng, params, axes, partial(_leaves, config), trains)
+
+
+def _check_feedforward(config, found) -> None:
+    """What is named in vain would be scaled on its other side; the default alone need not be there."""
+    given = config["feedforward_modules"] if config["feedforward_modules"] != DEFAULT else ()
+    names = [name for target in found for name in target.names if beside.chosen(config, [name])[0]]
+    for pattern in [given] if isinstance(given, str) else [(entry,) for entry in given or ()]:
+        if not any(targets.listed(pattern, name) for name in names):
+            said = pattern if isinstance(pattern, str) else pattern[0]
+            raise PeftJaxError(f"feedforward_modules has '{said}', which matches none of the adapted modules (a string "
+                               "is a regex for whole names, endings go into a list): "
+                               f"{nearest(said, (name.rsplit('.', 1)[-1] for name in names))}")
 
 
 def _leaves(config, key, target, kernel):
@@ -88,6 +104,7 @@ def _scale(scale, on, dtype):
 
 def _merge(params):
     """Scale the rows or columns of each kernel, and the bias behind scaled columns; back to their own dtypes."""
+    check_leaves(LEAVES, params, "IA3")
     flat = tree.flatten(params)
     for folder in beside.folders(flat, "ia3_on"):
         on = flat.pop(folder + "ia3_on")

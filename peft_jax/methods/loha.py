@@ -54,7 +54,7 @@ def loha(r: int = 8, alpha: float = 8, target_modules: Patterns = ("q_proj", "v_
     trains = partial(beside.trains, config, FACTORS)
     padding = partial(lycoris.padding, config=config, leaves=FACTORS, scaling="hada_scaling")
     return Method(partial(_init, config, trains), partial(_intercept, config), partial(beside.labels, trained=trains),
-                  _merge, config, padding, FORMAT)
+                  _merge, config, padding, FORMAT, leaves=LEAVES)
 
 
 def _init(config, trains, rng, params, axes=None):

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 
 from peft_jax import beside, tree
 from peft_jax.errors import PeftJaxError
-from peft_jax.method import Method
+from peft_jax.method import Method, check_leaves
 from peft_jax.methods import lycoris
 from peft_jax.stored import Format
 from peft_jax.targets import Patterns
 
 FACTORS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+LEAVES = (*FACTORS, "lokr_scaling")
 
 
 def lokr(r: int = 8, alpha: float = 8, target_modules: Patterns = ("q_proj", "v_proj"), rank_dropout: float = 0.0,
@@ -63,7 +64,7 @@ def lokr(r: int = 8, alpha: float = 8, target_modules: Patterns = ("q_proj", "v_
     trains = partial(beside.trains, config, FACTORS)
     padding = partial(lycoris.padding, config=config, leaves=FACTORS, scaling="lokr_scaling")
     return Method(partial(_init, config, trains), partial(_intercept, config), partial(beside.labels, trained=trains),
-                  _merge, config, padding, FORMAT)
+                  _merge, config, padding, FORMAT, leaves=LEAVES)
 
 
 def divided(width: int, most: int = -1) -> tuple[int, int]:
@@ -144,6 +145,7 @@ def _matrix(held, name):
 
 def _merge(params):
     """Add the update to each kernel, in float32, back to the kernel's dtype; the leaves are gone afterwards."""
+    check_leaves(LEAVES, params, "LOKR")
     flat = tree.flatten(params)
     for folder in beside.folders(flat, "lokr_scaling"):
         held = {name: flat.pop(folder + name) for name in FACTORS if folder + name in flat}

@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from peft_jax import beside, targets, tree
+from peft_jax import arguments, beside, targets, tree
 from peft_jax.lowrank import branch, delta
 from peft_jax.method import Method
 from peft_jax.methods import biases, eva, lora_init
-from peft_jax.methods.lora_file import ARGUMENTS, LEAVES, SILENT, START, fields, plain, read, slots
+from peft_jax.methods.lora_file import ARGUMENTS, LEAVES, SILENT, START, check_split, fields, plain, read, slots
 from peft_jax.methods.lora_init import ranks, scalings
 from peft_jax.stored import Format
 from peft_jax.targets import Patterns
@@ -75,8 +75,9 @@ def _method(config, given=None) -> Method:
 
     trained = partial(trains, config)
     return Method(partial(init, config, partial(leaves, config, given=given), trained),
-                  partial(_intercept, config["lora_dropout"]), partial(beside.labels, trained=trained), _merge, config,
-                  partial(padding, config), FORMAT, prepare=prepare if needs_data(config, given) else None)
+                  partial(_intercept, config["lora_dropout"]), partial(labels, trained), _merge, config,
+                  partial(padding, config), FORMAT, leaves=(*LEAVES, *START),
+                  prepare=prepare if needs_data(config, given) else None)
 
 
 def needs_data(config, given) -> bool:
@@ -84,17 +85,22 @@ def needs_data(config, given) -> bool:
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    beside.check_patterns(config, "r", "lora_alpha")
-    beside.check_probability("lora_dropout", config["lora_dropout"])
-    beside.check_choice("bias", config["bias"], biases.OF_LORA)
+    arguments.check_patterns(config, "r", "lora_alpha")
+    arguments.check_probability("lora_dropout", config["lora_dropout"])
+    arguments.check_choice("bias", config["bias"], biases.OF_LORA)
     lora_init.check(config["init_lora_weights"])
     eva.check(config["eva_config"])
 
 
 def init(config, leaves: Callable[..., Mapping[str, jax.Array]], trains: Callable[[str, Mapping], bool], rng, params,
-         axes=None, holders: Sequence[str] = targets.HOLDERS) -> tree.Tree:
-    """``params`` with ``leaves(key, target, kernel)`` beside the kernels and embeddings that ``config`` chooses."""
-    params = beside.init(config, rng, params, axes, leaves, trains, holders)
+         axes=None, holders: Sequence[str] = targets.HOLDERS, first: str = "") -> tree.Tree:
+    """``params`` with ``leaves(key, target, kernel)`` beside the kernels and embeddings that ``config`` chooses.
+
+    ``first`` as of :func:`beside.init`; a start that splits the kernel is such a method, too.
+    """
+    if lora_init.splits(config["init_lora_weights"]):
+        first = first or f"init_lora_weights={config['init_lora_weights']!r}"
+    params = beside.init(config, rng, params, axes, leaves, trains, holders, first)
     biases.check(config, tree.flatten(params), "lora_scaling")
     return params
 
@@ -157,6 +163,12 @@ def _embedded(module, method_name, x, y):
 def trains(config, path, flat) -> bool:
     """Whether the leaf at ``path`` trains."""
     return biases.trains(config, path, flat, "lora_scaling") or beside.trains(config, LEAVES[:2], path, flat)
+
+
+def labels(trained, params) -> tree.Tree:
+    """As of :func:`beside.labels`. Raises ``PeftJaxError`` where a kernel trains of which a part was split off."""
+    check_split(tree.flatten(params))
+    return beside.labels(params, trained)
 
 
 def _merge(params):

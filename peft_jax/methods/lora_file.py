@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from peft_jax import beside, targets, tree
+from peft_jax import arguments, beside, targets, tree, whole
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import FROZEN, Method
 from peft_jax.methods import lora_init
@@ -34,6 +34,15 @@ def check_scalings(config, flat, leaf: str, alpha: str = "lora_alpha") -> None:
         if not np.array_equal(np.ravel(held), scalings(config, targets.module_names(path.rstrip("/"), held.shape))):
             raise PeftJaxError(f"save_adapter: '{path}{leaf}' is not what this method's r and {alpha} give: "
                                "save with the method that made the parameters.")
+
+
+def check_split(flat) -> None:
+    """Raise ``PeftJaxError`` where a kernel trains of which a part was split off: what it was could not be told."""
+    marks = whole.marks_of(flat)
+    for folder in beside.folders(flat, START[0]):
+        if held := marks.get(f"{folder}kernel"):
+            raise PeftJaxError(f"'{folder}kernel' trains as a whole ('{held[0]}') and by a LoRA that split it: leave "
+                               "it out of one of them, or take another init_lora_weights.")
 
 
 def plain(config, flat):
@@ -124,6 +133,8 @@ def read(stated, where) -> dict[str, Any]:
     if value not in PLAIN_INITS:
         raise PeftJaxError(f"{where} has init_lora_weights={value!r}, with which peft also changes the base weights: "
                            "save it from peft with path_initial_model_for_weight_conversion, as a plain LoRA.")
+    for pattern in DEFAULTS:
+        arguments.check_pattern(pattern, stated.get(pattern))
     pairs = _both(stated, "model.embed_tokens", "lm_head")
     adapted = targets.listed(stated.get("target_modules"), "model.embed_tokens")
     if tied and adapted and any(own != other for own, other in pairs.values()):

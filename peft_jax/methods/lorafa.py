@@ -11,10 +11,9 @@ which the paper's first version and this file do not.
 from functools import partial
 from inspect import signature
 
-from peft_jax import beside
 from peft_jax.method import Method
 from peft_jax.methods.lora import FORMAT as LORA
-from peft_jax.methods.lora import lora, padding, trains
+from peft_jax.methods.lora import labels, lora, padding, trains
 from peft_jax.methods.lora_file import slots
 
 
@@ -40,7 +39,7 @@ def _frozen(method: Method) -> Method:
     def prepare(*args, **kwargs):
         return _frozen(method.prepare(*args, **kwargs))
 
-    return method._replace(labels=partial(beside.labels, trained=partial(_trains, method.config)), stored=FORMAT,
+    return method._replace(labels=partial(labels, partial(_trains, method.config)), stored=FORMAT,
                            padding=partial(_padding, method.config), prepare=prepare if method.prepare else None)
 
 

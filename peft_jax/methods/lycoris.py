@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import beside, targets, tree
+from peft_jax import arguments, beside, targets, tree
 from peft_jax.methods import lora_file, lora_init
 from peft_jax.stored import Naming, Slot
 
@@ -22,13 +22,13 @@ ARGUMENTS = ("r", "alpha", *beside.SELECTION, "rank_pattern", "alpha_pattern", "
              "init_weights")
 
 
-def tidy(arguments: Mapping[str, Any], kind: str, inits: Sequence[Any]) -> dict[str, Any]:
-    """The config of LyCORIS's arguments, checked; raises ``PeftJaxError`` for values out of range."""
-    config = beside.tidy({"peft_type": kind, **arguments})
-    beside.check_patterns(config, "r", "alpha")
+def tidy(given: Mapping[str, Any], kind: str, inits: Sequence[Any]) -> dict[str, Any]:
+    """The config of the arguments ``given`` to LyCORIS, checked; raises ``PeftJaxError`` for values out of range."""
+    config = beside.tidy({"peft_type": kind, **given})
+    arguments.check_patterns(config, "r", "alpha")
     for name in ("rank_dropout", "module_dropout"):
-        beside.check_probability(name, config[name])
-    beside.check_choice("init_weights", config["init_weights"], inits)
+        arguments.check_probability(name, config[name])
+    arguments.check_choice("init_weights", config["init_weights"], inits)
     return config
 
 

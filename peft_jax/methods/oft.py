@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import beside, tree
+from peft_jax import arguments, beside, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.methods import biases
@@ -65,7 +65,7 @@ def oft(r: int = 0, oft_block_size: int = 32, module_dropout: float = 0.0,
     trains = partial(_trains, config)
     return Method(partial(_init, config), partial(_intercept, config), partial(beside.labels, trained=trains),
                   partial(_merge, config), config,
-                  partial(beside.padding, config=config, leaves=LEAVES[:1], switch="oft_on"), FORMAT)
+                  partial(beside.padding, config=config, leaves=LEAVES[:1], switch="oft_on"), FORMAT, leaves=LEAVES)
 
 
 def _check(config) -> None:
@@ -73,11 +73,11 @@ def _check(config) -> None:
     if not all(isinstance(number, int) and number >= 0 for number in (r, size)) or bool(r) == bool(size):
         raise PeftJaxError(f"r={r!r} and oft_block_size={size!r}: give one of them, a whole number, and 0 for the "
                            "other; their product is the number of a module's inputs.")
-    beside.check_probability("module_dropout", config["module_dropout"])
-    beside.check_number("eps", config["eps"])
-    beside.check_choice("bias", config["bias"], BIASES)
-    beside.check_choice("init_weights", config["init_weights"], (True, False))
-    beside.check_rank("num_cayley_neumann_terms", config["num_cayley_neumann_terms"])
+    arguments.check_probability("module_dropout", config["module_dropout"])
+    arguments.check_number("eps", config["eps"])
+    arguments.check_choice("bias", config["bias"], BIASES)
+    arguments.check_choice("init_weights", config["init_weights"], (True, False))
+    arguments.check_rank("num_cayley_neumann_terms", config["num_cayley_neumann_terms"])
 
 
 def _trains(config, path, flat) -> bool:

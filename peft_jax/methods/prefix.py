@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import beside, tree, virtual
+from peft_jax import arguments, tree, virtual
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.stored import Format, Slot
@@ -52,15 +52,15 @@ def prefix(num_virtual_tokens: int = 20, *, token_dim: int | None = None, num_la
     Raises ``PeftJaxError`` for arguments of the wrong type, and from ``init`` for a model of another kind or size.
     """
     config = {"peft_type": "PREFIX_TUNING" if shift_positions else UNSHIFTED, **locals()}
-    virtual.check_whole("num_virtual_tokens", num_virtual_tokens)
+    arguments.check_whole("num_virtual_tokens", num_virtual_tokens)
     for name in ("token_dim", "num_layers", "num_attention_heads", "encoder_hidden_size"):
-        virtual.check_whole(name, 1 if config[name] is None else config[name])
-    beside.check_choice("init_weights", init_weights, (None, "zero"))
+        arguments.check_whole(name, 1 if config[name] is None else config[name])
+    arguments.check_choice("init_weights", init_weights, (None, "zero"))
     for name in ("prefix_projection", "shift_positions"):
-        beside.check_choice(name, config[name], (True, False))
-    beside.check_number("init_std", init_std)
+        arguments.check_choice(name, config[name], (True, False))
+    arguments.check_number("init_std", init_std)
     return Method(partial(_init, config), partial(_intercept, config), virtual.labels, None, config,
-                  stored=FORMAT if shift_positions else FORMAT_UNSHIFTED)
+                  stored=FORMAT if shift_positions else FORMAT_UNSHIFTED, leaves=virtual.LEAVES)
 
 
 def _init(config, rng, params, axes=None):

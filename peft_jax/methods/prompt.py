@@ -6,14 +6,14 @@ Beside ``embed_tokens/embedding`` stands ``prompt`` (n, hidden). Real tokens tak
 prompt were text; packed segments all see one prompt, and each the prompt alone before its own tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import beside, tree, virtual
+from peft_jax import arguments, tree, virtual
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.stored import Format
@@ -43,18 +43,19 @@ def prompt(num_virtual_tokens: int = 20, prompt_tuning_init: str = "RANDOM", *,
     virtual tokens already, or ids beyond the vocabulary.
     """
     config = {"peft_type": "PROMPT_TUNING", **locals()}
-    virtual.check_whole("num_virtual_tokens", num_virtual_tokens)
-    beside.check_choice("prompt_tuning_init", prompt_tuning_init, INITS)
+    arguments.check_whole("num_virtual_tokens", num_virtual_tokens)
+    arguments.check_choice("prompt_tuning_init", prompt_tuning_init, INITS)
     _check_ids(prompt_tuning_init, prompt_tuning_init_ids)
     return Method(partial(_init, config), partial(virtual.intercept, "prompt", table), virtual.labels, None, config,
-                  stored=FORMAT)
+                  stored=FORMAT, leaves=virtual.LEAVES)
 
 
 def _check_ids(how, ids) -> None:
     if (how == "TEXT") != (ids is not None):
         raise PeftJaxError(f"prompt_tuning_init={how!r} and prompt_tuning_init_ids={ids!r}: 'TEXT' starts from the "
                            "token ids of a text, such as (504, 3216), and nothing else does.")
-    if ids is not None and not (len(ids) and all(isinstance(i, int | np.integer) and i >= 0 for i in ids)):
+    several = isinstance(ids, Iterable) and len(ids)
+    if ids is not None and not (several and all(isinstance(i, int | np.integer) and i >= 0 for i in ids)):
         raise PeftJaxError(f"prompt_tuning_init_ids={ids!r}: give token ids, at least one, such as (504, 3216).")
 
 

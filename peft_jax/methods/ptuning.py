@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import beside, tree, virtual
+from peft_jax import arguments, beside, tree, virtual
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.methods.prompt import ARGUMENTS, table
@@ -48,17 +48,17 @@ def ptuning(num_virtual_tokens: int = 20, encoder_reparameterization_type: str |
     Raises ``PeftJaxError`` for arguments of the wrong type or without effect, and from ``init`` as of ``prompt``.
     """
     config = {"peft_type": "P_TUNING", **locals()}
-    virtual.check_whole("num_virtual_tokens", num_virtual_tokens)
-    virtual.check_whole("encoder_hidden_size", 1 if encoder_hidden_size is None else encoder_hidden_size)
-    virtual.check_whole("encoder_num_layers", encoder_num_layers)
-    beside.check_choice("encoder_reparameterization_type", encoder_reparameterization_type, ENCODERS)
-    beside.check_probability("encoder_dropout", encoder_dropout)
+    arguments.check_whole("num_virtual_tokens", num_virtual_tokens)
+    arguments.check_whole("encoder_hidden_size", 1 if encoder_hidden_size is None else encoder_hidden_size)
+    arguments.check_whole("encoder_num_layers", encoder_num_layers)
+    arguments.check_choice("encoder_reparameterization_type", encoder_reparameterization_type, ENCODERS)
+    arguments.check_probability("encoder_dropout", encoder_dropout)
     if encoder_reparameterization_type == "MLP" and (encoder_num_layers != 2 or encoder_dropout):
         raise PeftJaxError(f"encoder_num_layers={encoder_num_layers}, encoder_dropout={encoder_dropout}: they act in "
                            "the LSTM only (peft ignores them); leave out both, or choose 'LSTM'.")
     read = ("prompt_tokens", partial(_table, config)) if encoder_reparameterization_type else ("prompt", table)
     return Method(partial(_init, config), partial(virtual.intercept, *read), virtual.labels, None, config,
-                  stored=FORMAT)
+                  stored=FORMAT, leaves=virtual.LEAVES)
 
 
 def _init(config, rng, params, axes=None):

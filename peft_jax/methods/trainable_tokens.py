@@ -6,7 +6,7 @@ Beside the ``embedding`` (V, D), or an untied head's ``kernel`` (D, V), stand ``
 rows, and the frozen ``token_indices`` int32 (n,). Where the embedding is the head as well, the head has these rows too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from peft_jax import beside, targets, tree, whole
+from peft_jax import arguments, beside, targets, tree, virtual, whole
 from peft_jax.errors import PeftJaxError
-from peft_jax.method import FROZEN, TRAINABLE, Method
+from peft_jax.method import FROZEN, TRAINABLE, Method, check_leaves
 from peft_jax.stored import PREFIX, Format, Slot
 from peft_jax.targets import Patterns
 
+LEAVES = ("tokens", "token_indices")
 EMBEDDING, HEAD = "embed_tokens/embedding", "lm_head"
 
 
@@ -45,15 +46,14 @@ def trainable_tokens(token_indices: Sequence[int] = (), target_modules: Patterns
     Raises ``PeftJaxError`` for token ids that are negative or twice there, and from ``init`` for ids beyond the
     vocabulary and names that match no embedding.
     """
-    indices = tuple(token_indices)
+    indices = tuple(token_indices) if isinstance(token_indices, Iterable) else ()
     if not indices or not all(isinstance(i, int) and i >= 0 for i in indices) or len(set(indices)) < len(indices):
-        raise PeftJaxError(f"token_indices={indices}: give at least one token id, each once, none negative.")
+        raise PeftJaxError(f"token_indices={token_indices!r}: give at least one token id, each once, none negative.")
     config = {"peft_type": "TRAINABLE_TOKENS", "token_indices": indices, "target_modules": target_modules,
               "init_weights": init_weights}
-    beside.check_choice("init_weights", init_weights, (True, False))
-    if isinstance(target_modules, str):
-        beside.check_regexes([target_modules])
-    return Method(partial(_init, config), _intercept, _labels, _merge, config, stored=FORMAT)
+    arguments.check_choice("init_weights", init_weights, (True, False))
+    arguments.check_modules("target_modules", target_modules)
+    return Method(partial(_init, config), _intercept, _labels, _merge, config, stored=FORMAT, leaves=LEAVES)
 
 
 def _init(config, rng, params, axes=None):
@@ -62,6 +62,7 @@ def _init(config, rng, params, axes=None):
         raise PeftJaxError(f"the parameters already hold trainable tokens ('{found[0]}'): merge first.")
     for number, path in enumerate(_weights(config, flat)):
         rows = _rows(flat[path], path)
+        beside.check_first("trainable_tokens", path.rpartition("/")[0], (*whole.PLAIN, *virtual.LEAVES), flat)
         if max(config["token_indices"]) >= rows.shape[0]:
             raise PeftJaxError(f"token_indices has {max(config['token_indices'])}, but '{path}' ends at "
                                f"{rows.shape[0] - 1}.")
@@ -130,6 +131,7 @@ def _is_tokens(path, flat) -> bool:
 
 def _merge(params):
     """Put the rows into their embedding or head, in its dtype."""
+    check_leaves(LEAVES, params, "TRAINABLE_TOKENS")
     flat = tree.flatten(params)
     for folder in beside.folders(flat, "token_indices"):
         indices, tokens = flat.pop(folder + "token_indices"), flat.pop(folder + "tokens")

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import beside, tree
+from peft_jax import arguments, beside, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.kept import keep
-from peft_jax.method import Method
+from peft_jax.method import Method, check_leaves
 from peft_jax.methods import biases
 from peft_jax.stored import Format, Slot
 from peft_jax.targets import Patterns
@@ -56,16 +56,17 @@ def vera(r: int = 256, target_modules: Patterns = ("q_proj", "v_proj"), vera_dro
     Raises ``PeftJaxError`` for values out of range, and from ``init`` for patterns that match nothing.
     """
     config = beside.tidy({"peft_type": "VERA", "exclude_modules": None, **locals()})
-    beside.check_rank("r", r)
-    beside.check_probability("vera_dropout", vera_dropout)
-    beside.check_number("d_initial", d_initial)
-    beside.check_choice("bias", bias, BIASES)
-    beside.check_choice("init_weights", init_weights, (True, False))
+    arguments.check_rank("r", r)
+    arguments.check_probability("vera_dropout", vera_dropout)
+    arguments.check_number("d_initial", d_initial)
+    arguments.check_choice("bias", bias, BIASES)
+    arguments.check_choice("init_weights", init_weights, (True, False))
     if not isinstance(projection_prng_key, int):
         raise PeftJaxError(f"projection_prng_key={projection_prng_key!r}: a seed is a whole number.")
     trains = partial(_trains, config)
     return Method(partial(_init, config), partial(_intercept, vera_dropout), partial(beside.labels, trained=trains),
-                  _merge, config, partial(beside.padding, config=config, leaves=VECTORS, switch="vera_on"), FORMAT)
+                  _merge, config, partial(beside.padding, config=config, leaves=VECTORS, switch="vera_on"), FORMAT,
+                  leaves=(*LEAVES, *SHARED))
 
 
 def _trains(config, path, flat) -> bool:
@@ -109,6 +110,7 @@ def _intercept(dropout, next_fun, args, kwargs, context):
 
 def _merge(params):
     """Add the update A d B b to each kernel, in float32, back to the kernel's dtype; the leaves are gone afterwards."""
+    check_leaves(LEAVES, params, "VERA")
     shared = {name: params[name] for name in SHARED}
     merged = beside.merge({path: leaf for path, leaf in params.items() if path not in SHARED}, LEAVES,
                           partial(_folded, *shared.values()))

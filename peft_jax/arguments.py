@@ -1,0 +1,65 @@
+"""Arguments of the wrong type, or out of range, as errors of one line: each check raises ``PeftJaxError``."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peft_jax.errors import PeftJaxError, nearest
+
+
+def check_modules(name: str, given: Any) -> None:
+    """Raise ``PeftJaxError`` where ``given`` is no list of names, regex or ``None``."""
+    if not all(one is None or isinstance(one, str) for one in (given if isinstance(given, list | tuple) else (given,))):
+        raise PeftJaxError(f"{name}={given!r}: give names or None.")
+    check_regexes([given] if isinstance(given, str) else [])
+
+
+def check_regexes(given: Sequence[str]) -> None:
+    for regex in given:
+        try:
+            re.compile(regex)
+        except re.error as error:
+            raise PeftJaxError(f"'{regex}' is no regular expression: {error}.") from error
+
+
+def check_rank(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise PeftJaxError(f"{name}={value!r}: a rank is a whole number of at least 1.")
+
+
+def check_whole(name: str, value: Any, least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise PeftJaxError(f"{name}={value!r}: give a whole number of at least {least}.")
+
+
+def check_number(name: str, value: Any) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise PeftJaxError(f"{name}={value!r}: give a finite number.")
+
+
+def check_probability(name: str, value: Any) -> None:
+    check_number(name, value)
+    if not 0 <= value < 1:
+        raise PeftJaxError(f"{name}={value!r}: a probability of at least 0 and below 1.")
+
+
+def check_patterns(config: Mapping[str, Any], rank: str, alpha: str) -> None:
+    """Raise ``PeftJaxError`` where a rank or an alpha, by itself or in its pattern, is none."""
+    for name, pattern, check in ((rank, "rank_pattern", check_rank), (alpha, "alpha_pattern", check_number)):
+        check_pattern(pattern, config[pattern])
+        check(name, config[name])
+        for key, value in (config[pattern] or {}).items():
+            check(f"{pattern}['{key}']", value)
+
+
+def check_pattern(name: str, given: Any) -> None:
+    """Raise ``PeftJaxError`` where ``given`` is no ``{regex: value}`` or ``None``."""
+    if not isinstance(given, Mapping | None) or not all(isinstance(key, str) for key in given or ()):
+        raise PeftJaxError(f"{name}={given!r}: give a dict, such as {{'layers.0.self_attn.q_proj': 4}}.")
+    check_regexes(list(given or ()))
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        raise PeftJaxError(f"{name}={value!r}: {nearest(str(value), map(str, choices))}")
