@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import beside, targets, tree
+from peft_jax import arguments, beside, targets, tree
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.method import Method
 from peft_jax.methods.lora import lora
@@ -48,7 +48,7 @@ def weighted_adapter(adapters: Sequence[Adapter], weights: Sequence[float], base
         raise PeftJaxError(f"weighted_adapter: {len(adapters)} adapters and {len(weights)} weights: one for each.")
     sizes = _finite(weights)
     if svd_rank is not None:
-        beside.check_rank("svd_rank", svd_rank)
+        arguments.check_rank("svd_rank", svd_rank)
     combine = _combination(combination_type, density, majority_sign_method, rng)
     held = [_layers(number, method, params, base_params) for number, (method, params) in enumerate(adapters)]
     most = [max(a.shape[1] for a, _, _ in layers.values()) for layers in held]

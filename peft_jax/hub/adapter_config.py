@@ -90,6 +90,7 @@ def without_unmatched(stated: Mapping[str, Any], names: Sequence[str], modules: 
     For every classifier peft adds both words that models have for their head.
     """
     listed, saved = stated.get("target_modules"), stated.get("modules_to_save")
+    stated = {**stated, **_present(stated, names)}
     if isinstance(saved, tuple):
         found = tuple(entry for entry in saved if any(targets.saved((entry,), module) for module in modules))
         stated = {**stated, "modules_to_save": found or None}
@@ -100,6 +101,17 @@ def without_unmatched(stated: Mapping[str, Any], names: Sequence[str], modules: 
         raise PeftJaxError(f"none of the adapter's target_modules ({', '.join(listed)}) is in this model: "
                            f"{nearest(listed[0] if listed else '', (n.rsplit('.', 1)[-1] for n in names))}")
     return {**stated, "target_modules": kept}
+
+
+def _present(stated: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Feed-forward modules and layer numbers without those that the model does not have."""
+    found: dict[str, Any] = {}
+    if isinstance(inside := stated.get("feedforward_modules"), tuple):
+        found["feedforward_modules"] = tuple(one for one in inside if any(targets.listed((one,), n) for n in names))
+    if isinstance(layers := stated.get("layers_to_transform"), tuple):
+        held = {targets.layer_index(name, stated.get("layers_pattern")) for name in names}
+        found["layers_to_transform"] = tuple(layer for layer in layers if layer in held)
+    return found
 
 
 def write(form: Format, config: Mapping[str, Any], flat: Mapping[str, Any], naming: Naming, *, tied: bool,

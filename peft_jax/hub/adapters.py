@@ -21,7 +21,7 @@ from peft_jax import targets, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub import adapter_config, assets, families, files, names
 from peft_jax.hub.family import Family, table_of
-from peft_jax.method import FROZEN, Method, chain
+from peft_jax.method import FROZEN, Method, chain, check_held
 from peft_jax.methods import FORMATS
 from peft_jax.models import untie
 from peft_jax.stored import PREFIX, Naming, Slot
@@ -47,6 +47,7 @@ def save_adapter(folder: str | os.PathLike, method: Method, params: Mapping[str,
       PeftJaxError: a method that is not stored, leaves that are not its own, trained leaves that the file has no place
         for, or a folder that cannot be written.
     """
+    check_held(method, params)
     parts = method.parts or (method,)
     for part in parts:
         if part.stored is None and (part is method or _trained(part, params, tree.flatten(params))):

@@ -225,3 +225,16 @@ def test_an_adapter_is_not_loaded_onto_another(stored, tuned):
     for params in (tuned, partition(tuned, METHOD.labels(tuned))[1]):
         with pytest.raises(PeftJaxError, match=r"already hold LORA.*wants the plain model's base_params, .*/lora_"):
             load_adapter(stored[0], params)
+
+
+def test_params_without_the_adapter_are_not_saved(tiny_model, tuned, tmp_path):
+    for params in (tiny_model[1], METHOD.merge(tuned)):
+        with pytest.raises(PeftJaxError, match="hold none of LORA's leaves"):
+            save_adapter(tmp_path / "a", METHOD, params, tiny_model[0])
+    assert not list(tmp_path.iterdir())
+
+
+def test_layers_that_the_model_does_not_have_are_skipped_as_in_peft(stored, tuned):
+    folder, base = stored
+    restate(folder, layers_to_transform=[0, 1, 7])
+    assert load_adapter(folder, base)[0].config["layers_to_transform"] == (0, 1)
