@@ -141,8 +141,9 @@ def test_the_whole_is_stored_as_a_model(peer_bases, tmp_path):
     tuned = properties.moved(method, method.init(jax.random.key(0), base))
     with pytest.raises(PeftJaxError, match="FULL has no adapter file: save the whole model"):
         save_adapter(tmp_path, method, tuned, model)
+    both = peft_jax.chain(method, peft_jax.ia3())
     with pytest.raises(PeftJaxError, match="FULL has no adapter file"):
-        save_adapter(tmp_path, peft_jax.chain(method, peft_jax.trainable_tokens([1])), tuned, model)
+        save_adapter(tmp_path, both, both.init(jax.random.key(0), base), model)
     merged = method.merge(tuned)
     assert {leaf.dtype.name for leaf in flatten(merged).values()} == {"bfloat16"}
     save_pretrained(tmp_path, model, merged)
