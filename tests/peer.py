@@ -1,6 +1,8 @@
 """The exchange of adapters with real Hugging Face peft, the same checks for every method that peft has."""
 
 import json
+import subprocess
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -150,20 +152,33 @@ def check_loads_from_peft(base, config, folder, relative=1e-4, whole=True):
     return method, tuned
 
 
-def check_generates_as_peft(base, method, folder, new=6):
-    """Greedy decoding of two prompts of one length gives peft's tokens."""
-    import peft
-    import torch
+GENERATE = """
+import sys, json, torch, transformers, peft
+folder, ids, new = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+base = transformers.AutoModelForCausalLM.from_pretrained(folder + "/base").eval()
+model = peft.PeftModel.from_pretrained(base, folder + "/adapter").eval()
+ids = torch.tensor(ids)
+tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
+                        eos_token_id=None, pad_token_id=0)
+print(json.dumps(tokens[:, -new:].tolist()))
+"""
 
+
+def check_generates_as_peft(base, method, folder, new=6):
+    """Greedy decoding of two prompts of one length gives peft's tokens.
+
+    peft runs in a process of its own: its generate() gave other tokens after other tests of one process (LOG.md).
+    """
     fresh, model, params = base
     tuned = moved(method, method.init(jax.random.key(0), params))
-    save_adapter(folder, method, tuned, model)
-    theirs = peft.PeftModel.from_pretrained(fresh(), folder).generate(
-        input_ids=torch.tensor(IDS), attention_mask=torch.ones(IDS.shape, dtype=int), max_new_tokens=new,
-        do_sample=False, eos_token_id=None, pad_token_id=0)
+    fresh().save_pretrained(folder / "base")
+    save_adapter(folder / "adapter", method, tuned, model)
+    run = subprocess.run([sys.executable, "-c", GENERATE, str(folder), json.dumps(IDS.tolist()), str(new)],
+                         check=True, stdout=subprocess.PIPE, text=True)
+    theirs = json.loads(run.stdout.splitlines()[-1])
     ours = peft_jax.generate(bind(method, model), model, tuned, IDS, np.ones_like(IDS), max_new_tokens=new,
                              stop_ids=(SIZES["vocab_size"],))
-    np.testing.assert_array_equal(ours, theirs[:, -new:])
+    np.testing.assert_array_equal(ours, theirs)
 
 
 def check_virtual_on_real(fresh, model, params, ids, method, config, folder):
