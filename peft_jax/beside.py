@@ -54,8 +54,13 @@ def chosen(config: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
     return np.array(list(map(targets.chooser(**selection(config)), names)), bool)
 
 
-def init(config, rng, params, axes, leaves: Callable[..., Mapping[str, jax.Array]],
-         trains: Callable[[str, Mapping], bool], holders: Sequence[str] = ("kernel",), first: str = "") -> tree.Tree:
+def switch(config: Mapping[str, Any], target: targets.Target) -> jax.Array:
+    """The frozen leaf of a target: float32 (*stack), one where the layer is adapted, zero where it is not."""
+    return jnp.asarray(chosen(config, target.names).astype(np.float32).reshape(target.axes.stack))
+
+
+def init(config, leaves: Callable[..., Mapping[str, jax.Array]], trains: Callable[[str, Mapping], bool], rng, params,
+         axes=None, holders: Sequence[str] = ("kernel",), first: str = "") -> tree.Tree:
     """``params`` with ``leaves(key, target, kernel)`` beside every chosen kernel; what trains becomes float32.
 
     A bfloat16 leaf would lose most of an update. ``leaves`` may replace the kernel or the bias of its module.
@@ -135,7 +140,8 @@ def merge(params, leaves: Sequence[str], fold: Callable[..., jax.Array], unused:
     return tree.unflatten(flat)
 
 
-def padding(params, config, leaves: Sequence[str], switch: str) -> int:
+def padding(params, config, leaves: Sequence[str], switch: str,
+            chosen: Callable[[Mapping[str, Any], Sequence[str]], np.ndarray] = chosen) -> int:
     """Elements of ``leaves`` in layers of a stack that are not adapted; ``switch`` is the frozen leaf (*stack)."""
     flat, unused = tree.flatten(params), 0
     for folder in folders(flat, switch):
@@ -172,6 +178,12 @@ def inputs_last(module: nn.Module, x: jax.Array) -> jax.Array:
     """The module's input with the axes that its kernel contracts moved to the end."""
     axis = input_axes(module, x.ndim)
     return jnp.moveaxis(x, axis, range(-len(axis), 0))
+
+
+def inputs_back(module: nn.Module, x: jax.Array) -> jax.Array:
+    """The inverse of :func:`inputs_last`."""
+    axis = input_axes(module, x.ndim)
+    return jnp.moveaxis(x, range(-len(axis), 0), axis)
 
 
 def dropout_key(module: nn.Module, context, argument: str) -> jax.Array | None:

@@ -12,7 +12,7 @@ def nearest(word: str, choices: Iterable[str], most: int = 3) -> str:
     """A phrase naming the choices closest to ``word``, or the first few where none is close.
 
     >>> nearest("q_pro", ["q_proj", "k_proj", "embed"])
-    'did you mean q_proj?'
+    'did you mean q_proj or k_proj?'
     """
     choices = sorted(set(map(str, choices)))
     if not choices:

@@ -148,6 +148,18 @@ def listed(patterns: Patterns, name: str) -> bool:
     return any(form == p or form.endswith("." + p) for form in spellings(name) for p in patterns)
 
 
+def unmatched(patterns: Patterns, names: Sequence[str], means: Callable[[Patterns, str], bool] = listed) -> str | None:
+    """The first entry of ``patterns`` that means none of ``names``, ``None`` where there is no such.
+
+    >>> unmatched(("up_proj", "gate"), ["layers.0.mlp.up_proj"]), unmatched(r".*up_proj", ["layers.0.mlp.up_proj"])
+    ('gate', None)
+    """
+    for entry in [patterns] if isinstance(patterns, str) else patterns or ():
+        if not any(means(patterns if isinstance(patterns, str) else (entry,), name) for name in names):
+            return entry
+    return None
+
+
 def within(modules: Patterns, name: str) -> bool:
     """Whether ``name`` is one of ``modules`` or lies inside one: such a module takes no adapter."""
     return any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", form) for form in spellings(name) for m in modules or ())
@@ -246,14 +258,11 @@ def _meant(target_modules: Patterns, name: str) -> bool:
 
 def _check_patterns(target_modules, everything) -> None:
     names = [name for t in everything for name in t.names]
-    entries = [target_modules] if isinstance(target_modules, str) else list(target_modules or ())
     tied = " A head that is tied to the embedding has none: peft_jax.untie(params) gives it one."
-    for entry in entries:
-        pattern = entry if isinstance(target_modules, str) else (entry,)
-        if not any(_meant(pattern, name) for name in names):
-            raise PeftJaxError(f"target_modules has '{entry}', which matches no kernel of this model: "
-                               f"{nearest(entry, (n.rsplit('.', 1)[-1] for n in names))}"
-                               f"{tied if entry.endswith('lm_head') else ''}")
+    if (entry := unmatched(target_modules, names, _meant)) is not None:
+        raise PeftJaxError(f"target_modules has '{entry}', which matches no kernel of this model: "
+                           f"{nearest(entry, (n.rsplit('.', 1)[-1] for n in names))}"
+                           f"{tied if entry.endswith('lm_head') else ''}")
     if isinstance(target_modules, str) and "lm_head" in target_modules and "lm_head" not in names and listed(
             target_modules, "lm_head"):
         raise PeftJaxError(f"target_modules={target_modules!r} matches lm_head, a kernel that this model lacks.{tied}")

@@ -46,7 +46,7 @@ def labels(params: Mapping[str, Any]) -> tree.Tree:
     return beside.labels(params, lambda path, _: OWN.fullmatch(path) is not None)
 
 
-def check_room(module, batch: int, length: int, tokens: int) -> None:
+def check_room(module, length: int, tokens: int) -> None:
     """Raise ``PeftJaxError`` where a cache for ``length`` tokens and the virtual ones exceeds the model's positions."""
     most = module.config.max_position_embeddings
     if length + tokens > most:
@@ -122,7 +122,7 @@ def _visible(n, table, module, next_fun, key_mask, positions, index, segment_ids
 
 def _init_cache(n, table, module, next_fun, batch, length):
     """A cache that begins with the virtual tokens. To run them through the model, they are made its vocabulary."""
-    check_room(module, batch, length, n)
+    check_room(module, length, n)
     cache = {**next_fun(batch, length + n), MARK: jnp.int32(n)}
     model = module.clone(parent=None, config=dataclasses.replace(module.config, vocab_size=n))
     params = {**module.variables["params"], "embed_tokens": {"embedding": table()}}
@@ -133,7 +133,7 @@ def _init_cache(n, table, module, next_fun, batch, length):
 HOOKS = {"hidden": _hidden, "embed": _embed, "visible": _visible, "init_cache": _init_cache}
 
 
-def slots(path: str, slot: Slot, config, flat, trained, count: int) -> dict[str, Slot]:
+def slots(path: str, slot: Slot, config, trained, count: int) -> dict[str, Slot]:
     """The one tensor of the file, the leaf ``path`` of ``count`` tokens. Raises ``PeftJaxError`` for other leaves."""
     if others := [other for other in trained if other != path]:
         raise no_place(others, config["peft_type"])
@@ -146,7 +146,7 @@ def slots(path: str, slot: Slot, config, flat, trained, count: int) -> dict[str,
 def prompt_slots(config, flat, trained, naming) -> dict[str, Slot]:
     """Of prompt and P-tuning: the leaf as it is."""
     path = embedding(flat) + "prompt"
-    return slots(path, Slot(path), config, flat, trained, flat[path].shape[0])
+    return slots(path, Slot(path), config, trained, flat[path].shape[0])
 
 
 def prompt_fields(config, flat, naming) -> dict[str, Any]:

@@ -175,11 +175,8 @@ def modules(flat: Mapping[str, Any], axes) -> list[targets.Target]:
 
 def check_names(argument: str, patterns: targets.Patterns, names: Sequence[str]) -> None:
     """Raise ``PeftJaxError`` for an entry of ``patterns`` that matches none of ``names``."""
-    entries = [patterns] if isinstance(patterns, str) else [(entry,) for entry in patterns or ()]
-    for entry in entries:
-        if not any(targets.listed(entry, name) for name in names):
-            said = entry if isinstance(entry, str) else entry[0]
-            tied = " A head that is tied to the embedding has none: peft_jax.untie(params) gives it one."
-            raise PeftJaxError(f"{argument} has '{said}', which is no such module with weights of this model: "
-                               f"{nearest(said, (name.rsplit('.', 1)[-1] for name in names))}"
-                               f"{tied if said.endswith('lm_head') else ''}")
+    if (said := targets.unmatched(patterns, names)) is not None:
+        tied = " A head that is tied to the embedding has none: peft_jax.untie(params) gives it one."
+        raise PeftJaxError(f"{argument} has '{said}', which is no such module with weights of this model: "
+                           f"{nearest(said, (name.rsplit('.', 1)[-1] for name in names))}"
+                           f"{tied if said.endswith('lm_head') else ''}")

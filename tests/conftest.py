@@ -1,6 +1,8 @@
 """Eight virtual CPU devices, no network to the Hub, a tiny random model, and, for those that ask, the real SmolLM2."""
 
+import json
 import os
+from pathlib import Path
 
 # Before jax is imported anywhere: it reads these once.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -75,6 +77,28 @@ def smollm2():
     from peft_jax.hub import load_pretrained, load_tokenizer
 
     return *load_pretrained(REAL), load_tokenizer(REAL)
+
+
+@pytest.fixture(scope="module")
+def at_the_root():
+    """run.py finds experiments/ from where it is started."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(Path(__file__).parents[1])
+        yield
+
+
+@pytest.fixture(scope="session")
+def films(tmp_path_factory):
+    """``films(n)``: a file of n dull and n bright films, with columns prompt and completion."""
+
+    def write(count):
+        rows = [{"prompt": f"a {kind} film, number {i}, is", "completion": word}
+                for i in range(count) for kind, word in {"dull": " bad", "bright": " good"}.items()]  # fmt: skip
+        path = tmp_path_factory.mktemp("data") / "films.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return write
 
 
 @pytest.fixture(scope="module")

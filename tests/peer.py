@@ -67,14 +67,14 @@ def bound_logits(method, model, params):
     return np.asarray(jax.jit(bind(method, model))({"params": params}, IDS))
 
 
-def train_there(model, steps=2):
+def train_there(model, steps=2, ids=IDS, rate=0.05):
     import torch
 
     model.train()
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.05)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], rate)
     for _ in range(steps):
         optimizer.zero_grad()
-        model(torch.tensor(IDS), labels=torch.tensor(IDS)).loss.backward()
+        model(torch.tensor(ids), labels=torch.tensor(ids)).loss.backward()
         optimizer.step()
 
 

@@ -4,10 +4,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 
-from peft_jax import bind, combine, flatten, generate, partition, unflatten
+from peft_jax import bind, combine, flatten, generate, kernel_axes, partition, unflatten
 from peft_jax.loss import batch_loss
 from peft_jax.train.step import init_state, make_step
+
+
+class Generals(nn.Module):
+    """Kernels of several output and several input axes: ``split`` (6, 4, 5), ``out`` (4, 5, outputs)."""
+
+    outputs: int = 3
+
+    @nn.compact
+    def __call__(self, x):
+        """(2, 6, 7) -> (2, 7, outputs)."""
+        split = nn.DenseGeneral((4, 5), axis=1, name="split")(x)
+        return nn.DenseGeneral(self.outputs, axis=(-2, -1), name="out")(split)
+
+
+def generals(outputs=3):
+    """(model, input (2, 6, 7), params, their axes) of :class:`Generals`."""
+    model, x = Generals(outputs), np.random.default_rng(0).normal(size=(2, 6, 7)).astype(np.float32)
+    params = model.init(jax.random.key(0), x)["params"]
+    return model, x, params, kernel_axes(model, params, x)
 
 
 def moved(method, params, seed=0, by=0.3):

@@ -19,24 +19,12 @@ from peft_jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 LORA = "experiments/lora.py"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def at_the_root():
-    """run.py finds experiments/ from where it is started."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        yield
+pytestmark = pytest.mark.usefixtures("at_the_root")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    words = {"dull": " bad", "bright": " good"}
-    rows = [{"prompt": f"a {kind} film, number {i}, is", "completion": word}
-            for i in range(30) for kind, word in words.items()]  # fmt: skip
-    path = tmp_path_factory.mktemp("data") / "films.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+def data(films):
+    return films(30)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """run.py on a classifier: an encoder without a head, a table with labels, every mode."""
 
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,10 +10,9 @@ import run
 from peft_jax.hub import load_pretrained, save_pretrained
 from peft_jax.models import Encoder, EncoderConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENT = "experiments/minilm_lora.py"
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.usefixtures("quick_compiles", "at_the_root")
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +28,7 @@ def arguments(tiny_tokenizer, tmp_path_factory):
                 "method.r": 2, "log.tensorboard": False, "task.text_column": "sentence", "task.label_column": "label",
                 "task.answer": "class", "task.validation_fraction": 0.3}
     overrides = [f"--config.{key}={value}" for key, value in settings.items()]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        yield [f"--config={EXPERIMENT}:model={folder / 'model'},task={folder / 'films.csv'}", *overrides]
+    return [f"--config={EXPERIMENT}:model={folder / 'model'},task={folder / 'films.csv'}", *overrides]
 
 
 @pytest.fixture(scope="module")

@@ -62,9 +62,11 @@ def adalora(target_r: int = 8, init_r: int = 12, lora_alpha: float = 8,
     """
     config = beside.tidy({"peft_type": "ADALORA", **locals()})
     _check(config)
-    return Method(partial(_init, config), partial(_intercept, lora_dropout),
-                  partial(beside.labels, trained=partial(_trains, config)), _merge, config, partial(_padding, config),
-                  FORMAT, partial(allocation.optimizer, config), partial(orthogonality, config), leaves=LEAVES)
+    trains = partial(biases.trains, config, FACTORS, "adalora_scaling")
+    return Method(partial(biases.init, config, partial(_leaves, config), trains, "adalora_scaling"),
+                  partial(_intercept, lora_dropout), partial(beside.labels, trained=trains), _merge, config,
+                  partial(_padding, config), FORMAT, partial(allocation.optimizer, config),
+                  partial(orthogonality, config), leaves=LEAVES)
 
 
 def _check(config: Mapping[str, Any]) -> None:
@@ -94,16 +96,6 @@ def _check_rank_pattern(given) -> None:
     for key, held in (given or {}).items():
         if not isinstance(held, list | tuple) or not all(isinstance(one, bool | int) for one in held):
             raise PeftJaxError(f"rank_pattern['{key}']={held!r}: give a list of True and False, one for each rank.")
-
-
-def _trains(config, path, flat) -> bool:
-    return biases.trains(config, path, flat, "adalora_scaling") or beside.trains(config, FACTORS, path, flat)
-
-
-def _init(config, rng, params, axes=None):
-    params = beside.init(config, rng, params, axes, partial(_leaves, config), partial(_trains, config))
-    biases.check(config, tree.flatten(params), "adalora_scaling")
-    return params
 
 
 def _leaves(config, key, target, kernel) -> dict[str, jax.Array]:

@@ -1,26 +1,38 @@
 """Which biases train, by peft's argument ``bias``: "none", "all", or those of adapted modules ("lora_only", ...)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from peft_jax import beside, targets
+import jax
+
+from peft_jax import beside, targets, tree
 from peft_jax.errors import PeftJaxError
 
 OF_LORA = ("none", "all", "lora_only")
 
 
-def trains(config: Mapping[str, Any], path: str, flat: Mapping[str, Any], switch: str) -> bool:
-    """Whether the leaf at ``path`` is a bias that trains; ``switch`` is a leaf that every adapted module holds."""
-    folder, _, name = path.rpartition("/")
-    adapted = f"{folder}/{switch}".lstrip("/") in flat
-    return name == "bias" and (config["bias"] == "all" or (config["bias"].endswith("_only") and adapted))
-
-
-def check(config: Mapping[str, Any], flat: Mapping[str, Any], switch: str) -> None:
-    """A stacked bias leaf trains as a whole; peft's "_only" on some layers of a stack would need a part of it.
+def trains(config: Mapping[str, Any], leaves: Sequence[str], switch: str, path: str, flat: Mapping[str, Any]) -> bool:
+    """Whether the leaf at ``path`` trains: a bias that is meant, or as of :func:`peft_jax.beside.trains`.
 
     ``switch`` is the frozen leaf (*stack) of every adapted module.
     """
+    folder, _, name = path.rpartition("/")
+    adapted = f"{folder}/{switch}".lstrip("/") in flat
+    if name == "bias" and (config["bias"] == "all" or (config["bias"].endswith("_only") and adapted)):
+        return True
+    return beside.trains(config, leaves, path, flat)
+
+
+def init(config, leaves: Callable[..., Mapping[str, jax.Array]], trains: Callable[[str, Mapping], bool], switch: str,
+         rng, params, axes=None, **options) -> tree.Tree:
+    """As :func:`peft_jax.beside.init`, which has the other ``options``, with ``bias`` checked against the stacks."""
+    params = beside.init(config, leaves, trains, rng, params, axes, **options)
+    _check(config, tree.flatten(params), switch)
+    return params
+
+
+def _check(config: Mapping[str, Any], flat: Mapping[str, Any], switch: str) -> None:
+    """A stacked bias leaf trains as a whole; peft's "_only" on some layers of a stack would need a part of it."""
     for folder in beside.folders(flat, switch) if config["bias"].endswith("_only") else ():
         names = targets.module_names(folder.rstrip("/"), flat[folder + switch].shape)
         if f"{folder}bias" in flat and not beside.chosen(config, names).all():

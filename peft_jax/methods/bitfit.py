@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from peft_jax import arguments, beside, targets, tree, whole
 from peft_jax.errors import PeftJaxError
@@ -63,7 +62,7 @@ def _init(config, rng, params, axes=None):
     biased = [name for one in whole.modules(flat, axes) if f"{one.path}/bias".lstrip("/") in flat for name in one.names]
     beside.check_saved(config, params, [])
     if config["add_missing"]:
-        params = beside.init(_adding(config), rng, params, axes, partial(_leaves, config, flat), lambda *_: False)
+        params = beside.init(_adding(config), partial(_leaves, config, flat), lambda *_: False, rng, params, axes)
     elif not any(map(chosen, biased)):
         where = "" if config["target_modules"] is None else f" in target_modules={config['target_modules']!r}"
         raise PeftJaxError(f"this model has no biases{where}: add_missing=True gives its kernels some (they cannot be "
@@ -80,8 +79,8 @@ def _leaves(config, flat, key, target, kernel):
     if f"{target.path}/bias".lstrip("/") in flat:
         return {}
     _, stack, _, outputs = target.axes
-    on = beside.chosen(_adding(config), target.names).astype(np.float32).reshape(stack)
-    return {"bitfit_bias": jnp.zeros((*stack, *outputs), jnp.float32), "bitfit_on": jnp.asarray(on)}
+    return {"bitfit_bias": jnp.zeros((*stack, *outputs), jnp.float32),
+            "bitfit_on": beside.switch(_adding(config), target)}
 
 
 def _intercept(next_fun, args, kwargs, context):

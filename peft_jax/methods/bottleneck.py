@@ -23,7 +23,7 @@ from peft_jax import arguments, beside, targets, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.kept import keep
 from peft_jax.method import Method
-from peft_jax.methods.places import EXTRAS, SWITCH, Place, find, padding, scalings, slots
+from peft_jax.methods.places import EXTRAS, SWITCH, Place, chosen, find, scalings, slots
 from peft_jax.stored import Format
 from peft_jax.targets import Patterns
 
@@ -114,11 +114,11 @@ def build(config: dict[str, Any], matrices: Matrices, stored: Format) -> Method:
               "modules_to_save": (saved,) if isinstance(saved, str) else saved}
     _check(config)
     shared = tuple(jax.eval_shape(lambda: matrices.shared(config, jax.random.key(0))))
-    trains = partial(beside.trains, config, (*matrices.keys, *EXTRAS, *shared))
+    own = (*matrices.keys, *EXTRAS)
+    trains = partial(beside.trains, config, (*own, *shared))
+    padding = partial(beside.padding, config=config, leaves=own, switch=SWITCH, chosen=chosen)
     return Method(partial(_init, config, matrices, trains), partial(_intercept, config, matrices),
-                  partial(beside.labels, trained=trains), None, config,
-                  partial(padding, config, (*matrices.keys, *EXTRAS)), stored,
-                  leaves=(*matrices.keys, *EXTRAS, SWITCH, *shared))
+                  partial(beside.labels, trained=trains), None, config, padding, stored, leaves=(*own, SWITCH, *shared))
 
 
 def _check(config) -> None:

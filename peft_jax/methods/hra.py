@@ -15,9 +15,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from peft_jax import arguments, beside, tree
+from peft_jax import arguments, beside
 from peft_jax.kept import keep
 from peft_jax.method import Method
 from peft_jax.methods import biases
@@ -56,20 +55,11 @@ def hra(r: int = 8, apply_GS: bool = False, target_modules: Patterns = ("q_proj"
     arguments.check_choice("apply_GS", apply_GS, (True, False))
     arguments.check_choice("bias", bias, BIASES)
     arguments.check_choice("init_weights", init_weights, (True, False))
-    trains = partial(_trains, config)
+    trains = partial(biases.trains, config, LEAVES[:1], "hra_on")
+    init = partial(biases.init, config, partial(_leaves, config), trains, "hra_on")
     padding = partial(beside.padding, config=config, leaves=LEAVES[:1], switch="hra_on")
-    return Method(partial(_init, config), partial(_intercept, apply_GS), partial(beside.labels, trained=trains),
+    return Method(init, partial(_intercept, apply_GS), partial(beside.labels, trained=trains),
                   partial(_merge, apply_GS), config, padding, FORMAT, leaves=LEAVES)
-
-
-def _trains(config, path, flat) -> bool:
-    return biases.trains(config, path, flat, "hra_on") or beside.trains(config, LEAVES[:1], path, flat)
-
-
-def _init(config, rng, params, axes=None):
-    params = beside.init(config, rng, params, axes, partial(_leaves, config), partial(_trains, config))
-    biases.check(config, tree.flatten(params), "hra_on")
-    return params
 
 
 def _leaves(config, key, target, kernel) -> dict[str, jax.Array]:
@@ -77,9 +67,9 @@ def _leaves(config, key, target, kernel) -> dict[str, jax.Array]:
     r, paired = config["r"], config["init_weights"] and not config["apply_GS"] and config["r"] % 2 == 0
     random = jax.random.uniform(key, (*stack, *inputs, r // 2 if paired else r), jnp.float32, -1, 1)
     u = jnp.repeat(random, 2, -1) if paired else random
-    on = beside.chosen(config, target.names).astype(np.float32).reshape(stack)
+    on = beside.switch(config, target)
     u = u / math.sqrt(random.shape[-1]) * on.reshape(*stack, *[1] * (u.ndim - len(stack)))
-    return {"hra_u": u, "hra_on": jnp.asarray(on)}
+    return {"hra_u": u, "hra_on": on}
 
 
 def _intercept(orthogonal, next_fun, args, kwargs, context):
@@ -90,8 +80,7 @@ def _intercept(orthogonal, next_fun, args, kwargs, context):
     left, right = (side.astype(x.dtype) for side in sides(*held, orthogonal))
     low = keep(x.reshape(-1, left.shape[0]) @ left)
     moved = x - (low @ right.T).reshape(x.shape)
-    count = held[0].ndim - 1
-    return next_fun(jnp.moveaxis(moved, range(-count, 0), beside.input_axes(module, x.ndim)), *args[1:], **kwargs)
+    return next_fun(beside.inputs_back(module, moved), *args[1:], **kwargs)
 
 
 def sides(u, on, orthogonal):

@@ -11,7 +11,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from peft_jax import arguments, beside, targets, tree
 from peft_jax.errors import PeftJaxError, nearest
@@ -57,19 +56,17 @@ def ia3(target_modules: Patterns = ("k_proj", "v_proj", "down_proj"), feedforwar
 
 def _init(config, trains, rng, params, axes=None):
     _check_feedforward(config, targets.find(params, axes, beside.selection(config)))
-    return beside.init(config, rng, params, axes, partial(_leaves, config), trains)
+    return beside.init(config, partial(_leaves, config), trains, rng, params, axes)
 
 
 def _check_feedforward(config, found) -> None:
     """What is named in vain would be scaled on its other side; the default alone need not be there."""
     given = config["feedforward_modules"] if config["feedforward_modules"] != DEFAULT else ()
     names = [name for target in found for name in target.names if beside.chosen(config, [name])[0]]
-    for pattern in [given] if isinstance(given, str) else [(entry,) for entry in given or ()]:
-        if not any(targets.listed(pattern, name) for name in names):
-            said = pattern if isinstance(pattern, str) else pattern[0]
-            raise PeftJaxError(f"feedforward_modules has '{said}', which matches none of the adapted modules (a string "
-                               "is a regex for whole names, endings go into a list): "
-                               f"{nearest(said, (name.rsplit('.', 1)[-1] for name in names))}")
+    if (said := targets.unmatched(given, names)) is not None:
+        raise PeftJaxError(f"feedforward_modules has '{said}', which matches none of the adapted modules (a string is "
+                           "a regex for whole names, endings go into a list): "
+                           f"{nearest(said, (name.rsplit('.', 1)[-1] for name in names))}")
 
 
 def _leaves(config, key, target, kernel):
@@ -82,16 +79,14 @@ def _leaves(config, key, target, kernel):
     start = jnp.ones((*stack, *width), jnp.float32)
     if not config["init_ia3_weights"]:
         start = jax.random.normal(key, start.shape, jnp.float32)
-    on = beside.chosen(config, target.names).astype(np.float32).reshape(stack)
-    return {name: start, "ia3_on": jnp.asarray(on)}
+    return {name: start, "ia3_on": beside.switch(config, target)}
 
 
 def _intercept(next_fun, args, kwargs, context):
     module = context.module
     if held := beside.read(module, context, ("ia3_in", "ia3_on"), "IA3"):
         x = beside.inputs_last(module, args[0])
-        x = jnp.moveaxis(x * _scale(*held, x.dtype), range(-held[0].ndim, 0), beside.input_axes(module, x.ndim))
-        return next_fun(x, *args[1:], **kwargs)
+        return next_fun(beside.inputs_back(module, x * _scale(*held, x.dtype)), *args[1:], **kwargs)
     y = next_fun(*args, **kwargs)
     held = beside.read(module, context, ("ia3_out", "ia3_on"), "IA3")
     return y * _scale(*held, y.dtype) if held else y

@@ -53,12 +53,8 @@ def loha(r: int = 8, alpha: float = 8, target_modules: Patterns = ("q_proj", "v_
     config = lycoris.tidy(locals(), "LOHA", (True, False))
     trains = partial(beside.trains, config, FACTORS)
     padding = partial(lycoris.padding, config=config, leaves=FACTORS, scaling="hada_scaling")
-    return Method(partial(_init, config, trains), partial(_intercept, config), partial(beside.labels, trained=trains),
-                  _merge, config, padding, FORMAT, leaves=LEAVES)
-
-
-def _init(config, trains, rng, params, axes=None):
-    return beside.init(config, rng, params, axes, partial(_leaves, config), trains)
+    return Method(partial(beside.init, config, partial(_leaves, config), trains), partial(_intercept, config),
+                  partial(beside.labels, trained=trains), _merge, config, padding, FORMAT, leaves=LEAVES)
 
 
 def _leaves(config, key, target, kernel) -> dict[str, jax.Array]:

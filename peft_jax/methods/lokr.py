@@ -63,8 +63,8 @@ def lokr(r: int = 8, alpha: float = 8, target_modules: Patterns = ("q_proj", "v_
         raise PeftJaxError(f"decompose_factor={decompose_factor!r}: a whole number of at least 1, or -1.")
     trains = partial(beside.trains, config, FACTORS)
     padding = partial(lycoris.padding, config=config, leaves=FACTORS, scaling="lokr_scaling")
-    return Method(partial(_init, config, trains), partial(_intercept, config), partial(beside.labels, trained=trains),
-                  _merge, config, padding, FORMAT, leaves=LEAVES)
+    return Method(partial(beside.init, config, partial(_leaves, config), trains), partial(_intercept, config),
+                  partial(beside.labels, trained=trains), _merge, config, padding, FORMAT, leaves=LEAVES)
 
 
 def divided(width: int, most: int = -1) -> tuple[int, int]:
@@ -78,10 +78,6 @@ def divided(width: int, most: int = -1) -> tuple[int, int]:
     limit = math.isqrt(width) if most == -1 else min(most, math.isqrt(width))
     m = max(m for m in range(1, limit + 1) if width % m == 0)
     return m, width // m
-
-
-def _init(config, trains, rng, params, axes=None):
-    return beside.init(config, rng, params, axes, partial(_leaves, config), trains)
 
 
 def _leaves(config, key, target, kernel) -> dict[str, jax.Array]:

@@ -100,9 +100,7 @@ def init(config, leaves: Callable[..., Mapping[str, jax.Array]], trains: Callabl
     """
     if lora_init.splits(config["init_lora_weights"]):
         first = first or f"init_lora_weights={config['init_lora_weights']!r}"
-    params = beside.init(config, rng, params, axes, leaves, trains, holders, first)
-    biases.check(config, tree.flatten(params), "lora_scaling")
-    return params
+    return biases.init(config, leaves, trains, "lora_scaling", rng, params, axes, holders=holders, first=first)
 
 
 def leaves(config, key, target, kernel, given: Mapping[str, Any] | None = None) -> dict[str, jax.Array]:
@@ -162,7 +160,7 @@ def _embedded(module, method_name, x, y):
 
 def trains(config, path, flat) -> bool:
     """Whether the leaf at ``path`` trains."""
-    return biases.trains(config, path, flat, "lora_scaling") or beside.trains(config, LEAVES[:2], path, flat)
+    return biases.trains(config, LEAVES[:2], "lora_scaling", path, flat)
 
 
 def labels(trained, params) -> tree.Tree:

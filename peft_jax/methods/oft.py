@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import arguments, beside, tree
+from peft_jax import arguments, beside
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.methods import biases
@@ -62,8 +62,9 @@ def oft(r: int = 0, oft_block_size: int = 32, module_dropout: float = 0.0,
     """
     config = beside.tidy({"peft_type": "OFT", **locals()})
     _check(config)
-    trains = partial(_trains, config)
-    return Method(partial(_init, config), partial(_intercept, config), partial(beside.labels, trained=trains),
+    trains = partial(biases.trains, config, LEAVES[:1], "oft_on")
+    init = partial(biases.init, config, partial(_leaves, config), trains, "oft_on")
+    return Method(init, partial(_intercept, config), partial(beside.labels, trained=trains),
                   partial(_merge, config), config,
                   partial(beside.padding, config=config, leaves=LEAVES[:1], switch="oft_on"), FORMAT, leaves=LEAVES)
 
@@ -80,16 +81,6 @@ def _check(config) -> None:
     arguments.check_rank("num_cayley_neumann_terms", config["num_cayley_neumann_terms"])
 
 
-def _trains(config, path, flat) -> bool:
-    return biases.trains(config, path, flat, "oft_on") or beside.trains(config, LEAVES[:1], path, flat)
-
-
-def _init(config, rng, params, axes=None):
-    params = beside.init(config, rng, params, axes, partial(_leaves, config), partial(_trains, config))
-    biases.check(config, tree.flatten(params), "oft_on")
-    return params
-
-
 def _leaves(config, key, target, kernel) -> dict[str, jax.Array]:
     _, stack, inputs, outputs = target.axes
     width, blocks = math.prod(inputs), config["r"]
@@ -100,11 +91,11 @@ def _leaves(config, key, target, kernel) -> dict[str, jax.Array]:
         raise PeftJaxError(f"block_share=True needs kernels of one input and one output axis; '{target.path}' has "
                            f"{inputs} and {outputs}: set block_share=False.")
     shape = (*stack, 1 if config["block_share"] else width // size, size * (size - 1) // 2)
-    on = beside.chosen(config, target.names).astype(np.float32).reshape(stack)
+    on = beside.switch(config, target)
     start = jnp.zeros(shape, jnp.float32)
     if not config["init_weights"]:
         start = 0.1 * jax.random.normal(key, shape, jnp.float32) * on[..., None, None]
-    return {"oft_r": start, "oft_on": jnp.asarray(on)}
+    return {"oft_r": start, "oft_on": on}
 
 
 def nearest_divisor(width: int, wanted: int) -> int:
@@ -126,7 +117,7 @@ def _intercept(config, next_fun, args, kwargs, context):
     blocks = x.reshape(-1, math.prod(x.shape[x.ndim - count:]) // turns.shape[-1], turns.shape[-1])
     turns = _dropped(module, context, jnp.broadcast_to(turns, (blocks.shape[1], *turns.shape[1:])), config)
     moved = x + jnp.einsum("tbi,bij->tbj", blocks, turns.astype(x.dtype)).reshape(x.shape)
-    return next_fun(jnp.moveaxis(moved, range(-count, 0), beside.input_axes(module, x.ndim)), *args[1:], **kwargs)
+    return next_fun(beside.inputs_back(module, moved), *args[1:], **kwargs)
 
 
 def excess(config, upper, on):

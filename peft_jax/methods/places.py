@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from peft_jax import beside, targets, tree
+from peft_jax import beside, targets
 from peft_jax.errors import PeftJaxError, nearest
 
 LAST = ("o_proj", "down_proj", "c_proj", "out_proj")  # whose outputs are as wide as their sublayer's
@@ -98,11 +98,9 @@ def _width(config, path, flat, axes) -> int:
 def _check_patterns(config, names: Mapping[str, Sequence[str]]) -> None:
     for adapter, modules in (("mh_adapter", "attention_modules"), ("output_adapter", "output_modules")):
         given = config[modules] if config[adapter] else ()
-        for entry in [given] if isinstance(given, str) else given or ():
-            pattern = given if isinstance(given, str) else (entry,)
-            if not any(targets.listed(pattern, name) for held in names.values() for name in held):
-                raise PeftJaxError(f"{modules} has '{entry}', which is no module of this model: "
-                                   f"{nearest(entry, (path.rpartition('/')[2] for path in names))}")
+        if (entry := targets.unmatched(given, [name for held in names.values() for name in held])) is not None:
+            raise PeftJaxError(f"{modules} has '{entry}', which is no module of this model: "
+                               f"{nearest(entry, (path.rpartition('/')[2] for path in names))}")
 
 
 def blocks(flat: Mapping[str, Any], modules: Callable[..., Sequence[str]], path: str, stack: tuple[int, ...],
@@ -119,15 +117,6 @@ def scalings(config, names) -> np.ndarray:
     """The fixed factor of each module by its name, float32 (len(names),), 0 where it is not adapted."""
     s = 1.0 if isinstance(config["scaling"], str) else config["scaling"]
     return np.where(chosen(config, names), s, 0).astype(np.float32)
-
-
-def padding(config, leaves, params) -> int:
-    """Elements of ``leaves`` in layers of a stack that are not adapted."""
-    flat, unused = tree.flatten(params), 0
-    for folder in beside.folders(flat, SWITCH):
-        off = ~chosen(config, targets.module_names(folder.rstrip("/"), flat[folder + SWITCH].shape))
-        unused += sum(flat[folder + name].size for name in leaves if folder + name in flat) // len(off) * int(off.sum())
-    return unused
 
 
 def slots(keys, config, flat, trained, naming):

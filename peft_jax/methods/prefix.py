@@ -167,7 +167,7 @@ def _visible(n, shifted, module, next_fun, key_mask, positions, index, segment_i
 
 def _init_cache(n, shifted, module, next_fun, batch, length):
     """The cache holds no prefix, which every step puts in front anew, but it takes positions."""
-    virtual.check_room(module, batch, length, n if shifted else 0)
+    virtual.check_room(module, length, n if shifted else 0)
     return next_fun(batch, length)
 
 
@@ -217,7 +217,7 @@ def _slots(config, flat, trained, naming) -> dict[str, Slot]:
     path = f"{_attention(flat)[0]}core/prefix"
     layers, n, _, width = flat[path].shape
     slot = Slot(path, lambda leaf: leaf.transpose(1, 0, 2, 3), (n, layers * 2 * width))
-    return virtual.slots(path, slot, config, flat, trained, n)
+    return virtual.slots(path, slot, config, trained, n)
 
 
 def _fields(config, flat, naming) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from peft_jax import arguments, beside, targets, tree, virtual, whole
 from peft_jax.errors import PeftJaxError
-from peft_jax.method import FROZEN, TRAINABLE, Method, check_leaves
+from peft_jax.method import Method, check_leaves
 from peft_jax.stored import PREFIX, Format, Slot
 from peft_jax.targets import Patterns
 
@@ -53,7 +53,8 @@ def trainable_tokens(token_indices: Sequence[int] = (), target_modules: Patterns
               "init_weights": init_weights}
     arguments.check_choice("init_weights", init_weights, (True, False))
     arguments.check_modules("target_modules", target_modules)
-    return Method(partial(_init, config), _intercept, _labels, _merge, config, stored=FORMAT, leaves=LEAVES)
+    return Method(partial(_init, config), _intercept, partial(beside.labels, trained=_is_tokens), _merge, config,
+                  stored=FORMAT, leaves=LEAVES)
 
 
 def _init(config, rng, params, axes=None):
@@ -116,12 +117,6 @@ def _looked_up(ids, y, tokens, indices):
     order = jnp.argsort(indices)
     place = order[jnp.minimum(jnp.searchsorted(indices[order], ids), len(indices) - 1)]
     return jnp.where((indices[place] == ids)[..., None], tokens[place], y)
-
-
-def _labels(params):
-    """``"trainable"`` for the tokens' rows."""
-    flat = tree.flatten(params)
-    return tree.unflatten({path: TRAINABLE if _is_tokens(path, flat) else FROZEN for path in flat})
 
 
 def _is_tokens(path, flat) -> bool:

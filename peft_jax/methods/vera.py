@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import arguments, beside, tree
+from peft_jax import arguments, beside
 from peft_jax.errors import PeftJaxError
 from peft_jax.kept import keep
 from peft_jax.method import Method, check_leaves
@@ -49,9 +49,10 @@ def vera(r: int = 256, target_modules: Patterns = ("q_proj", "v_proj"), vera_dro
 
     >>> method = vera(r=4, target_modules=("up_proj",))
     >>> params = method.init(jax.random.key(0), {"up_proj": {"kernel": jnp.ones((6, 8))}})
-    >>> {name: leaf.shape for name, leaf in tree.flatten(params).items()}  # doctest: +NORMALIZE_WHITESPACE
-    {'up_proj/kernel': (6, 8), 'up_proj/vera_lambda_b': (8,), 'up_proj/vera_lambda_d': (4,), 'up_proj/vera_on': (),
-     'vera_a': (6, 4), 'vera_b': (4, 8)}
+    >>> {name: leaf.shape for name, leaf in params["up_proj"].items() if name.startswith("vera")}
+    {'vera_lambda_b': (8,), 'vera_lambda_d': (4,), 'vera_on': ()}
+    >>> params["vera_a"].shape, params["vera_b"].shape
+    ((6, 4), (4, 8))
 
     Raises ``PeftJaxError`` for values out of range, and from ``init`` for patterns that match nothing.
     """
@@ -63,20 +64,15 @@ def vera(r: int = 256, target_modules: Patterns = ("q_proj", "v_proj"), vera_dro
     arguments.check_choice("init_weights", init_weights, (True, False))
     if not isinstance(projection_prng_key, int):
         raise PeftJaxError(f"projection_prng_key={projection_prng_key!r}: a seed is a whole number.")
-    trains = partial(_trains, config)
-    return Method(partial(_init, config), partial(_intercept, vera_dropout), partial(beside.labels, trained=trains),
-                  _merge, config, partial(beside.padding, config=config, leaves=VECTORS, switch="vera_on"), FORMAT,
-                  leaves=(*LEAVES, *SHARED))
+    trains = partial(biases.trains, config, VECTORS, "vera_on")
+    padding = partial(beside.padding, config=config, leaves=VECTORS, switch="vera_on")
+    return Method(partial(_init, config, trains), partial(_intercept, vera_dropout),
+                  partial(beside.labels, trained=trains), _merge, config, padding, FORMAT, leaves=(*LEAVES, *SHARED))
 
 
-def _trains(config, path, flat) -> bool:
-    return biases.trains(config, path, flat, "vera_on") or beside.trains(config, VECTORS, path, flat)
-
-
-def _init(config, rng, params, axes=None):
+def _init(config, trains, rng, params, axes=None):
     sizes = []
-    params = beside.init(config, rng, params, axes, partial(_leaves, config, sizes), partial(_trains, config))
-    biases.check(config, tree.flatten(params), "vera_on")
+    params = biases.init(config, partial(_leaves, config, sizes), trains, "vera_on", rng, params, axes)
     inputs, outputs = (max(side) for side in zip(*sizes))
     one, other = jax.random.split(jax.random.key(config["projection_prng_key"]))
     # peft's bound: Kaiming's for a ReLU, by the second side of its (r, in) and (out, r).
@@ -89,11 +85,10 @@ def _leaves(config, sizes, key, target, kernel) -> dict[str, jax.Array]:
     """The leaves of one target; its (in, out) is noted in ``sizes``."""
     _, stack, inputs, outputs = target.axes
     sizes.append((math.prod(inputs), math.prod(outputs)))
-    on = beside.chosen(config, target.names).astype(np.float32).reshape(stack)
     b, d = jnp.zeros((*stack, *outputs), jnp.float32), jnp.full((*stack, config["r"]), config["d_initial"], jnp.float32)
     if not config["init_weights"]:
         b, d = jnp.ones_like(b), jax.random.normal(key, d.shape, jnp.float32)
-    return {"vera_lambda_b": b, "vera_lambda_d": d, "vera_on": jnp.asarray(on)}
+    return {"vera_lambda_b": b, "vera_lambda_d": d, "vera_on": beside.switch(config, target)}
 
 
 def _intercept(dropout, next_fun, args, kwargs, context):
@@ -112,9 +107,8 @@ def _merge(params):
     """Add the update A d B b to each kernel, in float32, back to the kernel's dtype; the leaves are gone afterwards."""
     check_leaves(LEAVES, params, "VERA")
     shared = {name: params[name] for name in SHARED}
-    merged = beside.merge({path: leaf for path, leaf in params.items() if path not in SHARED}, LEAVES,
-                          partial(_folded, *shared.values()))
-    return merged
+    rest = {path: leaf for path, leaf in params.items() if path not in SHARED}
+    return beside.merge(rest, LEAVES, partial(_folded, *shared.values()))
 
 
 def _folded(a, b, kernel, scale_b, scale_d, on):
@@ -135,7 +129,6 @@ def _slots(config, flat, trained, naming):
 
 
 def _fields(config, flat, naming):
-    """peft has no exclude_modules for VeRA; ours has none either."""
     return {**beside.fields(config, flat, naming), "save_projection": True, "fan_in_fan_out": False}
 
 

@@ -26,6 +26,17 @@ def extend(model, mask, segment_ids):
     return index, held
 
 
+def arrived(model, input_ids, attention_mask, positions, segment_ids):
+    """``(positions, mask of all slots, first free slot)`` of a decoder's call, checked: positions as given or counted,
+    the mask (B, S) and the slot as of :func:`extend`."""
+    masks.check_inputs(input_ids, attention_mask, positions, segment_ids)
+    mask = masks.real_tokens(input_ids, attention_mask, segment_ids)
+    index, key_mask = extend(model, mask, segment_ids)
+    if positions is None:
+        positions = masks.count_positions(mask, segment_ids, key_mask, index)
+    return positions, key_mask, index
+
+
 def remember(attention, name, new, index):
     """Write (B, T, K, H) into a layer's cache from slot ``index`` on; the whole cache (B, S, K, H) comes back."""
     held = jax.lax.dynamic_update_slice(attention.get_variable("cache", name), new, (0, index, 0, 0))

@@ -111,14 +111,10 @@ class GPT2(nn.Module):
 
     def hidden(self, input_ids, attention_mask=None, *, positions=None, segment_ids=None):
         """The normed last hidden states (batch, seq, hidden), arguments as of ``__call__``."""
-        masks.check_inputs(input_ids, attention_mask, positions, segment_ids)
-        mask = masks.real_tokens(input_ids, attention_mask, segment_ids)
-        index, key_mask = cache.extend(self, mask, segment_ids)
-        if positions is None:
-            positions = masks.count_positions(mask, segment_ids, key_mask, index)
-        seen, _ = masks.attention_masks(key_mask, mask.shape[1], index, segment_ids, None)
+        positions, key_mask, index = cache.arrived(self, input_ids, attention_mask, positions, segment_ids)
+        seen, _ = masks.attention_masks(key_mask, positions.shape[1], index, segment_ids, None)
         x = self.wte(input_ids) + self.wpe(self.place(positions))
-        x, _ = self.h(cache.spoiled(x, index, mask.shape[1], key_mask.shape[1]), seen, index)
+        x, _ = self.h(cache.spoiled(x, index, positions.shape[1], key_mask.shape[1]), seen, index)
         return self.ln_f(x)
 
     def place(self, positions):

@@ -180,16 +180,12 @@ class CausalLM(nn.Module):
 
     def hidden(self, input_ids, attention_mask=None, *, positions=None, segment_ids=None):
         """The normed last hidden states (batch, seq, hidden), arguments as of ``__call__``."""
-        masks.check_inputs(input_ids, attention_mask, positions, segment_ids)
-        mask = masks.real_tokens(input_ids, attention_mask, segment_ids)
-        index, key_mask = cache.extend(self, mask, segment_ids)
-        if positions is None:
-            positions = masks.count_positions(mask, segment_ids, key_mask, index)
+        positions, key_mask, index = cache.arrived(self, input_ids, attention_mask, positions, segment_ids)
         cos, sin = rope.angles(self.place(positions), rope.inverse_frequencies(
             self.config.head_dim, self.config.rope_theta, self.config.rope_scaling))
         full, windowed = self.visible(key_mask, positions, index, segment_ids)
         flags = jnp.asarray(self.config.sliding_layers or (False,) * self.config.num_hidden_layers)
-        x = cache.spoiled(self.embed(input_ids), index, mask.shape[1], key_mask.shape[1])
+        x = cache.spoiled(self.embed(input_ids), index, positions.shape[1], key_mask.shape[1])
         x, _ = self.layers(x, flags, cos, sin, full, windowed, index)
         return self.norm(x)
 

@@ -152,12 +152,11 @@ def test_patterns_that_peft_reads_otherwise_are_spelled_out(peer_bases, tmp_path
 
 
 @pytest.mark.real
-def test_smollm2_exchanges_adapters_with_peft(smollm2, tmp_path):
+def test_smollm2_exchanges_adapters_with_peft(smollm2, smollm2_peer, tmp_path):
     model, base, tokenizer = smollm2
     batch = tokenizer(["Review: a delight.\nIn one word, the movie is", "Gravity is"], padding=True,
                       padding_side="left", return_tensors="np")
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    peft_jax.save_pretrained(tmp_path / "base", model, base, tokenizer)
 
     def logits(theirs):
         positions = torch.tensor(np.maximum(mask.cumsum(1) - 1, 0))
@@ -168,20 +167,13 @@ def test_smollm2_exchanges_adapters_with_peft(smollm2, tmp_path):
     def own_logits(method, params):
         return np.asarray(bind(method, model)({"params": params}, ids, mask))[mask.astype(bool)]
 
-    def fresh():
-        return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-
     method = lora(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
     params = method.init(jax.random.key(0), base)
-    save_adapter(tmp_path / "ours", method, params, model, base_model=str(tmp_path / "base"))
-    theirs = peft.PeftModel.from_pretrained(fresh(), tmp_path / "ours")
+    save_adapter(tmp_path / "ours", method, params, model, base_model="HuggingFaceTB/SmolLM2-135M-Instruct")
+    theirs = peft.PeftModel.from_pretrained(smollm2_peer(), tmp_path / "ours")
     assert_close(own_logits(method, params), logits(theirs))
 
-    theirs = peft.get_peft_model(fresh(), peft.LoraConfig(r=4, use_rslora=True, task_type="CAUSAL_LM"))
-    optimizer = torch.optim.Adam([p for p in theirs.parameters() if p.requires_grad], 0.01)
-    for _ in range(2):
-        optimizer.zero_grad()
-        theirs(torch.tensor(ids[:1]), labels=torch.tensor(ids[:1])).loss.backward()
-        optimizer.step()
+    theirs = peft.get_peft_model(smollm2_peer(), peft.LoraConfig(r=4, use_rslora=True, task_type="CAUSAL_LM"))
+    train_there(theirs, ids=ids[:1], rate=0.01)
     theirs.save_pretrained(tmp_path / "theirs")
     assert_close(own_logits(*load_adapter(tmp_path / "theirs", base)), logits(theirs))

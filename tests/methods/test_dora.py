@@ -96,15 +96,9 @@ def test_the_gradient_is_peft_s(peer_bases):
 
 
 def test_dense_general_written_out_in_numpy():
-    class Foreign(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.DenseGeneral(3, axis=(-2, -1), name="out")(nn.DenseGeneral((4, 5), axis=1, name="split")(x))
-
-    model, x = Foreign(), np.random.default_rng(0).normal(size=(2, 6, 7)).astype(np.float32)
-    base = model.init(jax.random.key(0), x)["params"]
+    model, x, base, axes = properties.generals()
     method = dora(r=2, lora_alpha=3, target_modules=("split", "out"))
-    params = moved(method, method.init(jax.random.key(0), base, peft_jax.kernel_axes(model, base, x)))
+    params = moved(method, method.init(jax.random.key(0), base, axes))
 
     def kernel(leaves, inputs):
         whole = leaves["kernel"] + 1.5 * np.tensordot(leaves["lora_a"], leaves["lora_b"], 1)

@@ -70,17 +70,9 @@ def test_counts_are_the_closed_form():
 
 def test_input_and_output_axes_of_dense_general():
     """Written out in numpy on kernels of several input and output axes."""
-    from flax import linen as nn
-
-    class Foreign(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.DenseGeneral(3, axis=(-2, -1), name="out")(nn.DenseGeneral((4, 5), axis=1, name="split")(x))
-
-    model, x = Foreign(), np.random.default_rng(0).normal(size=(2, 6, 7)).astype(np.float32)
-    base = model.init(jax.random.key(0), x)["params"]
+    model, x, base, axes = properties.generals()
     method = ia3(target_modules=("split", "out"), feedforward_modules=("out",))
-    params = properties.moved(method, method.init(jax.random.key(0), base, peft_jax.kernel_axes(model, base, x)))
+    params = properties.moved(method, method.init(jax.random.key(0), base, axes))
     split, out = params["split"], params["out"]
     mixed = (np.einsum("bit,iac->btac", x, split["kernel"]) + split["bias"]) * split["ia3_out"]
     expected = np.einsum("btac,aco->bto", mixed * out["ia3_in"], out["kernel"]) + out["bias"]

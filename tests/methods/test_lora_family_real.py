@@ -6,7 +6,7 @@ import pytest
 
 import peft_jax
 from peft_jax import bind, dora, flatten, load_adapter, lora, lorafa, save_adapter, unflatten
-from tests.peer import assert_close
+from tests.peer import assert_close, train_there
 from tests.properties import moved
 
 peft = pytest.importorskip("peft")
@@ -68,18 +68,12 @@ def test_smollm2_moved_here_opens_in_peft(both, case, tmp_path):
 
 @pytest.mark.parametrize("case", [case for case in CASES if CASES[case][2] is not None])
 def test_smollm2_trained_by_peft_loads_here(both, case, tmp_path):
-    import torch
-
     fresh, model, base, ids = both
     _, options, more = CASES[case]
     config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", **more, **{
         name: list(value) if isinstance(value, tuple) else value for name, value in options.items()})
     theirs = peft.get_peft_model(fresh(), config)
-    optimizer = torch.optim.Adam([p for p in theirs.parameters() if p.requires_grad], 0.01)
-    for _ in range(2):
-        optimizer.zero_grad()
-        theirs(torch.tensor(ids), labels=torch.tensor(ids)).loss.backward()
-        optimizer.step()
+    train_there(theirs, ids=ids, rate=0.01)
     theirs.save_pretrained(tmp_path)
     method, params = load_adapter(tmp_path, base)
     assert peft_jax.count(peft_jax.partition(params, method.labels(params))[0]) > 0

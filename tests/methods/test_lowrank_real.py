@@ -49,10 +49,6 @@ def test_smollm2_exchanges_adapters_with_peft(smollm2, smollm2_peer, kind, tmp_p
     assert np.abs(ours - np.asarray(model.apply({"params": base}, ids))).max() > 1e-2 * np.abs(ours).max()
 
     theirs = peft.get_peft_model(smollm2_peer(), getattr(peft, name)(task_type="CAUSAL_LM", **options))
-    optimizer = torch.optim.Adam([p for p in theirs.parameters() if p.requires_grad], 0.01)
-    for _ in range(2):
-        optimizer.zero_grad()
-        theirs(torch.tensor(ids), labels=torch.tensor(ids)).loss.backward()
-        optimizer.step()
+    peer.train_there(theirs, ids=ids, rate=0.01)
     theirs.save_pretrained(tmp_path / "theirs")
     peer.assert_close(own_logits(*load_adapter(tmp_path / "theirs", base)), logits(theirs))

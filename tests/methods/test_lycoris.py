@@ -96,19 +96,12 @@ def test_sides_divide_as_in_peft():
             assert divided(width, most) == factorization(width, most), (width, most)
 
 
-class Foreign(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.DenseGeneral(6, axis=(-2, -1), name="out")(nn.DenseGeneral((4, 5), axis=1, name="split")(x))
-
-
 @pytest.mark.parametrize("kind", MAKE)
 def test_input_and_output_axes_of_dense_general(kind):
     """Written out in numpy on kernels of several input and output axes: flattened, then the equation."""
-    model, x = Foreign(), np.random.default_rng(0).normal(size=(2, 6, 7)).astype(np.float32)
-    base = model.init(jax.random.key(0), x)["params"]
+    model, x, base, axes = properties.generals(6)
     method = MAKE[kind](r=1, alpha=3, target_modules=("split", "out"))
-    params = properties.moved(method, method.init(jax.random.key(0), base, peft_jax.kernel_axes(model, base, x)))
+    params = properties.moved(method, method.init(jax.random.key(0), base, axes))
 
     def kernel(leaves, inputs, outputs):
         flat = {name: np.asarray(leaf) for name, leaf in leaves.items()}

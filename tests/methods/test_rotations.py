@@ -131,20 +131,13 @@ def test_counts_are_the_closed_form():
         assert peft_jax.count(peft_jax.partition(params, method.labels(params))[0]) == expected
 
 
-class Foreign(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.DenseGeneral(3, axis=(-2, -1), name="out")(nn.DenseGeneral((4, 5), axis=1, name="split")(x))
-
-
 @pytest.mark.parametrize("kind", MAKE)
 def test_input_and_output_axes_of_dense_general(kind):
     """Written out in numpy on kernels of several input and output axes: each reflection, each block by itself."""
-    model, x = Foreign(), np.random.default_rng(0).normal(size=(2, 6, 7)).astype(np.float32)
-    base = model.init(jax.random.key(0), x)["params"]
+    model, x, base, axes = properties.generals()
     options = {"oft": {"oft_block_size": 2, "use_cayley_neumann": False}, "hra": {"r": 3}}[kind]
     method = MAKE[kind](target_modules=("split", "out"), **options)
-    params = properties.moved(method, method.init(jax.random.key(0), base, peft_jax.kernel_axes(model, base, x)))
+    params = properties.moved(method, method.init(jax.random.key(0), base, axes))
 
     def whole(leaves, width):
         turn = np.eye(width)
@@ -194,7 +187,5 @@ def test_what_cannot_be_meant_is_an_error(peer_bases):
     with pytest.raises(PeftJaxError, match="in blocks of one"):
         oft(oft_block_size=1).init(jax.random.key(0), base)
     with pytest.raises(PeftJaxError, match="block_share=True needs"):
-        model, x = Foreign(), np.ones((2, 6, 7), np.float32)
-        foreign = model.init(jax.random.key(0), x)["params"]
-        axes = peft_jax.kernel_axes(model, foreign, x)
+        _, _, foreign, axes = properties.generals()
         oft(target_modules=("split",), block_share=True).init(jax.random.key(0), foreign, axes)

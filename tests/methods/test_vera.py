@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from safetensors.numpy import load_file, save_file
 
 import peft_jax
@@ -79,16 +78,9 @@ def test_counts_are_the_closed_form():
 
 def test_input_and_output_axes_of_dense_general():
     """Written out in numpy on kernels of several input and output axes."""
-
-    class Foreign(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.DenseGeneral(3, axis=(-2, -1), name="out")(nn.DenseGeneral((4, 5), axis=1, name="split")(x))
-
-    model, x = Foreign(), np.random.default_rng(0).normal(size=(2, 6, 7)).astype(np.float32)
-    base = model.init(jax.random.key(0), x)["params"]
+    model, x, base, axes = properties.generals()
     method = vera(r=2, target_modules=("split", "out"))
-    params = properties.moved(method, method.init(jax.random.key(0), base, peft_jax.kernel_axes(model, base, x)))
+    params = properties.moved(method, method.init(jax.random.key(0), base, axes))
     a, b = params["vera_a"], params["vera_b"]
 
     def kernel(leaves, inputs, outputs):

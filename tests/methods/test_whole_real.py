@@ -9,17 +9,10 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.real
 
 
-@pytest.fixture(scope="module")
-def base(smollm2, tmp_path_factory):
+@pytest.fixture
+def base(smollm2, smollm2_peer):
     """(makes a fresh torch model, Flax model, params), as tests.peer takes it."""
-    import transformers
-
-    from peft_jax.hub import save_pretrained
-
-    folder = tmp_path_factory.mktemp("smollm2")
-    save_pretrained(folder, *smollm2)
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    return (lambda: load(folder, dtype="float32").eval()), *smollm2[:2]
+    return smollm2_peer, *smollm2[:2]
 
 
 @pytest.mark.parametrize("method, config", [

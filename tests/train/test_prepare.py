@@ -7,7 +7,7 @@ import pytest
 
 import run
 from peft_jax.hub.adapters import load_adapter
-from tests.test_run import arguments, at_the_root, data  # noqa: F401, the fixtures of a small run
+from tests.test_run import arguments, data  # noqa: F401, the fixtures of a small run
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

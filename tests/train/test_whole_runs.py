@@ -1,7 +1,6 @@
 """run.py with methods that train the model's own leaves: what is saved, and evaluation during training."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,24 +10,13 @@ from peft_jax import load_pretrained, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.train.metrics import read_metrics
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def at_the_root():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compiles", "at_the_root")
 
 
 @pytest.fixture(scope="module")
-def arguments(tiny_folder, tmp_path_factory):
+def arguments(tiny_folder, films):
     """``arguments(experiment, **settings)``: a small run's flags, but for the workdir. An epoch has 3 steps."""
-    rows = [{"prompt": f"a {kind} film, number {i}, is", "completion": word}
-            for i in range(15) for kind, word in {"dull": " bad", "bright": " good"}.items()]  # fmt: skip
-    data = tmp_path_factory.mktemp("data") / "films.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = films(15)
 
     def make(experiment, **settings):
         small = {"data.batch_size": 4, "optim.accumulate_steps": 2, "optim.steps": 0, "optim.epochs": 2,
