@@ -1,0 +1,86 @@
+"""Products with a quantised weight. The backward pass decodes it again: plain differentiation would keep every decoded
+weight for it, and take more memory than a base that was never quantised.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.dtypes import float0
+
+from peft_jax.quant.codecs import decode, matrix, scales_of
+from peft_jax.quant.leaf import QuantizedArray
+
+
+def dot(x: jax.Array, leaf: QuantizedArray) -> jax.Array:
+    """x (..., *inputs) times the weight (*inputs, *outputs): (..., *outputs) in x's dtype, in which it is computed.
+
+    The weight is frozen: its cotangent is zero. Only reverse-mode differentiable.
+    """
+    tokens = x.shape[:x.ndim - len(leaf.inputs)]
+    flat = x.reshape(-1, math.prod(leaf.inputs))  # two axes: products of three are slower on a CPU (DESIGN.md)
+    return _dot(flat, leaf).reshape(*tokens, *leaf.outputs)
+
+
+@jax.custom_vjp
+def _dot(x, leaf):
+    """(T, in) to (T, out)."""
+    weight = matrix(leaf).astype(x.dtype)
+    return jax.lax.dot_general(x, weight, (((1,), (0 if leaf.by_rows else 1,)), ((), ())))
+
+
+def _dot_forward(x, leaf):
+    return _dot(x, leaf), leaf
+
+
+def _dot_backward(leaf, gradient):
+    weight = matrix(leaf).astype(gradient.dtype)
+    return jax.lax.dot_general(gradient, weight, (((1,), (1 if leaf.by_rows else 0,)), ((), ()))), _zeros(leaf)
+
+
+_dot.defvjp(_dot_forward, _dot_backward)
+
+
+def attend(x: jax.Array, leaf: QuantizedArray) -> jax.Array:
+    """States x (..., width) times an embedding (ids, width), transposed: logits (..., ids)."""
+    return _attend(x.reshape(-1, x.shape[-1]), leaf).reshape(*x.shape[:-1], leaf.shape[0])
+
+
+@jax.custom_vjp
+def _attend(x, leaf):
+    weight = matrix(leaf).astype(x.dtype)
+    return jax.lax.dot_general(x, weight, (((1,), (1 if leaf.by_rows else 0,)), ((), ())))
+
+
+def _attend_forward(x, leaf):
+    return _attend(x, leaf), leaf
+
+
+def _attend_backward(leaf, gradient):
+    weight = matrix(leaf).astype(gradient.dtype)
+    return jax.lax.dot_general(gradient, weight, (((1,), (0 if leaf.by_rows else 1,)), ((), ()))), _zeros(leaf)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def take(leaf: QuantizedArray, ids: jax.Array, dtype=None) -> jax.Array:
+    """The rows of an embedding (ids, width) for ids (...): (..., width). Of rows of whole blocks only those are decoded.
+
+    As ``jnp.take``: ids beyond the embedding give NaN.
+    """
+    dtype = dtype or leaf.dtype
+    if leaf.grid.rows != leaf.shape[0] or not leaf.by_rows:
+        values = matrix(leaf)
+        return jnp.take(values if leaf.by_rows else values.T, ids, axis=0).astype(dtype)
+    inside = (ids >= -leaf.shape[0]) & (ids < leaf.shape[0])
+    offsets = None if leaf.offsets is None else leaf.offsets[ids]
+    rows = decode(leaf, leaf.codes[ids], scales_of(leaf)[ids], offsets)
+    return jnp.where(inside[..., None], rows, jnp.nan).astype(dtype)
+
+
+def _zeros(leaf):
+    """The cotangent of a leaf that is not trained."""
+    return jax.tree.map(lambda buffer: jnp.zeros_like(buffer) if jnp.issubdtype(buffer.dtype, jnp.floating)
+                        else np.zeros(buffer.shape, float0), leaf)
