@@ -110,6 +110,17 @@ def _ptuning() -> dict:
     }
 
 
+def _quantize() -> dict:
+    return {
+        "name": "quantize",
+        "quant_type": "nf4",  # nf4, fp4, int4, int4_affine, int8
+        "block_size": any_type(64),  # None: one scale an output
+        "double_quant": False,
+        "target_modules": any_type("all-linear"),
+        "exclude_modules": any_type(None),
+    }
+
+
 def _adalora() -> dict:
     return {
         "name": "adalora",
@@ -254,6 +265,7 @@ METHODS = {
     "prefix": _prefix,
     "prompt": _prompt,
     "ptuning": _ptuning,
+    "quantize": _quantize,
     "trainable_tokens": _trainable_tokens,
     "vera": _vera,
 }

@@ -35,6 +35,7 @@ CONTENTS = {
     "prefix_from_ids": "methods",
     "prompt": "methods",
     "ptuning": "methods",
+    "quantize": "methods",
     "trainable_tokens": "methods",
     "vera": "methods",
     # parameter trees
@@ -46,6 +47,9 @@ CONTENTS = {
     "unflatten": "tree",
     "KernelAxes": "targets",
     "kernel_axes": "targets",
+    "QuantizedArray": "quant",
+    "dequantize": "quant",
+    "quantize_array": "quant",
     # models, files
     "Head": "models",
     "untie": "models",

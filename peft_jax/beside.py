@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from peft_jax import arguments, targets, tree
+from peft_jax import arguments, quant, targets, tree
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.method import FROZEN, TRAINABLE, check_leaves
+from peft_jax.quant import plain
 from peft_jax.stored import PREFIX, Naming, Slot
 
 SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
@@ -83,8 +84,15 @@ def init(config, leaves: Callable[..., Mapping[str, jax.Array]], trains: Callabl
         if first and target.leaf == "kernel":
             check_first(first, target.path, ("kernel", "bias"), flat)
         flat |= {folder + name: leaf for name, leaf in new.items()}
-    return tree.unflatten({path: leaf.astype(jnp.float32) if trains(path, flat) else leaf
+    return tree.unflatten({path: trainable(path, leaf) if trains(path, flat) else leaf
                            for path, leaf in flat.items()})
+
+
+def trainable(path: str, leaf: Any) -> jax.Array:
+    """``leaf`` in float32. Raises ``PeftJaxError`` where it is quantised."""
+    if quant.is_leaf(leaf):
+        raise quant.cannot_train(path, leaf)
+    return leaf.astype(jnp.float32)
 
 
 def check_first(kind: str, module: str, known: Collection[str], flat: Mapping[str, Any]) -> None:
@@ -127,7 +135,8 @@ def folders(flat: Mapping[str, Any], leaf: str) -> list[str]:
 
 
 def merge(params, leaves: Sequence[str], fold: Callable[..., jax.Array], unused: Sequence[str] = ()) -> tree.Tree:
-    """Each adapted kernel, or embedding, replaced by ``fold(kernel float32, *leaves)``, back in its dtype.
+    """Each adapted kernel, or embedding, replaced by ``fold(kernel float32, *leaves)``, back in its dtype: a quantised
+    one becomes the plain array that it stands for, folded.
 
     The leaves are gone afterwards, and those of the names ``unused`` with them.
     """
@@ -136,7 +145,7 @@ def merge(params, leaves: Sequence[str], fold: Callable[..., jax.Array], unused:
     for folder in folders(flat, leaves[0]):
         held = [flat.pop(folder + name) for name in leaves]
         path = folder + ("kernel" if f"{folder}kernel" in flat else "embedding")
-        flat[path] = fold(flat[path].astype(jnp.float32), *held).astype(flat[path].dtype)
+        flat[path] = fold(plain(flat[path], jnp.float32), *held).astype(flat[path].dtype)
     return tree.unflatten(flat)
 
 
@@ -166,24 +175,6 @@ def read(module: nn.Module, context, leaves: Sequence[str], what: str) -> list[j
         raise PeftJaxError(f"'{'/'.join(module.path)}' has one kernel, which was taken for a stack of {held[-1].size}: "
                            "give init axes=peft_jax.kernel_axes(model, params, *inputs).")
     return held
-
-
-def input_axes(module: nn.Module, ndim: int) -> tuple[int, ...]:
-    """The axes of a Dense or DenseGeneral module's input that its kernel contracts."""
-    axis = getattr(module, "axis", -1)
-    return tuple(i % ndim for i in (axis if isinstance(axis, (tuple, list)) else (axis,)))
-
-
-def inputs_last(module: nn.Module, x: jax.Array) -> jax.Array:
-    """The module's input with the axes that its kernel contracts moved to the end."""
-    axis = input_axes(module, x.ndim)
-    return jnp.moveaxis(x, axis, range(-len(axis), 0))
-
-
-def inputs_back(module: nn.Module, x: jax.Array) -> jax.Array:
-    """The inverse of :func:`inputs_last`."""
-    axis = input_axes(module, x.ndim)
-    return jnp.moveaxis(x, range(-len(axis), 0), axis)
 
 
 def dropout_key(module: nn.Module, context, argument: str) -> jax.Array | None:

@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.linen.module import InterceptorContext
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from peft_jax import tree
+from peft_jax import quant, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.stored import Format
 
@@ -46,6 +46,9 @@ class Method(NamedTuple):
       prepare: ``(model, base params, batches) -> Method``, of a method whose ``init`` needs to see data first: what it
         gives is used in its place. ``batches`` can be gone through more than once, each is a dict of arrays as in
         training.
+      convert: ``(path, array, KernelAxes, names) -> leaf`` of one entry of a leaf's stack, where the method changes a
+        leaf's type: so weights can be read from a file without all of them being there in high precision. ``names`` are
+        all the names of the leaf's module. ``init`` leaves alone what was converted.
       leaves: the names of all leaves that the method itself adds, trained and frozen; one that ends in a slash is a
         folder of such leaves. Empty where the method adds none, or does not say.
     """
@@ -62,6 +65,7 @@ class Method(NamedTuple):
     parts: tuple["Method", ...] = ()
     prepare: Callable[..., "Method"] | None = None
     leaves: tuple[str, ...] = ()
+    convert: Callable[..., Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +107,11 @@ def chain(*methods: Method) -> Method:
         return next_fun(*args, **kwargs)
 
     def labels(params):
-        return tree.unflatten(_agree(methods, [tree.flatten(m.labels(params)) for m in methods]))
+        found = _agree(methods, [tree.flatten(m.labels(params)) for m in methods])
+        for path, leaf in tree.flatten(params).items():
+            if found[path] != FROZEN and quant.is_leaf(leaf):
+                raise quant.cannot_train(path, leaf)
+        return tree.unflatten(found)
 
     def merge(params):
         check_held(chained, params)
@@ -128,7 +136,8 @@ def chain(*methods: Method) -> Method:
                      lambda params: sum(m.padding(params) for m in methods), optimizer=optimizer,
                      penalty=penalty if any(m.penalty for m in methods) else None,
                      prepare=prepare if any(m.prepare for m in methods) else None, parts=methods,
-                     leaves=tuple(dict.fromkeys(name for m in methods for name in m.leaves)))
+                     leaves=tuple(dict.fromkeys(name for m in methods for name in m.leaves)),
+                     convert=methods[0].convert)  # a later one would not see what those before it do to plain weights
     return chained
 
 
@@ -193,7 +202,8 @@ def bind(method: Method, model: nn.Module) -> Callable[..., Any]:
     depends on every trainable leaf that the method added, and raises ``PeftJaxError`` naming those it does not; not
     with a ``cache``, which may hold what was computed from them. It raises, too, where the parameters hold none of the
     method's leaves.
-    Dropout of a method is active where a ``dropout`` key is in ``rngs``, and only there.
+    Dropout of a method is active where a ``dropout`` key is in ``rngs``, and only there. Quantised leaves are read
+    under any method.
     """
     checked = set()
 
@@ -225,7 +235,7 @@ def _streams(rngs) -> frozenset[str]:
 
 def _in_context(intercept, rngs, params, notes, next_fun, args, kwargs, context):
     whole = Context(context.module, context.method_name, context.orig_method, rngs, params, notes)
-    return intercept(next_fun, args, kwargs, whole)
+    return intercept(partial(_intercepted, quant.read, next_fun, whole), args, kwargs, whole)
 
 
 def check_read(method: Method, forward: Callable[[Mapping], Any], params: Mapping) -> None:

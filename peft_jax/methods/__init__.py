@@ -42,6 +42,7 @@ from peft_jax.methods.pfeiffer import pfeiffer
 from peft_jax.methods.prefix import prefix, prefix_from_ids
 from peft_jax.methods.prompt import prompt
 from peft_jax.methods.ptuning import ptuning
+from peft_jax.methods.quantize import quantize
 from peft_jax.methods.trainable_tokens import trainable_tokens
 from peft_jax.methods.vera import vera
 
@@ -67,6 +68,7 @@ METHODS = {
     "prefix": prefix,
     "prompt": prompt,
     "ptuning": ptuning,
+    "quantize": quantize,
     "trainable_tokens": trainable_tokens,
     "vera": vera,
 }

@@ -118,7 +118,7 @@ def _intercept(dropout, next_fun, args, kwargs, context):
     if (held := beside.read(module, context, LEAVES, "AdaLoRA")) is None:
         return y
     a, b, e, scaling = held
-    x = beside.dropped(module, context, beside.inputs_last(module, args[0]), dropout, "lora_dropout")
+    x = beside.dropped(module, context, targets.inputs_last(module, args[0]), dropout, "lora_dropout")
     return y + lowrank.branch(x.astype(y.dtype), a * e, b, scaling).reshape(y.shape)
 
 

@@ -13,7 +13,7 @@ from inspect import signature
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from peft_jax import beside
+from peft_jax import beside, targets
 from peft_jax.errors import PeftJaxError
 from peft_jax.kept import keep
 from peft_jax.lowrank import branch, delta
@@ -22,6 +22,7 @@ from peft_jax.methods.lora import FORMAT as LORA
 from peft_jax.methods.lora import init, labels, leaves, lora, needs_data, padding, prepared, trains
 from peft_jax.methods.lora_file import KEYS as LORA_KEYS
 from peft_jax.methods.lora_file import START, fields, slots, view
+from peft_jax.quant import dot, is_leaf, plain
 
 LEAVES = ("lora_a", "lora_b", "lora_magnitude", "lora_scaling")
 
@@ -69,7 +70,7 @@ def _leaves(config, key, target, kernel, given):
 
 def _norm(kernel, a, b, scaling):
     """||W + s A B|| of each output, float32 (*stack, *out), the sum made as it is."""
-    whole, front = kernel.astype(jnp.float32) + delta(a, b, scaling), scaling.ndim
+    whole, front = plain(kernel, jnp.float32) + delta(a, b, scaling), scaling.ndim
     return jnp.sqrt((whole**2).sum(range(front, a.ndim - 1)))
 
 
@@ -89,25 +90,27 @@ def _intercept(dropout, next_fun, args, kwargs, context):
     if held is None:
         return y
     a, b, magnitude, scaling = held
-    flat, kernel = (leaf.reshape(-1, magnitude.size) for leaf in (y, module.get_variable("params", "kernel")))
-    flats = (a.reshape(len(kernel), -1), b.reshape(-1, magnitude.size), kernel)
-    a, b, kernel = (leaf.astype(y.dtype) for leaf in flats)
+    flat, held = y.reshape(-1, magnitude.size), module.get_variable("params", "kernel")
+    kernel = plain(held, y.dtype).reshape(-1, magnitude.size)
+    a, b = (leaf.astype(y.dtype) for leaf in (a.reshape(len(kernel), -1), b.reshape(-1, magnitude.size)))
     norm = keep(_column_norm(*map(stop_gradient, (kernel, a, b, scaling))))
     beyond = (_ratio(magnitude.ravel(), norm, scaling) - 1).astype(y.dtype)  # less 1 before it is rounded
 
-    x = beside.inputs_last(module, args[0])
+    x = targets.inputs_last(module, args[0])
     dropped = beside.dropped(module, context, x, dropout, "lora_dropout")
     bias = module.get_variable("params", "bias").astype(y.dtype).ravel() if module.use_bias else 0
-    dense = flat - bias if dropped is x else dropped.astype(y.dtype).reshape(-1, len(kernel)) @ kernel
-    low = branch(dropped.astype(y.dtype), a, b, scaling)
+    dropped, whole = dropped.astype(y.dtype), dropped is x
+    dense = flat - bias if whole else dot(dropped, held).reshape(flat.shape) if is_leaf(held) else (
+        dropped.reshape(-1, len(kernel)) @ kernel)
+    low = branch(dropped, a, b, scaling)
     return (flat + low + beyond * keep(dense + low)).reshape(y.shape)
 
 
 def _column_norm(kernel, a, b, scaling):
     """||W + s A B|| of each output, float32 (out,), for W (in, out), A (in, r), B (r, out): W + s A B is never made."""
-    dot = partial(jnp.matmul, precision="highest", preferred_element_type=jnp.float32)
+    times = partial(jnp.matmul, precision="highest", preferred_element_type=jnp.float32)
     square = (kernel.astype(jnp.float32)**2).sum(0)
-    mixed = 2 * dot(a.T, kernel) + scaling * dot(dot(a.T, a), b.astype(jnp.float32))
+    mixed = 2 * times(a.T, kernel) + scaling * times(times(a.T, a), b.astype(jnp.float32))
     return jnp.sqrt(jnp.maximum(square + scaling * (mixed * b).sum(0), 0))
 
 

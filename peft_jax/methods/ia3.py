@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from peft_jax import arguments, beside, targets, tree
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.method import Method, check_leaves
+from peft_jax.quant import plain
 from peft_jax.stored import Format
 from peft_jax.targets import Patterns
 
@@ -85,8 +86,8 @@ def _leaves(config, key, target, kernel):
 def _intercept(next_fun, args, kwargs, context):
     module = context.module
     if held := beside.read(module, context, ("ia3_in", "ia3_on"), "IA3"):
-        x = beside.inputs_last(module, args[0])
-        return next_fun(beside.inputs_back(module, x * _scale(*held, x.dtype)), *args[1:], **kwargs)
+        x = targets.inputs_last(module, args[0])
+        return next_fun(targets.inputs_back(module, x * _scale(*held, x.dtype)), *args[1:], **kwargs)
     y = next_fun(*args, **kwargs)
     held = beside.read(module, context, ("ia3_out", "ia3_on"), "IA3")
     return y * _scale(*held, y.dtype) if held else y
@@ -108,7 +109,7 @@ def _merge(params):
         kernel, inside = flat[folder + "kernel"], scale.ndim - on.ndim
         other = kernel.ndim - scale.ndim
         at = (*scale.shape, *[1] * other) if name == "ia3_in" else (*on.shape, *[1] * other, *scale.shape[on.ndim:])
-        flat[folder + "kernel"] = (kernel.astype(jnp.float32) * scale.reshape(at)).astype(kernel.dtype)
+        flat[folder + "kernel"] = (plain(kernel, jnp.float32) * scale.reshape(at)).astype(kernel.dtype)
         if name == "ia3_out" and (bias := flat.get(folder + "bias")) is not None and inside:
             flat[folder + "bias"] = (bias.astype(jnp.float32) * scale).astype(bias.dtype)
     return tree.unflatten(flat)

@@ -17,10 +17,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from peft_jax import beside, tree
+from peft_jax import beside, targets, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method, check_leaves
 from peft_jax.methods import lycoris
+from peft_jax.quant import plain
 from peft_jax.stored import Format
 from peft_jax.targets import Patterns
 
@@ -115,7 +116,7 @@ def _intercept(config, next_fun, args, kwargs, context):
     if (held := beside.read(module, context, ("lokr_scaling",), "LoKr")) is None:
         return y
     factors = {name: module.get_variable("params", name) for name in FACTORS if module.has_variable("params", name)}
-    x = beside.inputs_last(module, args[0]).astype(y.dtype)
+    x = targets.inputs_last(module, args[0]).astype(y.dtype)
     change = lycoris.thinned(module, context, branch(x, factors, *held), config, config["rank_dropout_scale"])
     return y + change.reshape(y.shape)
 
@@ -148,7 +149,7 @@ def _merge(params):
         scaling, kernel = flat.pop(folder + "lokr_scaling"), flat[folder + "kernel"]
         product = jnp.einsum("...ml,...nk->...mnlk", _matrix(held, "lokr_w1"), _matrix(held, "lokr_w2"))
         change = (product * scaling.reshape(*scaling.shape, 1, 1, 1, 1)).reshape(kernel.shape)
-        flat[folder + "kernel"] = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
+        flat[folder + "kernel"] = (plain(kernel, jnp.float32) + change).astype(kernel.dtype)
     return tree.unflatten(flat)
 
 

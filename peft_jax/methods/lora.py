@@ -145,7 +145,7 @@ def _intercept(dropout, next_fun, args, kwargs, context):
     held = beside.read(module, context, LEAVES, "LoRA")
     if held is None:
         return y
-    x = beside.inputs_last(module, args[0])
+    x = targets.inputs_last(module, args[0])
     x = beside.dropped(module, context, x, dropout, "lora_dropout")
     return y + branch(x.astype(y.dtype), *held).reshape(y.shape)
 

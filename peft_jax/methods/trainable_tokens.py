@@ -18,6 +18,7 @@ from flax import linen as nn
 from peft_jax import arguments, beside, targets, tree, virtual, whole
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method, check_leaves
+from peft_jax.quant import plain
 from peft_jax.stored import PREFIX, Format, Slot
 from peft_jax.targets import Patterns
 
@@ -62,7 +63,7 @@ def _init(config, rng, params, axes=None):
     if found := [path for path in flat if path.rpartition("/")[2] == "token_indices"]:
         raise PeftJaxError(f"the parameters already hold trainable tokens ('{found[0]}'): merge first.")
     for number, path in enumerate(_weights(config, flat)):
-        rows = _rows(flat[path], path)
+        rows = _rows(plain(flat[path]), path)
         beside.check_first("trainable_tokens", path.rpartition("/")[0], (*whole.PLAIN, *virtual.LEAVES), flat)
         if max(config["token_indices"]) >= rows.shape[0]:
             raise PeftJaxError(f"token_indices has {max(config['token_indices'])}, but '{path}' ends at "
@@ -102,9 +103,9 @@ def _intercept(next_fun, args, kwargs, context):
     if isinstance(module, nn.Embed) and context.method_name == "__call__":
         return _looked_up(args[0], y, tokens.astype(y.dtype), indices)
     if isinstance(module, nn.Embed):
-        own = held["embedding"][indices]
+        own = plain(held["embedding"])[indices]
     elif isinstance(module, nn.Dense):
-        own = held["kernel"].T[indices]
+        own = plain(held["kernel"]).T[indices]
     else:
         raise PeftJaxError(f"'{'/'.join(module.path)}' is a {type(module).__name__}: trainable tokens are rows of an "
                            "Embed or Dense module.")
@@ -131,10 +132,10 @@ def _merge(params):
     for folder in beside.folders(flat, "token_indices"):
         indices, tokens = flat.pop(folder + "token_indices"), flat.pop(folder + "tokens")
         if (path := folder + "embedding") in flat:
-            flat[path] = flat[path].at[indices].set(tokens.astype(flat[path].dtype))
+            flat[path] = plain(flat[path]).at[indices].set(tokens.astype(flat[path].dtype))
         else:
             path = folder + "kernel"
-            flat[path] = flat[path].at[:, indices].set(tokens.T.astype(flat[path].dtype))
+            flat[path] = plain(flat[path]).at[:, indices].set(tokens.T.astype(flat[path].dtype))
     return tree.unflatten(flat)
 
 

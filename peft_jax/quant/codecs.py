@@ -19,8 +19,8 @@ def check(quant_type: str, block_size: int | None, double_quant: bool) -> None:
     if quant_type not in codes.TYPES:
         raise PeftJaxError(f"quant_type={quant_type!r}: {nearest(str(quant_type), codes.TYPES)}")
     if block_size is not None and (isinstance(block_size, bool) or block_size not in BLOCKS):
-        raise PeftJaxError(f"block_size={block_size!r}: give one of {', '.join(map(str, BLOCKS))}, or None for one scale "
-                           "an output channel.")
+        raise PeftJaxError(f"block_size={block_size!r}: give one of {', '.join(map(str, BLOCKS))}, or None for one "
+                           "scale an output channel.")
     if not isinstance(double_quant, bool):
         raise PeftJaxError(f"double_quant={double_quant!r}: give True or False.")
     if double_quant and quant_type not in codes.ABSMAX:

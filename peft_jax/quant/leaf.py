@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from peft_jax.errors import PeftJaxError
+
 # Scales are quantised again in blocks of this many, as bitsandbytes does it.
 NESTED = 256
 
@@ -104,3 +106,9 @@ def grid(inputs: tuple[int, ...], outputs: tuple[int, ...], block_size: int, by_
 
 def is_leaf(node: Any) -> bool:
     return isinstance(node, QuantizedArray)
+
+
+def cannot_train(path: str, leaf: QuantizedArray) -> PeftJaxError:
+    """What to raise where a quantised leaf is asked to train."""
+    return PeftJaxError(f"'{path}' is quantised ({leaf.quant_type}) and cannot train: leave it out of what trains, or "
+                        "out of the quantised modules, quantize(exclude_modules=...).")

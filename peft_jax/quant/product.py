@@ -66,7 +66,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def take(leaf: QuantizedArray, ids: jax.Array, dtype=None) -> jax.Array:
-    """The rows of an embedding (ids, width) for ids (...): (..., width). Of rows of whole blocks only those are decoded.
+    """The rows of an embedding (ids, width) for ids (...): (..., width); of rows of whole blocks no others are decoded.
 
     As ``jnp.take``: ids beyond the embedding give NaN.
     """

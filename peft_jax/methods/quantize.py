@@ -1,0 +1,108 @@
+"""A quantised base, as QLoRA has it (arXiv 2305.14314, eqs. 1 to 6): weights in blocks of codes and scales.
+
+    W ~ table[codes] * scale        scale = max |W| of a block; with double_quant in 8 bits itself, less its mean
+
+Each chosen ``kernel``, or ``embedding``, becomes a :class:`peft_jax.QuantizedArray` in its place; nothing trains. What
+stands beside it does, by another method: QLoRA is ``chain(quantize(double_quant=True), lora(...))``. A method in front
+sees the plain weights: ``chain(lora(init_lora_weights="pissa"), quantize())`` quantises what PiSSA leaves of them.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from peft_jax import arguments, quant, targets, tree
+from peft_jax.errors import PeftJaxError
+from peft_jax.method import FROZEN, Method
+from peft_jax.targets import Patterns, Target
+
+SELECTION = ("target_modules", "exclude_modules")
+
+
+def quantize(quant_type: str = "nf4", block_size: int | None = 64, double_quant: bool = False,
+             target_modules: Patterns = "all-linear", exclude_modules: Patterns = None) -> Method:
+    """Weights in four or eight bits; ``bind`` knows how to read them under any other method.
+
+    Args:
+      quant_type: "nf4", "fp4", "int4", "int4_affine" or "int8", see :func:`peft_jax.quantize_array`; as the other two
+        bitsandbytes' ``bnb_4bit_quant_type``, its block size, and ``bnb_4bit_use_double_quant``.
+      block_size: how many values along the inputs share a scale; ``None``: all of an output.
+      double_quant: the scales in 8 bits, 256 of them with one scale of their own.
+      target_modules: as of :func:`peft_jax.lora`; "all-linear" is every kernel but the output head. Embeddings are
+        quantised where they are named. exclude_modules: taken out again, bitsandbytes' ``llm_int8_skip_modules``.
+
+    Returns a :class:`Method`; its ``merge`` gives the plain weights that the codes stand for, in the dtype that the
+    weights had.
+
+    >>> params = quantize().init(None, {"up_proj": {"kernel": jnp.ones((64, 8))}})
+    >>> params["up_proj"]["kernel"].codes.shape, params["up_proj"]["kernel"].nbytes
+    ((8, 32), 288)
+
+    Raises ``PeftJaxError`` for no such codec, and from ``init`` for patterns that match nothing, layers of one stack of
+    which only some are meant, weights that are quantised otherwise already, or hold infinite values or NaN.
+    """
+    config = {"peft_type": "QUANTIZE", **locals()}
+    quant.check(quant_type, block_size, double_quant)
+    for name in SELECTION:
+        arguments.check_modules(name, config[name])
+    return Method(partial(_init, config), _intercept, _labels, _merge, config, convert=partial(_convert, config))
+
+
+def _selection(config) -> dict[str, Any]:
+    return {name: config.get(name) for name in (*SELECTION, "layers_to_transform", "layers_pattern")}
+
+
+def _init(config, rng, params, axes=None):
+    flat = tree.flatten(params)
+    for target in targets.find(params, axes, _selection(config), targets.HOLDERS):
+        path = f"{target.path}/{target.leaf}".lstrip("/")
+        flat[path] = _quantized(config, target, path, flat[path])
+    return tree.unflatten(flat)
+
+
+def _quantized(config, target: Target, path: str, leaf) -> quant.QuantizedArray:
+    chosen = targets.chooser(**_selection(config))
+    if left := [name for name in target.names if not chosen(name)]:
+        raise PeftJaxError(f"'{path}' is one leaf for {len(target.names)} layers, and the patterns leave out '{left[0]}': "
+                           "name modules of all its layers, or of none.")
+    if quant.is_leaf(leaf):
+        _check_same(config, path, leaf)
+        return leaf
+    try:
+        return quant.quantize_array(leaf, config["quant_type"], block_size=config["block_size"],
+                                    double_quant=config["double_quant"], inputs=target.axes.inputs,
+                                    outputs=target.axes.outputs, by_rows=target.leaf == "embedding")
+    except PeftJaxError as error:
+        raise PeftJaxError(f"'{path}': {error}") from error
+
+
+def _check_same(config, path, leaf) -> None:
+    have = (leaf.quant_type, leaf.block_size, leaf.double_quant)
+    want = (config["quant_type"], config["block_size"] or 0, config["double_quant"])
+    if have != want:
+        told = "quant_type={!r}, block_size={}, double_quant={}".format
+        raise PeftJaxError(f"'{path}' is quantised already, with {told(*have)}, not {told(*want)}: ask for the same, or "
+                           "start from plain weights.")
+
+
+def _convert(config, path: str, array, axes: targets.KernelAxes, names) -> Any:
+    """One entry of a leaf's stack while it is read from a file, quantised if it is meant; see ``Method.convert``."""
+    module, _, leaf = path.rpartition("/")
+    meant = targets.chooser(**_selection(config))
+    wanted = leaf == "kernel" or (leaf == "embedding" and config["target_modules"] != "all-linear")
+    if not wanted or not any(map(meant, names)):
+        return array
+    return _quantized(config, Target(module, axes, tuple(names), leaf), path, array)
+
+
+def _intercept(next_fun, args, kwargs, context):
+    """Nothing: :func:`peft_jax.bind` reads quantised leaves."""
+    return next_fun(*args, **kwargs)
+
+
+def _labels(params: Mapping[str, Any]) -> tree.Tree:
+    return tree.map_paths(lambda path, leaf: FROZEN, params)
+
+
+def _merge(params: Mapping[str, Any]) -> tree.Tree:
+    return tree.map_paths(lambda path, leaf: quant.plain(leaf), params)

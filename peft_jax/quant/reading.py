@@ -1,0 +1,79 @@
+"""How a forward pass reads quantised leaves: an interceptor for Dense, DenseGeneral, Einsum and Embed modules.
+
+:func:`peft_jax.bind` enters it under all methods, so a model may hold such leaves whatever its method is.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from peft_jax import targets
+from peft_jax.errors import PeftJaxError
+from peft_jax.quant.leaf import QuantizedArray
+from peft_jax.quant.product import attend, dot, take
+
+
+def read(next_fun, args, kwargs, context) -> Any:
+    """The module's output from its quantised weight; what has none is called as it is."""
+    module, name = context.module, context.method_name
+    leaf = _held(module)
+    if leaf is None or name not in ("__call__", "attend"):
+        return next_fun(*args, **kwargs)
+    where = "/".join(module.path)
+    if len(leaf.stack):
+        raise PeftJaxError(f"'{where}' has one weight, and its quantised leaf is a stack of {leaf.stack}: give init "
+                           "axes=peft_jax.kernel_axes(model, params, *inputs).")
+    if isinstance(module, nn.Embed):
+        dtype = module.dtype or leaf.dtype
+        return take(leaf, args[0], dtype) if name == "__call__" else attend(args[0].astype(dtype), leaf)
+    if not isinstance(module, nn.Dense | nn.DenseGeneral | nn.Einsum) or _own_product(module):
+        raise PeftJaxError(f"'{where}' is a {type(module).__name__} whose product is its own, and its weight is "
+                           "quantised: name it in quantize(exclude_modules=...).")
+    return _product(module, leaf, args[0])
+
+
+def _held(module: nn.Module) -> QuantizedArray | None:
+    for name in targets.HOLDERS:
+        if module.has_variable("params", name):
+            leaf = module.get_variable("params", name)
+            return leaf if isinstance(leaf, QuantizedArray) else None
+    return None
+
+
+def _own_product(module) -> bool:
+    return any(getattr(module, field, None) is not None for field in ("dot_general", "dot_general_cls"))
+
+
+def _product(module, leaf, x):
+    bias = module.get_variable("params", "bias") if module.use_bias else None
+    given = [array.dtype for array in (x, bias) if array is not None]
+    dtype = module.dtype or jnp.result_type(leaf.dtype, *given)
+    einsum = isinstance(module, nn.Einsum)
+    x = (_contracted_last(module, x) if einsum else targets.inputs_last(module, x)).astype(dtype)
+    y = dot(x, leaf)
+    y = _in_order(module, y) if einsum else y
+    return y if bias is None else y + bias.astype(dtype)
+
+
+def _letters(module: nn.Einsum) -> tuple[str, str, str, str]:
+    """Letters of (x, kernel's inputs, kernel's outputs, result); axes of an ellipsis are left out."""
+    sides, result = module.einsum_str.replace(" ", "").replace("...", "").split("->")
+    x, kernel = sides.split(",")
+    inputs = "".join(letter for letter in kernel if letter not in result)
+    return x, inputs, kernel.removeprefix(inputs), result
+
+
+def _contracted_last(module, x):
+    letters, inputs, _, _ = _letters(module)
+    front = x.ndim - len(letters)
+    return jnp.moveaxis(x, [front + letters.index(one) for one in inputs], range(-len(inputs), 0))
+
+
+def _in_order(module, y):
+    """y (..., batch letters of x, outputs) with its axes as the result has them."""
+    letters, inputs, outputs, result = _letters(module)
+    have = "".join(one for one in letters if one not in inputs) + outputs
+    front = y.ndim - len(have)
+    return jax.lax.transpose(y, (*range(front), *(front + have.index(one) for one in result)))
