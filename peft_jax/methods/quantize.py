@@ -63,8 +63,8 @@ def _init(config, rng, params, axes=None):
 def _quantized(config, target: Target, path: str, leaf) -> quant.QuantizedArray:
     chosen = targets.chooser(**_selection(config))
     if left := [name for name in target.names if not chosen(name)]:
-        raise PeftJaxError(f"'{path}' is one leaf for {len(target.names)} layers, and the patterns leave out '{left[0]}': "
-                           "name modules of all its layers, or of none.")
+        raise PeftJaxError(f"'{path}' is one leaf for {len(target.names)} layers, and the patterns leave out "
+                           f"'{left[0]}': name modules of all its layers, or of none.")
     if quant.is_leaf(leaf):
         _check_same(config, path, leaf)
         return leaf
@@ -81,8 +81,8 @@ def _check_same(config, path, leaf) -> None:
     want = (config["quant_type"], config["block_size"] or 0, config["double_quant"])
     if have != want:
         told = "quant_type={!r}, block_size={}, double_quant={}".format
-        raise PeftJaxError(f"'{path}' is quantised already, with {told(*have)}, not {told(*want)}: ask for the same, or "
-                           "start from plain weights.")
+        raise PeftJaxError(f"'{path}' is quantised already, with {told(*have)}, not {told(*want)}: ask for the same, "
+                           "or start from plain weights.")
 
 
 def _convert(config, path: str, array, axes: targets.KernelAxes, names) -> Any:
