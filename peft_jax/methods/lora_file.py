@@ -48,7 +48,7 @@ def check_split(flat) -> None:
 def plain(config, flat):
     """As a plain LoRA on the base as it was: of double rank where a part of the kernels was split off."""
     check_scalings(config, flat, "lora_scaling")
-    single = {**config, "init_lora_weights": True, "eva_config": None}
+    single = {**config, "init_lora_weights": True, "eva_config": None, "loftq_config": None}
     if not lora_init.splits(config["init_lora_weights"]):
         return single, flat
     double, flat = lora_init.doubled(single), dict(flat)
