@@ -19,7 +19,7 @@ from peft_jax.kept import keep
 from peft_jax.lowrank import branch, delta
 from peft_jax.method import Method
 from peft_jax.methods.lora import FORMAT as LORA
-from peft_jax.methods.lora import init, keeps_base, labels, leaves, lora, needs_data, padding, prepared, trains
+from peft_jax.methods.lora import init, labels, leaves, lora, needs_data, padding, prepared, trains
 from peft_jax.methods.lora_file import KEYS as LORA_KEYS
 from peft_jax.methods.lora_file import START, fields, slots, view
 from peft_jax.quant import dot, is_leaf, plain
@@ -54,7 +54,7 @@ def _method(config, given=None) -> Method:
     return Method(partial(init, config, partial(_leaves, config, given=given), trained, holders=("kernel",),
                           first="dora"),
                   partial(_intercept, config["lora_dropout"]), partial(labels, trained), _merge, config,
-                  partial(_padding, config), FORMAT if keeps_base(config) else None, leaves=(*LEAVES, *START),
+                  partial(_padding, config), FORMAT, leaves=(*LEAVES, *START),
                   prepare=prepare if needs_data(config, given) else None)
 
 

@@ -22,7 +22,18 @@ from peft_jax import arguments, beside, targets, tree
 from peft_jax.lowrank import branch, delta
 from peft_jax.method import Method
 from peft_jax.methods import biases, eva, loftq, lora_init
-from peft_jax.methods.lora_file import ARGUMENTS, LEAVES, SILENT, START, check_split, fields, plain, read, slots
+from peft_jax.methods.lora_file import (
+    ARGUMENTS,
+    LEAVES,
+    SILENT,
+    START,
+    check_split,
+    fields,
+    plain,
+    read,
+    refuses,
+    slots,
+)
 from peft_jax.methods.lora_init import ranks, scalings
 from peft_jax.stored import Format
 from peft_jax.targets import Patterns
@@ -78,13 +89,8 @@ def _method(config, given=None) -> Method:
     trained = partial(trains, config)
     return Method(partial(init, config, partial(leaves, config, given=given), trained),
                   partial(_intercept, config["lora_dropout"]), partial(labels, trained), _merge, config,
-                  partial(padding, config), FORMAT if keeps_base(config) else None, leaves=(*LEAVES, *START),
+                  partial(padding, config), FORMAT, leaves=(*LEAVES, *START),
                   prepare=prepare if needs_data(config, given) else None)
-
-
-def keeps_base(config) -> bool:
-    """Whether the trained leaves are an adapter of a base that others have."""
-    return loftq.keeps_base(config["init_lora_weights"], config["loftq_config"])
 
 
 def needs_data(config, given) -> bool:
@@ -199,4 +205,4 @@ def padding(config, params, trained: Sequence[str] = LEAVES[:2]) -> int:
 
 
 FORMAT = Format("LORA", lora, ARGUMENTS, slots, fields, SILENT, read,
-                lambda given: not given.get("use_dora"), plain)
+                lambda given: not given.get("use_dora"), plain, refuses)

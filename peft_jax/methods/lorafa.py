@@ -39,7 +39,7 @@ def _frozen(method: Method) -> Method:
     def prepare(*args, **kwargs):
         return _frozen(method.prepare(*args, **kwargs))
 
-    return method._replace(labels=partial(labels, partial(_trains, method.config)), stored=method.stored and FORMAT,
+    return method._replace(labels=partial(labels, partial(_trains, method.config)), stored=FORMAT,
                            padding=partial(_padding, method.config), prepare=prepare if method.prepare else None)
 
 
