@@ -46,6 +46,10 @@ CONTENTS = {
     "unflatten": "tree",
     "KernelAxes": "targets",
     "kernel_axes": "targets",
+    # quantised weights
+    "QuantizedArray": "quant",
+    "dequantize": "quant",
+    "quantize_array": "quant",
     # models, files
     "Head": "models",
     "untie": "models",
