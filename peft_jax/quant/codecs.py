@@ -94,15 +94,17 @@ def _symmetric(values, quant_type: str, block: int):
 
 
 def _as_a_remainder(blocks, scaled, absmax):
-    """bitsandbytes' last block, where it is not whole: divided, not multiplied by the inverse, and never a scale of 0.
+    """bitsandbytes' last block, where it is not whole: divided, not multiplied by the inverse, and 1e-38 for a scale of 0.
 
-    The barrier keeps XLA from making a product with the inverse of it.
+    The barrier keeps XLA from making a product with the inverse of it; 1e-38 is chosen as bits, since as a float it is
+    subnormal and XLA flushes it to 0.
     """
     last = absmax[..., -1:]
     divisor = jnp.where(last > 0, last, 1)[..., None]
     divisor = jax.lax.optimization_barrier(jnp.broadcast_to(divisor, blocks[..., -1:, :].shape))
     scaled = scaled.at[..., -1:, :].set(blocks[..., -1:, :] / divisor)
-    return scaled, absmax.at[..., -1:].set(jnp.where(last > 0, last, 1e-38))
+    bits = jnp.where(last > 0, jax.lax.bitcast_convert_type(last, jnp.int32), np.float32(1e-38).view(np.int32))
+    return scaled, absmax.at[..., -1:].set(jax.lax.bitcast_convert_type(bits, jnp.float32))
 
 
 def _affine(values, quant_type: str, block: int):
