@@ -17,6 +17,7 @@ from peft_jax.quant.leaf import QuantizedArray, is_flat, matrix
 BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 # Below it a block counts as zeros: 127 / absmax would overflow.
 TINY = 1e-36
+HUGE = 1e37
 
 
 def quantize_array(array, quant_type: str = "nf4", *, block_size: int | None = 64, double_quant: bool = False,
@@ -27,8 +28,8 @@ def quantize_array(array, quant_type: str = "nf4", *, block_size: int | None = 6
     (stack, in, out). ``by_rows`` is for embeddings: (vocab, hidden), blocks along hidden.
 
     quant_type:
-      "nf4", "fp4"   the nearest of sixteen values times the block's largest magnitude, as in bitsandbytes: codes, scales
-                     and what they decode to equal its CPU's bit by bit.
+      "nf4", "fp4"   the nearest of sixteen values times the block's largest magnitude, as in bitsandbytes: codes,
+                     scales and what they decode to equal its CPU's bit by bit.
       "int4"         w = scale * code, codes from -7 to 7: the scale is absmax / 7. -8 is left out, so that quantising
                      -w gives minus the codes of w and no bias; leaves read from GGUF's Q4_0 use it.
       "int4_affine"  w = offset + scale * code, codes from 0 to 15: offset is the smallest of the block and scale a
@@ -56,7 +57,7 @@ def quantize_array(array, quant_type: str = "nf4", *, block_size: int | None = 6
 
 @partial(jax.jit, static_argnums=range(1, 8))
 def _encode(array, quant_type, block_size, double_quant, stack, inputs, outputs, by_rows) -> dict:
-    """The leaf's children, and whether all values are finite (a maximum does not tell: XLA's passes over NaN)."""
+    """The leaf's children, and whether all is finite (of the values too: XLA's maximum passes over NaN)."""
     rows, columns = matrix(inputs, outputs, by_rows)
     values = jnp.asarray(array, jnp.float32).reshape(*stack, *((rows, columns) if by_rows else (columns, rows)))
     finite = jnp.isfinite(values).all()
@@ -66,7 +67,12 @@ def _encode(array, quant_type, block_size, double_quant, stack, inputs, outputs,
         values = values.reshape(*stack, 1, rows * columns)
     codes, scales, offsets = (_affine if quant_type == "int4_affine" else _symmetric)(values, quant_type, block)
     children = {"codes": _pack(codes, values.shape[-1], quant_type), "scales": scales, "offsets": offsets}
-    return children | (_quantize_scales(scales) if double_quant else {}) | {"finite": finite}
+    if quant_type == "int4_affine":
+        finite &= jnp.isfinite(15 * scales).all()
+    if double_quant:
+        children |= _quantize_scales(scales)
+        finite &= jnp.isfinite(children["nested"]).all()
+    return children | {"finite": finite}
 
 
 def _blocks(values, block: int, mode: str):
@@ -84,8 +90,10 @@ def _symmetric(values, quant_type: str, block: int):
         most = LARGEST[quant_type]
         rounded = jnp.round(blocks * jnp.where(absmax > TINY, most / absmax, 0)[..., None])
         codes = jnp.clip(rounded, -most, most).astype(jnp.int8)
-        return codes if quant_type == "int8" else (codes + 8).astype(jnp.uint8), absmax / most, None
-    scaled = blocks * jnp.where(absmax > 0, 1 / absmax, 0)[..., None]
+        return codes if quant_type == "int8" else (codes + 8).astype(jnp.uint8), absmax * (1 / most), None
+    # Exact; without it the inverse of a huge number is subnormal, which XLA flushes to 0.
+    less = jnp.where(absmax > HUGE, 2.0**-10, 1)
+    scaled = (blocks * less[..., None]) * jnp.where(absmax > 0, 1 / (absmax * less), 0)[..., None]
     if values.shape[-1] % block:
         scaled, absmax = _as_a_remainder(blocks, scaled, absmax)
     bounds, order = steps(quant_type)
@@ -94,7 +102,7 @@ def _symmetric(values, quant_type: str, block: int):
 
 
 def _as_a_remainder(blocks, scaled, absmax):
-    """bitsandbytes' last block, where it is not whole: divided, not multiplied by the inverse, and 1e-38 for a scale of 0.
+    """bitsandbytes' last block, where it is not whole: divided, not multiplied by the inverse; a scale of 0 is 1e-38.
 
     The barrier keeps XLA from making a product with the inverse of it; 1e-38 is chosen as bits, since as a float it is
     subnormal and XLA flushes it to 0.
@@ -151,9 +159,9 @@ def _float_dtype(array):
 def _check(array, quant_type, block_size) -> None:
     if quant_type not in QUANT_TYPES:
         raise PeftJaxError(f"quant_type={quant_type!r} is no data type: {nearest(quant_type, QUANT_TYPES)}")
-    if block_size and block_size not in BLOCK_SIZES or isinstance(block_size, bool):
-        raise PeftJaxError(f"block_size={block_size!r} is none of {', '.join(map(str, BLOCK_SIZES))}, or None, which is "
-                           "per channel.")
+    if (block_size and block_size not in BLOCK_SIZES) or isinstance(block_size, bool):
+        raise PeftJaxError(f"block_size={block_size!r} is none of {', '.join(map(str, BLOCK_SIZES))}, or None, which "
+                           "is per channel.")
     if isinstance(array, QuantizedArray):
         raise PeftJaxError(f"{array} is quantised already: dequantize it first.")
     if not (hasattr(array, "dtype") and jnp.issubdtype(array.dtype, jnp.floating)):
@@ -172,11 +180,15 @@ def _sizes(array, stack, inputs, outputs):
                            "outputs (peft_jax.kernel_axes finds them).")
     sizes = tuple(stack or ()), tuple(inputs), tuple(outputs)
     if sum(sizes, ()) != shape:
-        raise PeftJaxError(f"stack={sizes[0]}, inputs={sizes[1]}, outputs={sizes[2]} together are not the shape {shape}.")
+        raise PeftJaxError(f"stack={sizes[0]}, inputs={sizes[1]}, outputs={sizes[2]} together are not the shape "
+                           f"{shape}: give the sizes of all axes, in order.")
     return sizes
 
 
 def _raise_not_finite(array) -> None:
     bad = np.argwhere(~np.isfinite(np.asarray(array, np.float32)))
+    if not len(bad):
+        raise PeftJaxError(f"the weights reach {float(np.abs(np.asarray(array, np.float32)).max()):.1e}, which scales in "
+                           "float32 cannot take: check them, or quantise without double_quant and int4_affine.")
     raise PeftJaxError(f"the weights have {len(bad)} NaN or infinite values, the first at {tuple(bad[0].tolist())}: "
                        "quantised they would spoil their blocks; load or train them anew.")

@@ -23,7 +23,7 @@ class QuantizedArray:
     Blocks of ``block_size`` run along the columns, 0 is one block a row. Where a block would not fit (``flat``),
     they run on through the rows as in bitsandbytes: below, rows is then 1 and columns all there are.
 
-    codes:   uint8 (*stack, rows, columns / 2), two codes a byte, the first in the high nibble; a last odd one is padded.
+    codes:   uint8 (*stack, rows, columns / 2), two codes a byte, the first in the high nibble; an odd one is padded.
              For "int8" int8 (*stack, rows, columns).
     scales:  float32 or float16 (*stack, rows, blocks): a block's values are its codes' (``codes.py``) times this.
              With double quantisation uint8 (*stack, rows, blocks), codes of ``codes.dynamic()``,

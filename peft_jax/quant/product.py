@@ -66,7 +66,7 @@ def take(embedding, ids, dtype=None):
         return jnp.take(embedding, ids, axis=0).astype(dtype)
     if not embedding.by_rows or len(embedding.inputs) != 1:
         raise PeftJaxError(f"{embedding} is no embedding: quantise it with inputs=(vocab,) and by_rows=True.")
-    count, columns = _without_stack(embedding).matrix
+    count = _without_stack(embedding).matrix[0]
     known = (ids >= -count) & (ids < count)
     places = jnp.where(known, jnp.where(ids < 0, ids + count, ids), 0)
     values = (_flat_rows if embedding.flat else _whole_rows)(embedding, places)

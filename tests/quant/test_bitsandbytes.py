@@ -66,16 +66,16 @@ def test_a_stack_and_several_axes_are_as_each_layer_alone():
     leaf = quantize_array(kernel, double_quant=True, stack=(2,), inputs=(8, 16), outputs=(3, 5))
     back = np.asarray(dequantize(leaf))
     for i in range(2):
-        packed, state = theirs.quantize(kernel[i].reshape(128, 15).T, "nf4", 64, double_quant=True)
+        packed, _ = theirs.quantize(kernel[i].reshape(128, 15).T, "nf4", 64, double_quant=True)
         assert np.array_equal(np.asarray(leaf.codes[i]).ravel(), packed.numpy().ravel())
         alone = quantize_array(kernel[i], double_quant=True, inputs=(8, 16), outputs=(3, 5))
         assert np.array_equal(back[i], np.asarray(dequantize(alone)))
 
 
-@pytest.mark.parametrize("jitted", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [(512, 1536), (6, 96), (7, 33)], ids=str)
-def test_doubly_quantised_bytes_are_read_to_the_bit(shape, dtype, jitted):
+@pytest.mark.parametrize("jitted, dtype, shape", [
+    (True, dtype, shape) for dtype in ("float32", "bfloat16") for shape in ((512, 1536), (6, 96), (7, 33))
+] + [(False, "float32", (6, 96))])
+def test_doubly_quantised_bytes_are_read_to_the_bit(jitted, dtype, shape):
     matrix = weights(shape, False)
     packed, state = theirs.quantize(matrix, "nf4", 64, double_quant=True, dtype=dtype)
     ours = quantize_array(jnp.asarray(matrix, dtype).T, double_quant=True)
@@ -117,7 +117,7 @@ def test_int8_per_channel_has_bitsandbytes_codes():
     matrix = weights((24, 100), False)
     codes, absmax, _ = bnb.int8_vectorwise_quant(torch.tensor(matrix))
     leaf = quantize_array(matrix.T, "int8", block_size=None)
-    assert np.array_equal(np.asarray(leaf.scales)[:, 0], absmax.numpy() / np.float32(127))
+    assert np.array_equal(np.asarray(leaf.scales)[:, 0], absmax.numpy() * np.float32(1 / 127))
     assert np.array_equal(np.asarray(leaf.codes), codes.numpy())
 
 
@@ -131,5 +131,5 @@ def test_on_smollm2(smollm2, quant_type):
         for layer in (0, 17):
             leaf = check(np.ascontiguousarray(kernels[layer].T), quant_type, 64, "float32")
             assert np.array_equal(np.asarray(stacked.codes[layer]), np.asarray(leaf.codes))
-    differ, count = scale_codes_that_differ(np.ascontiguousarray(np.asarray(flat["embed/embedding"], np.float32)))
+    differ, count = scale_codes_that_differ(np.ascontiguousarray(np.asarray(flat["embed_tokens/embedding"], np.float32)))
     assert differ / count < 0.004
