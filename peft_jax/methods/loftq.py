@@ -53,8 +53,8 @@ def start(given, target, kernel, ranks, scaling) -> tuple[jax.Array, jax.Array, 
     inside = np.arange(most) < ranks[..., None]
     for _ in range(asked["loftq_iter"]):
         held = quant.quantize_array(rest.reshape(kernel.shape).astype(kernel.dtype), asked["quant_type"],
-                                    block_size=asked["block_size"], double_quant=asked["double_quant"], inputs=inputs,
-                                    outputs=outputs)
+                                    block_size=asked["block_size"], double_quant=asked["double_quant"], stack=stack,
+                                    inputs=inputs, outputs=outputs)
         error = matrix - quant.dequantize(held, jnp.float32).reshape(matrix.shape)
         u, s, v = jnp.linalg.svd(error, full_matrices=False)
         root = jnp.sqrt(s[..., :most] / np.where(ranks > 0, scaling, 1)[..., None])

@@ -70,8 +70,9 @@ def _quantized(config, target: Target, path: str, leaf) -> quant.QuantizedArray:
         return leaf
     try:
         return quant.quantize_array(leaf, config["quant_type"], block_size=config["block_size"],
-                                    double_quant=config["double_quant"], inputs=target.axes.inputs,
-                                    outputs=target.axes.outputs, by_rows=target.leaf == "embedding")
+                                    double_quant=config["double_quant"], stack=target.axes.stack,
+                                    inputs=target.axes.inputs, outputs=target.axes.outputs,
+                                    by_rows=target.leaf == "embedding")
     except PeftJaxError as error:
         raise PeftJaxError(f"'{path}': {error}") from error
 

@@ -91,7 +91,7 @@ def test_only_the_layers_kernels_are_quantised_by_default(tied):
 @pytest.mark.parametrize("block_size", [32, None])
 def test_each_type_computes_what_it_stands_for(tied, quant_type, block_size):
     model, base, _, _ = tied
-    method = quantize(quant_type, block_size, quant_type != "int4_affine", ("mlp.up_proj", "embed_tokens", "o_proj"))
+    method = quantize(quant_type, block_size, True, ("mlp.up_proj", "embed_tokens", "o_proj"))
     held = method.init(None, base)
     assert isinstance(held["embed_tokens"]["embedding"], QuantizedArray)  # rows are looked up, and it is the head
     ours = jax.jit(bind(method, model))({"params": held}, IDS)
@@ -199,9 +199,9 @@ def test_what_cannot_be_is_an_error(tied):
     _, base, held, _ = tied
     key = jax.random.key(0)
     cases = [
-        (lambda: quantize("nf5"), "choose one of: fp4, int4, int4_affine, int8, nf4"),
-        (lambda: quantize(block_size=48), "block_size=48: give one of 16, 32"),
-        (lambda: quantize("int4_affine", double_quant=True), "only scales without offsets"),
+        (lambda: quantize("nf5"), "quant_type=.nf5. is no data type"),
+        (lambda: quantize(block_size=48), "block_size=48 is none of 16, 32"),
+        (lambda: quantize(double_quant="yes"), "double_quant=.yes."),
         (lambda: quantize(target_modules=("up_prj",)).init(None, base), "up_proj"),
         (lambda: quantize("nf4", 16, exclude_modules=("layers.0.mlp.up_proj",)).init(None, base), "one leaf for 3"),
         (lambda: quantize(block_size=32).init(None, held), "is quantised already, with quant_type='nf4', b"),
