@@ -9,8 +9,8 @@ what counts BLEU there is not here either. Difference: the paper's code reads a 
 
 Trainable: 25,744,896 (tests/test_paper_experiments.py), as peft counts it: the network P = W tanh(V e + c) + b, whose
 e is 5 x 1024, V 1024 x 512, and W 512 x 49,152, one key and one value of 1024 in each of 24 layers. The paper prints
-0.1 %, which is what is stored, W and V left behind: 5 x 24 x 2 x 1024 = 245,760, or 0.07 % of 354,823,168; so many train
-with --config.method.prefix_projection=False.
+0.1 %, which is what is stored, W and V left behind: 5 x 24 x 2 x 1024 = 245,760, or 0.07 % of 354,823,168. So many
+train with --config.method.prefix_projection=False.
 """
 
 from experiments import paper_lora_gpt2_e2e
