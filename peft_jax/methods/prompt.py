@@ -33,7 +33,8 @@ def prompt(num_virtual_tokens: int = 20, prompt_tuning_init: str = "RANDOM", *,
       prompt_tuning_init: "RANDOM" is normal numbers of deviation 1, as in peft, far larger than most embeddings;
         "SAMPLE_VOCAB" embeddings of random tokens; "TEXT" those of ``prompt_tuning_init_ids``.
       prompt_tuning_init_ids: token ids of a text (peft takes the text and a tokenizer), cut or repeated to n.
-      modules_to_save: names of modules that train as a whole and are saved, such as a "classifier".
+      modules_to_save: names of modules that train as a whole and are saved, such as a "classifier", without which peft
+        cannot read the adapter of one.
       packed_texts: of an encoder whose ``segment_ids`` are traced, as under ``jit``, and count from 1: how many texts a
         row may hold; the states of more are NaN. ``prepare`` sets it for a training run.
 
