@@ -86,7 +86,7 @@ def prepared(make: Callable[..., Method], config: Mapping[str, Any], model, para
     so a row of a run holds no more texts than its batches have slots for answers."""
     most = config["packed_texts"]
     for batch in batches if is_encoder(model) else ():
-        texts = int(np.max(batch["segment_ids"]))
+        texts = int(np.max(batch.get("segment_ids", 1)))
         most = max(most, texts, np.shape(batch["loss_index"])[-1] if texts > 1 else 1)
     return make(**{name: value for name, value in config.items() if name != "peft_type"} | {"packed_texts": most})
 
