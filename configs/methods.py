@@ -1,6 +1,6 @@
 """The arguments of each fine-tuning method, in Hugging Face peft's words and with its defaults.
 
-``name`` picks the method from ``peft_jax.methods.METHODS``; all other keys are passed to it.
+``name`` picks the method from ``peft_jax.methods.METHODS``; all other keys are passed to it, texts as token ids.
 """
 
 from ml_collections.config_dict import ConfigDict
@@ -89,6 +89,9 @@ def _prefix() -> dict:
         "init_weights": any_type(None),  # zero; None: normal of init_std
         "init_std": 0.01,
         "shift_positions": True,
+        "prefix_init_ids": any_type(None),  # start from the keys and values of a text: 504,3216
+        "prefix_init_text": "",  # or the text itself
+        "modules_to_save": any_type(None),
     }
 
 
@@ -98,6 +101,9 @@ def _prompt() -> dict:
         "num_virtual_tokens": 20,
         "prompt_tuning_init": "RANDOM",  # RANDOM, SAMPLE_VOCAB, TEXT
         "prompt_tuning_init_ids": any_type(None),  # for TEXT: 504,3216
+        "prompt_tuning_init_text": "",  # or the text itself
+        "modules_to_save": any_type(None),
+        "packed_texts": 1,  # texts in a packed row of an encoder; a run raises it to what its batches hold
     }
 
 
@@ -109,6 +115,8 @@ def _ptuning() -> dict:
         "encoder_hidden_size": any_type(None),
         "encoder_num_layers": 2,
         "encoder_dropout": 0.0,
+        "modules_to_save": any_type(None),
+        "packed_texts": 1,  # as of prompt
     }
 
 

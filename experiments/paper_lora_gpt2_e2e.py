@@ -14,11 +14,12 @@ c_attn: 24 layers x 2 x 4 x (1024 + 1024). peft, and we, put one product of rank
 from configs import base, parse
 
 
-def get_config(arg: str = ""):
-    config = base.get_config(**parse.typed_args(arg, model="gpt2-medium", task="file"))
+def get_config(arg: str = "", method: str = "lora"):
+    config = base.get_config(**parse.typed_args(arg, model="gpt2-medium", task="file"), method=method)
     config.task.update(source="data/e2e/trainset.csv", validation_source="data/e2e/devset.csv", prompt_column="mr",
                        completion_column="ref", completion_template=" {completion}")
-    config.method.update(r=4, lora_alpha=32, lora_dropout=0.1, target_modules=("c_attn",))
+    if method == "lora":
+        config.method.update(r=4, lora_alpha=32, lora_dropout=0.1, target_modules=("c_attn",))
     config.data.batch_size = 8
     config.optim.update(learning_rate=2e-4, schedule="linear", warmup_ratio=0.02, weight_decay=0.01, epochs=5.0)
     config.eval.probe = ""

@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from peft_jax.errors import PeftJaxError, nearest
@@ -31,6 +32,13 @@ def check_rank(name: str, value: Any) -> None:
 def check_whole(name: str, value: Any, least: int = 1) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise PeftJaxError(f"{name}={value!r}: give a whole number of at least {least}.")
+
+
+def check_ids(name: str, ids: Any) -> None:
+    """Raise ``PeftJaxError`` where ``ids`` is neither ``None`` nor token ids, at least one."""
+    several = isinstance(ids, Iterable) and len(ids)
+    if ids is not None and not (several and all(isinstance(i, Integral) and i >= 0 for i in ids)):
+        raise PeftJaxError(f"{name}={ids!r}: give token ids, at least one, such as (504, 3216).")
 
 
 def check_number(name: str, value: Any) -> None:

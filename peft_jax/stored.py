@@ -51,6 +51,7 @@ class Naming(NamedTuple):
       owners: pairs as above of every module with leaves, norms and embeddings too.
       embeddings: pairs of modules with an embedding alone.
       tied: ``{path of an embedding that is the head as well: the head's name}``.
+      heads: how many attention heads the model has, ``None`` where it is not told.
     """
 
     modules: Callable[[str, tuple[int, ...]], Sequence[str]]
@@ -61,6 +62,7 @@ class Naming(NamedTuple):
     owners: Sequence[tuple[str, str]] = ()
     embeddings: Sequence[tuple[str, str]] = ()
     tied: Mapping[str, str] = MappingProxyType({})
+    heads: int | None = None
 
 
 def _no_fields(config, flat, naming) -> dict[str, Any]:

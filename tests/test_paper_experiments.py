@@ -45,7 +45,14 @@ COUNTS = {
     "paper_lora_llama32_metamath": (9_175_040, 3_212_749_824 + 9_175_040),
     "paper_ia3_llama32_metamath": (286_720, 3_212_749_824 + 286_720),
     "paper_prefix_llama32_metamath": (11_468_800, 3_212_749_824 + 11_468_800),
+    "paper_prefix_gpt2_e2e": (25_744_896, 354_823_168 + 25_744_896),
     "paper_houlsby_roberta_sst2": (835_968 + 1_051_650, 354_310_144 + 1_051_650 + 835_968),
+}
+
+# experiment: (an argument of the method, its value, trainable with it).
+OTHERS = {
+    "paper_prefix_llama32_metamath": [("num_virtual_tokens", 50, 2_867_200)],
+    "paper_prefix_gpt2_e2e": [("prefix_projection", False, 245_760)],
 }
 
 
@@ -71,6 +78,6 @@ def test_as_many_parameters_train_as_the_paper_or_peft_says(name, monkeypatch):
     config, _ = parse.load_experiment(f"experiments/{name}.py")
     check(tidy(config.lock()))
     assert counts(config, MODELS[config.model.source]) == COUNTS[name]
-    if "num_virtual_tokens" in config.method:
-        config.method.num_virtual_tokens = 50
-        assert counts(config, MODELS[config.model.source])[0] == 2_867_200
+    for key, value, count in OTHERS.get(name, ()):
+        config.method[key] = value
+        assert counts(config, MODELS[config.model.source])[0] == count

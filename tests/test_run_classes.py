@@ -86,3 +86,17 @@ def test_a_language_model_has_no_classes(arguments, tiny_folder, tmp_path, capsy
              else part for part in arguments]
     assert run.main([*other, f"--workdir={tmp_path}"]) == 2
     assert "without a classification head" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_a_prompt_in_packed_rows_learns_the_classes(arguments, tmp_path, pooling):
+    """Each text with virtual tokens of its own; evaluated one text to a row, from the saved adapter the same."""
+    command = [*(flag.replace(EXPERIMENT, "experiments/prompt.py") for flag in arguments if "method.r" not in flag),
+               "--config.method.num_virtual_tokens=3", "--config.method.modules_to_save=classifier",
+               "--config.data.rows=2", "--config.eval.probe=", f"--config.task.pooling={pooling}"]
+    assert run.main([*command, f"--workdir={tmp_path}"]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["after"]["text_loss"] < results["before"]["text_loss"] and results["after"]["accuracy"] > 0.9
+    assert run.main([*command, f"--workdir={tmp_path}", "--mode=eval"]) == 0
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert found["adapter"] == pytest.approx(results["after"], rel=1e-4)

@@ -1,12 +1,14 @@
 """Which method learns most in one budget? Each with a small sweep of its learning rate.
 
     python experiments/ablations/methods.py --steps=30 --limit=100
+    python experiments/ablations/methods.py --steps=30 --limit=100 --methods=others   # every other experiment, as it is
 
 Question: on SmolLM2-135M and the default task, how do the methods compare when all see the same batches and each has
 its own learning rate? (A shared rate makes IA3 and prefix tuning look bad.) Every run is ``run.py`` on the method's own
 experiment with the budget, the rate and nothing else changed; a finished run is not run again, an interrupted one goes
-on. Prints every run, and for each method the best by accuracy among the five words. The rate is chosen on the sentences
-that are reported, for all methods alike: compare within the table. Measured figures are in LOG.md.
+on. The other experiments run once, at the rate that they state: not a comparison. Prints every run, and for each method
+the best by accuracy among the five words. The rate is chosen on the sentences that are reported, for all methods alike:
+compare within the table. Measured figures are in LOG.md.
 """
 
 import argparse
@@ -26,6 +28,12 @@ RATES = {  # in the order in which they are tried
     "ia3": (1e-2, 3e-2, 3e-3),
     "bitfit": (3e-3, 1e-2, 1e-3),
 }
+OTHERS = {  # what they have to change for a short budget
+    "rslora": (), "pissa": (), "olora": (), "eva": (), "lorafa": (), "loraplus": (),
+    "adalora": ("--config.method.tinit=5", "--config.method.tfinal=10"), "vera": (), "loha": (), "lokr": (), "oft": (),
+    "hra": (), "pfeiffer": (), "parallel_adapter": (), "compacter": (), "mam": (), "ptuning": (), "ln_tuning": (),
+    "trainable_tokens": (),
+}
 # What some of the experiments set for themselves, made the same for all.
 SAME = tuple(f"--config.{key}={value}" for key, value in {
     "model.dtype": "float32", "model.param_dtype": "float32", "model.remat": False, "data.batch_size": 16,
@@ -35,15 +43,16 @@ SAME = tuple(f"--config.{key}={value}" for key, value in {
 COLUMNS = {"exact": "exact", "among_choices": "among five", "spearman": "Spearman", "probe_loss": "general loss"}
 
 
-def run(method: str, rate: float, args) -> dict:
-    """The results of one run, from its workdir where it is finished."""
-    folder = Path(args.workdir) / f"{method}-{rate:g}"
+def run(method: str, rate: float | None, args) -> dict:
+    """The results of one run, from its workdir where it is finished; without a ``rate`` at the experiment's own."""
+    folder = Path(args.workdir) / (method if rate is None else f"{method}-{rate:g}")
+    own = OTHERS[method] if rate is None else (f"--config.optim.learning_rate={rate}",)
     command = [sys.executable, "run.py", f"--config=experiments/{method}.py", f"--workdir={folder}",
-               f"--config.optim.learning_rate={rate}", f"--config.optim.steps={args.steps}",
-               f"--config.eval.limit={args.limit}", f"--config.eval.probe_limit={args.probe_limit}", *SAME, *args.more]
+               f"--config.optim.steps={args.steps}", f"--config.eval.limit={args.limit}",
+               f"--config.eval.probe_limit={args.probe_limit}", *SAME, *own, *args.more]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        print(f"{method} at {rate:g} failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
+        print(f"{folder.name} failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
         return {}
     return json.loads((folder / "results.json").read_text())
 
@@ -56,7 +65,7 @@ def row(name: str, results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", default=",".join(RATES))
+    parser.add_argument("--methods", default=",".join(RATES), help="names, or others")
     parser.add_argument("--rates", type=int, default=3, help="how many of each method's rates")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--limit", type=int, default=100, help="held-out sentences")
@@ -67,6 +76,11 @@ def main() -> None:
     head = f"| method, rate | trainable | {' | '.join(COLUMNS.values())} | training |"
     print(head + "\n|" + "---|" * (head.count("|") - 1), flush=True)
     best = {}
+    if args.methods == "others":
+        for method in OTHERS:
+            if results := run(method, None, args):
+                print(row(method, results), flush=True)
+        return
     for trial in range(args.rates):  # all methods at their first rate, then at the second: a part is balanced too
         for method in args.methods.split(","):
             if results := run(method, RATES[method][trial], args):

@@ -60,7 +60,7 @@ def save_adapter(folder: str | os.PathLike, method: Method, params: Mapping[str,
     stated, tensors = [], {}
     for part in [part for part in parts if part.stored is not None]:
         config, flat = part.stored.plain(part.config, tree.flatten(params))
-        naming = _naming(flat, None, family)
+        naming = _naming(flat, None, family)._replace(heads=family and model.config.num_attention_heads)
         slots = part.stored.slots(config, flat, _trained(part, params, flat), naming)
         if double := slots.keys() & tensors.keys():
             raise PeftJaxError(f"save_adapter: two methods of the chain both store '{min(double)}'.")

@@ -2,7 +2,9 @@
 
     attention(q, [P_k, K], [P_v, V])        P_k, P_v (n, kv heads, head size) of each layer, keys after rotary
 
-At ``layers/self_attn/core``, beside the attention itself, stands ``prefix`` (layers, n, 2, kv heads * head size). With
+At the attention's ``core``, ``layers/self_attn/core`` in a Llama, stands ``prefix`` (layers, n, 2, kv heads * head
+size), in encoders too, where peft has it for BERT and RoBERTa and refuses DistilBERT (0.21: "Model does not support
+past key values which are required for prefix tuning"). With
 ``prefix_projection`` a network makes it, as in the paper, P = W tanh(V e + c) + b: ``prefix_encoder`` at the root holds
 e, V and c, which all layers share, ``core/prefix_out`` and ``core/prefix_bias`` hold each layer's part of W and b. So
 each layer multiplies by its own part of W, once in all; only tanh(V e + c), n small rows, is computed again in each.
@@ -11,6 +13,7 @@ The network is there for training only: a saved adapter holds P, and loads as th
 
 import math
 import re
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,16 +21,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import arguments, tree, virtual
+from peft_jax import arguments, targets, tree, virtual
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.stored import Format, Slot
+
+# The kernel that makes the keys, beside the attention's core, by its name: how many parts its output has.
+KEYS = {"k_proj": 1, "c_attn": 3, "key": 1, "k_lin": 1}
 
 
 def prefix(num_virtual_tokens: int = 20, *, token_dim: int | None = None, num_layers: int | None = None,
            num_attention_heads: int | None = None, prefix_projection: bool = False,
            encoder_hidden_size: int | None = None, init_weights: str | None = None, init_std: float = 0.01,
-           shift_positions: bool = True) -> Method:
+           shift_positions: bool = True, prefix_init_ids: Sequence[int] | None = None,
+           modules_to_save: targets.Patterns = None) -> Method:
     """Prefix tuning with the names and meanings of Hugging Face peft's ``PrefixTuningConfig``.
 
     Args:
@@ -36,12 +43,17 @@ def prefix(num_virtual_tokens: int = 20, *, token_dim: int | None = None, num_la
         what it has; given, as a saved adapter gives them, they must agree with it.
       prefix_projection: train the network instead; encoder_hidden_size: its units, ``None`` is token_dim.
       init_weights: "zero", or ``None`` for normal numbers of deviation ``init_std`` (peft's is 1); with the projection
-        "zero" is W and b. For keys and values of a text, see :func:`prefix_from_ids`.
+        "zero" is W and b.
       shift_positions: True as in peft: real tokens take the positions from n on, and in layers with a window the prefix
         slides out of sight as the first n tokens would. False: positions from 0, the prefix always in sight; peft has
         no such adapter, and refuses the file.
+      prefix_init_ids: start from the keys and values of a text, see :func:`prefix_from_ids`: its token ids, cut or
+        repeated to n. ``method.prepare(model, base params, ())`` runs them through the model and gives the method to
+        init.
+      modules_to_save: names of modules that train as a whole and are saved, such as a "classifier", without which peft
+        cannot read the adapter of one.
 
-    Returns a :class:`Method` for a decoder of :mod:`peft_jax.models`; its leaves are float32. It cannot be merged, and
+    Returns a :class:`Method` for a model of :mod:`peft_jax.models`; its leaves are float32. It cannot be merged, and
     even a zero prefix is not the base model: it takes a share of the attention.
 
     >>> kernel = jnp.ones((3, 8, 4))  # three layers, two kv heads of two
@@ -51,40 +63,59 @@ def prefix(num_virtual_tokens: int = 20, *, token_dim: int | None = None, num_la
 
     Raises ``PeftJaxError`` for arguments of the wrong type, and from ``init`` for a model of another kind or size.
     """
-    config = {"peft_type": "PREFIX_TUNING" if shift_positions else UNSHIFTED, **locals()}
-    arguments.check_whole("num_virtual_tokens", num_virtual_tokens)
+    config = virtual.tidy({"peft_type": "PREFIX_TUNING" if shift_positions else UNSHIFTED, **locals()})
     for name in ("token_dim", "num_layers", "num_attention_heads", "encoder_hidden_size"):
         arguments.check_whole(name, 1 if config[name] is None else config[name])
     arguments.check_choice("init_weights", init_weights, (None, "zero"))
     for name in ("prefix_projection", "shift_positions"):
         arguments.check_choice(name, config[name], (True, False))
     arguments.check_number("init_std", init_std)
-    return Method(partial(_init, config), partial(_intercept, config), virtual.labels, None, config,
-                  stored=FORMAT if shift_positions else FORMAT_UNSHIFTED, leaves=virtual.LEAVES)
+    arguments.check_ids("prefix_init_ids", prefix_init_ids)
+    if prefix_init_ids is not None and (prefix_projection or init_weights):
+        raise PeftJaxError("prefix_init_ids starts from keys and values of a text: leave out prefix_projection, whose "
+                           "network cannot be made to give chosen keys, and init_weights.")
+    return Method(partial(_init, config), partial(_intercept, config), partial(virtual.labels, config), None, config,
+                  stored=FORMAT if shift_positions else FORMAT_UNSHIFTED, leaves=virtual.LEAVES,
+                  prepare=None if prefix_init_ids is None else partial(_prepare, config))
 
 
-def _init(config, rng, params, axes=None):
-    flat = virtual.start(params, "prefix tuning")
+def _init(config, rng, params, axes=None, *, held=None):
+    """``held``: keys and values to start from."""
+    flat = virtual.start(config, params, "prefix tuning")
     folder, layers, width = _attention(flat)
     for name, own in (("num_layers", layers), ("token_dim", width)):
         if config[name] not in (None, own):
-            raise PeftJaxError(f"{name}={config[name]}, but this model has {own} ('{folder}k_proj/kernel'): a prefix "
+            raise PeftJaxError(f"{name}={config[name]}, but this model has {own} (in '{folder.rstrip('/')}'): a prefix "
                                "fits the model that it was made for.")
+    if config["prefix_init_ids"] is not None and held is None:
+        raise PeftJaxError("prefix_init_ids needs the model to make keys of a text: init what method.prepare(model, "
+                           "params, ()) gives instead.")
     core, n = f"{folder}core/", config["num_virtual_tokens"]
     if config["prefix_projection"]:
         return tree.unflatten(flat | _projection(config, rng, core, layers, width))
     std = 0 if config["init_weights"] == "zero" else config["init_std"]
-    flat[f"{core}prefix"] = std * jax.random.normal(rng, (layers, n, 2, width), jnp.float32)
+    flat[f"{core}prefix"] = std * jax.random.normal(rng, (layers, n, 2, width), jnp.float32) if held is None else held
     return tree.unflatten(flat)
+
+
+def _prepare(config, model, params, batches) -> Method:
+    """The method that starts from the keys and values of its text."""
+    given = {name: value for name, value in config.items() if name != "peft_type"}
+    plain = prefix(**{**given, "prefix_init_ids": None})
+    ids = np.resize(np.asarray(config["prefix_init_ids"]), config["num_virtual_tokens"])
+    made = tree.flatten(prefix_from_ids(plain, model, plain.init(jax.random.key(0), params), ids))
+    held = made[f"{_attention(made)[0]}core/prefix"]
+    return prefix(**given)._replace(init=partial(_init, config, held=held), prepare=None)
 
 
 def _attention(flat) -> tuple[str, int, int]:
     """(folder of the attention with a slash at the end, layers, kv heads * head size)."""
-    found = [path for path in flat if re.fullmatch(r"(.*/)?self_attn/k_proj/kernel", path)]
+    found = [path for path in flat if re.fullmatch(rf"(.*/)?({'|'.join(KEYS)})/kernel", path)]
     if len(found) != 1 or len(flat[found[0]].shape) != 3:
-        raise PeftJaxError(f"the parameters have {len(found)} kernels 'self_attn/k_proj', and prefix tuning needs one "
-                           "(layers, in, out), of a scanned decoder as in peft_jax.models.")
-    return found[0].removesuffix("k_proj/kernel"), flat[found[0]].shape[0], flat[found[0]].shape[2]
+        raise PeftJaxError(f"the parameters have {len(found)} kernels that make keys ({', '.join(KEYS)}), and prefix "
+                           "tuning needs one (layers, in, out), of a scanned model as in peft_jax.models.")
+    folder, name, _ = f"/{found[0]}".rsplit("/", 2)
+    return f"{folder}/".lstrip("/"), flat[found[0]].shape[0], flat[found[0]].shape[2] // KEYS[name]
 
 
 def _projection(config, rng, core, layers, width) -> dict[str, jax.Array]:
@@ -182,9 +213,10 @@ def prefix_from_ids(method: Method, model, params, input_ids) -> tree.Tree:
       model: the plain model, with a cache.
       input_ids: the text, int (num_virtual_tokens,).
 
-    Raises ``PeftJaxError`` for a projection, or another number of tokens.
+    Raises ``PeftJaxError`` for a projection, another number of tokens, ids beyond the vocabulary, an encoder, and for
+    learned positions, of which there are none before the first, without ``shift_positions``.
     """
-    flat, ids = tree.flatten(params), jnp.asarray(input_ids)
+    flat, ids, shifted = tree.flatten(params), jnp.asarray(input_ids), method.config["shift_positions"]
     path = f"{_attention(flat)[0]}core/prefix"
     if path not in flat:
         raise PeftJaxError(f"prefix_from_ids: the parameters have no '{path}': init them by prefix(...), without "
@@ -193,12 +225,21 @@ def prefix_from_ids(method: Method, model, params, input_ids) -> tree.Tree:
     if ids.shape != (n,):
         raise PeftJaxError(f"prefix_from_ids: input_ids are {ids.shape}, the prefix has {n} virtual tokens: give as "
                            "many ids, or that num_virtual_tokens.")
-    positions = jnp.arange(n) - (0 if method.config["shift_positions"] else n)
+    if virtual.is_encoder(model) or not (shifted or _rotates(flat)):
+        raise PeftJaxError("prefix_from_ids: keys of a text can be had from a decoder, with shift_positions=False from "
+                           "one with rotary positions only: leave it out, or take another start.")
+    virtual.check_vocabulary("the text of a prefix", ids, flat)
+    positions = jnp.arange(n) - (0 if shifted else n)
     _, made = model.apply({"params": params, "cache": model.init_cache(1, n)}, ids[None], positions=positions[None],
                           method="hidden", mutable=["cache"])
     slots = tree.flatten(made["cache"])
     parts = [slots[path.replace("core/prefix", name)].reshape(layers, n, width) for name in ("key", "value")]
     return tree.unflatten({**flat, path: jnp.stack(parts, axis=2).astype(jnp.float32)})
+
+
+def _rotates(flat) -> bool:
+    """Whether there are positions below 0, which no table of learned ones holds."""
+    return not any(re.fullmatch(r"(.*/)?(wpe|position_embeddings)/embedding", path) for path in flat)
 
 
 def _plain(config, flat):
@@ -217,7 +258,7 @@ def _slots(config, flat, trained, naming) -> dict[str, Slot]:
     path = f"{_attention(flat)[0]}core/prefix"
     layers, n, _, width = flat[path].shape
     slot = Slot(path, lambda leaf: leaf.transpose(1, 0, 2, 3), (n, layers * 2 * width))
-    return virtual.slots(path, slot, config, trained, n)
+    return virtual.slots(path, slot, config, trained, naming, n)
 
 
 def _fields(config, flat, naming) -> dict[str, Any]:
@@ -228,7 +269,8 @@ def _fields(config, flat, naming) -> dict[str, Any]:
 
 
 UNSHIFTED = "PREFIX_TUNING_UNSHIFTED"
-ARGUMENTS = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
+ARGUMENTS = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules",
+             "modules_to_save")
 SILENT = ("prefix_projection", "encoder_hidden_size", "init_weights")  # of a saved adapter only the output is left
 FORMAT = Format("PREFIX_TUNING", prefix, ARGUMENTS, _slots, _fields, SILENT, virtual.read, plain=_plain)
 # Under a name of its own, so that peft refuses it and does not read it as a shifted one.

@@ -2,18 +2,20 @@
 
     logits(x_1 .. x_T) = LM([p_1 .. p_n, E x_1 .. E x_T]) without the first n
 
-Beside ``embed_tokens/embedding`` stands ``prompt`` (n, hidden). Real tokens take the positions from n on, as if the
-prompt were text; packed segments all see one prompt, and each the prompt alone before its own tokens.
+Beside the token embedding, ``embed_tokens/embedding`` in a Llama, stands ``prompt`` (n, hidden). Real tokens take the
+positions from n on, as if the prompt were text; packed segments of a decoder all see one prompt, and each the prompt
+alone before its own tokens. In an encoder each text has a prompt of its own, and the answer that is read from a text's
+first token is read from p_1, as in peft; its mean is over its own tokens.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import arguments, tree, virtual
+from peft_jax import arguments, targets, tree, virtual
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.stored import Format
@@ -22,7 +24,8 @@ INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
 
 
 def prompt(num_virtual_tokens: int = 20, prompt_tuning_init: str = "RANDOM", *,
-           prompt_tuning_init_ids: Sequence[int] | None = None) -> Method:
+           prompt_tuning_init_ids: Sequence[int] | None = None, modules_to_save: targets.Patterns = None,
+           packed_texts: int = 1) -> Method:
     """Prompt tuning with the names and meanings of Hugging Face peft's ``PromptTuningConfig``.
 
     Args:
@@ -30,8 +33,12 @@ def prompt(num_virtual_tokens: int = 20, prompt_tuning_init: str = "RANDOM", *,
       prompt_tuning_init: "RANDOM" is normal numbers of deviation 1, as in peft, far larger than most embeddings;
         "SAMPLE_VOCAB" embeddings of random tokens; "TEXT" those of ``prompt_tuning_init_ids``.
       prompt_tuning_init_ids: token ids of a text (peft takes the text and a tokenizer), cut or repeated to n.
+      modules_to_save: names of modules that train as a whole and are saved, such as a "classifier", without which peft
+        cannot read the adapter of one.
+      packed_texts: of an encoder whose ``segment_ids`` are traced, as under ``jit``, and count from 1: how many texts a
+        row may hold; the states of more are NaN. ``prepare`` sets it for a training run.
 
-    Returns a :class:`Method` for a decoder of :mod:`peft_jax.models`; its leaf is float32. It cannot be merged. A
+    Returns a :class:`Method` for a model of :mod:`peft_jax.models`; its leaves are float32. It cannot be merged. A
     cache for decoding must be the bound model's: ``apply({"params": params}, batch, length, method="init_cache")``.
 
     >>> method = prompt(4, "SAMPLE_VOCAB")
@@ -42,21 +49,20 @@ def prompt(num_virtual_tokens: int = 20, prompt_tuning_init: str = "RANDOM", *,
     Raises ``PeftJaxError`` for arguments of the wrong type, and from ``init`` for parameters without an embedding, with
     virtual tokens already, or ids beyond the vocabulary.
     """
-    config = {"peft_type": "PROMPT_TUNING", **locals()}
-    arguments.check_whole("num_virtual_tokens", num_virtual_tokens)
+    config = virtual.tidy({"peft_type": "PROMPT_TUNING", **locals()})
     arguments.check_choice("prompt_tuning_init", prompt_tuning_init, INITS)
     _check_ids(prompt_tuning_init, prompt_tuning_init_ids)
-    return Method(partial(_init, config), partial(virtual.intercept, "prompt", table), virtual.labels, None, config,
-                  stored=FORMAT, leaves=virtual.LEAVES)
+    return Method(partial(_init, config), partial(virtual.intercept, "prompt", table, packed_texts),
+                  partial(virtual.labels, config), None, config, stored=FORMAT, leaves=virtual.LEAVES,
+                  prepare=partial(virtual.prepared, prompt, config))
 
 
 def _check_ids(how, ids) -> None:
     if (how == "TEXT") != (ids is not None):
         raise PeftJaxError(f"prompt_tuning_init={how!r} and prompt_tuning_init_ids={ids!r}: 'TEXT' starts from the "
-                           "token ids of a text, such as (504, 3216), and nothing else does.")
-    several = isinstance(ids, Iterable) and len(ids)
-    if ids is not None and not (several and all(isinstance(i, int | np.integer) and i >= 0 for i in ids)):
-        raise PeftJaxError(f"prompt_tuning_init_ids={ids!r}: give token ids, at least one, such as (504, 3216).")
+                           "token ids of a text, such as (504, 3216), and nothing else does; on the command line the "
+                           "text itself may be given, prompt_tuning_init_text.")
+    arguments.check_ids("prompt_tuning_init_ids", ids)
 
 
 def table(held, context) -> jax.Array:
@@ -65,8 +71,10 @@ def table(held, context) -> jax.Array:
 
 
 def _init(config, rng, params, axes=None):
-    flat = virtual.start(params, "prompt tuning")
+    flat = virtual.start(config, params, "prompt tuning")
     folder = virtual.embedding(flat)
+    if config["prompt_tuning_init"] == "TEXT":
+        virtual.check_vocabulary("prompt_tuning_init_ids", config["prompt_tuning_init_ids"], flat)
     flat[f"{folder}prompt"] = _start(config, rng, flat[f"{folder}embedding"]).astype(jnp.float32)
     return tree.unflatten(flat)
 
@@ -77,14 +85,10 @@ def _start(config, rng, embedding):
         return jax.random.normal(rng, (n, embedding.shape[1]), jnp.float32)
     if how == "SAMPLE_VOCAB":
         return embedding[jax.random.randint(rng, (n,), 0, embedding.shape[0])]
-    ids = np.resize(np.asarray(config["prompt_tuning_init_ids"]), n)
-    if ids.max() >= embedding.shape[0]:
-        raise PeftJaxError(f"prompt_tuning_init_ids has {ids.max()}, the embedding ends at {embedding.shape[0] - 1}: "
-                           "take the ids from the model's own tokenizer.")
-    return embedding[ids]
+    return embedding[np.resize(np.asarray(config["prompt_tuning_init_ids"]), n)]
 
 
-ARGUMENTS = ("num_virtual_tokens", "num_transformer_submodules")
+ARGUMENTS = ("num_virtual_tokens", "num_transformer_submodules", "modules_to_save")
 # What the prompt started from, which peft asks of its tokenizer, and sizes that follow from the tensor and the model.
 SILENT = ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "token_dim",
           "num_attention_heads", "num_layers")

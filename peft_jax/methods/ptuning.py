@@ -2,7 +2,7 @@
 
     MLP:   p = W2 relu(W1 relu(W0 e))        LSTM:  p = W1 relu(W0 BiLSTM(e))        with biases, e (n, hidden) trained
 
-Beside ``embed_tokens/embedding`` stand ``prompt_tokens`` (n, hidden), which is e, and the network's leaves below
+Beside the token embedding stand ``prompt_tokens`` (n, hidden), which is e, and the network's leaves below
 ``prompt_encoder``; see :mod:`peft_jax.methods.prompt` for what becomes of p. The network is there for training only: a
 saved adapter holds p, and loads as the plain leaf ``prompt``.
 """
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import arguments, beside, tree, virtual
+from peft_jax import arguments, beside, targets, tree, virtual
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.methods.prompt import ARGUMENTS, table
@@ -27,7 +27,8 @@ ENCODERS = ("MLP", "LSTM", None)
 
 def ptuning(num_virtual_tokens: int = 20, encoder_reparameterization_type: str | None = "MLP",
             encoder_hidden_size: int | None = None, encoder_num_layers: int = 2,
-            encoder_dropout: float = 0.0) -> Method:
+            encoder_dropout: float = 0.0, *, modules_to_save: targets.Patterns = None,
+            packed_texts: int = 1) -> Method:
     """P-tuning with the names, meanings and defaults of Hugging Face peft's ``PromptEncoderConfig``.
 
     Args:
@@ -37,8 +38,9 @@ def ptuning(num_virtual_tokens: int = 20, encoder_reparameterization_type: str |
       encoder_hidden_size: units of the encoder; ``None`` is the model's hidden size.
       encoder_num_layers: layers of the LSTM; the MLP's cannot be chosen.
       encoder_dropout: between layers of the LSTM, where ``dropout`` is in ``rngs``.
+      modules_to_save, packed_texts: as of ``prompt``.
 
-    Returns a :class:`Method` for a decoder of :mod:`peft_jax.models`; its leaves are float32. It cannot be merged.
+    Returns a :class:`Method` for a model of :mod:`peft_jax.models`; its leaves are float32. It cannot be merged.
 
     >>> method = ptuning(4, encoder_hidden_size=5)
     >>> params = method.init(jax.random.key(0), {"embed_tokens": {"embedding": jnp.ones((11, 6))}})
@@ -47,8 +49,7 @@ def ptuning(num_virtual_tokens: int = 20, encoder_reparameterization_type: str |
 
     Raises ``PeftJaxError`` for arguments of the wrong type or without effect, and from ``init`` as of ``prompt``.
     """
-    config = {"peft_type": "P_TUNING", **locals()}
-    arguments.check_whole("num_virtual_tokens", num_virtual_tokens)
+    config = virtual.tidy({"peft_type": "P_TUNING", **locals()})
     arguments.check_whole("encoder_hidden_size", 1 if encoder_hidden_size is None else encoder_hidden_size)
     arguments.check_whole("encoder_num_layers", encoder_num_layers)
     arguments.check_choice("encoder_reparameterization_type", encoder_reparameterization_type, ENCODERS)
@@ -57,12 +58,13 @@ def ptuning(num_virtual_tokens: int = 20, encoder_reparameterization_type: str |
         raise PeftJaxError(f"encoder_num_layers={encoder_num_layers}, encoder_dropout={encoder_dropout}: they act in "
                            "the LSTM only (peft ignores them); leave out both, or choose 'LSTM'.")
     read = ("prompt_tokens", partial(_table, config)) if encoder_reparameterization_type else ("prompt", table)
-    return Method(partial(_init, config), partial(virtual.intercept, *read), virtual.labels, None, config,
-                  stored=FORMAT, leaves=virtual.LEAVES)
+    return Method(partial(_init, config), partial(virtual.intercept, *read, packed_texts),
+                  partial(virtual.labels, config), None, config, stored=FORMAT, leaves=virtual.LEAVES,
+                  prepare=partial(virtual.prepared, ptuning, config))
 
 
 def _init(config, rng, params, axes=None):
-    flat = virtual.start(params, "P-tuning")
+    flat = virtual.start(config, params, "P-tuning")
     folder = virtual.embedding(flat)
     width = flat[f"{folder}embedding"].shape[1]
     encoder = config["encoder_reparameterization_type"]

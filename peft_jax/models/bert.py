@@ -65,16 +65,22 @@ class Part(nn.Module):
 class Embeddings(Part):
     """Word, position and token type, summed and normed."""
 
-    @nn.compact
-    def __call__(self, input_ids, positions, token_type_ids):
-        """Three int (B, S) -> (B, S, D)."""
+    def setup(self):
         c = self.config
-        x = self._embed("word_embeddings", c.vocab_size)(input_ids)
-        rows = c.max_position_embeddings + c.position_offset
-        x = x + self._embed("position_embeddings", rows)(positions + c.position_offset)
+        self.word_embeddings = self._embed(None, c.vocab_size)
+        self.position_embeddings = self._embed(None, c.max_position_embeddings + c.position_offset)
         if c.type_vocab_size:
-            x = x + self._embed("token_type_embeddings", c.type_vocab_size)(token_type_ids)
-        return self._norm("LayerNorm")(x)
+            self.token_type_embeddings = self._embed(None, c.type_vocab_size)
+        self.LayerNorm = self._norm(None)
+
+    def words(self, input_ids):
+        """Int (B, S) -> (B, S, D)."""
+        return self.word_embeddings(input_ids)
+
+    def __call__(self, words, positions, token_type_ids):
+        """(B, S, D), two int (B, S) -> (B, S, D)."""
+        x = words + self.position_embeddings(positions + self.config.position_offset)
+        return self.LayerNorm(x + self.token_type_embeddings(token_type_ids) if self.config.type_vocab_size else x)
 
 
 class SelfAttention(Part):
@@ -237,20 +243,39 @@ class Encoder(nn.Module):
         return states if head is None else self.head(states)
 
     def hidden(self, input_ids, attention_mask=None, *, token_type_ids=None, positions=None, segment_ids=None):
-        """The states (batch, seq, hidden) that :meth:`head` reads, arguments as of ``__call__``: those of the last
-        layer, and with a head that pools by the mean, for every token the mean over its text."""
+        """The states (batch, seq, hidden) that :meth:`head` reads, arguments as of ``__call__``: see :meth:`pool`."""
         masks.check_inputs(input_ids, attention_mask, positions, segment_ids)
         real = masks.real_tokens(input_ids, attention_mask, segment_ids)
         if positions is None:
             positions = masks.count_positions(real, segment_ids, None, None)
-        seen = real[:, None, :] & jnp.ones_like(real)[:, :, None]
-        if segment_ids is not None:
-            seen &= segment_ids[:, :, None] == segment_ids[:, None, :]
         types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         layers = self.transformer if self.config.model_type == "distilbert" else self.encoder
-        x = layers(self.embeddings(input_ids, positions, types), seen[:, None])
+        seen, _ = self.visible(real, positions, None, segment_ids)
+        x = layers(self.embeddings(self.embed(input_ids), self.place(positions), types), seen)
+        return self.pool(x, masks.same_text(real, segment_ids))
+
+    def place(self, positions):
+        """The positions that are embedded, int (batch, seq), of tokens at ``positions``: the same ones."""
+        return positions
+
+    def embed(self, input_ids):
+        """The embeddings (batch, seq, hidden) of ``input_ids`` (batch, seq), to which positions and types are added."""
+        return self.embeddings.words(input_ids)
+
+    def visible(self, key_mask, positions, index, segment_ids):
+        """Who sees whom, of keys of which ``key_mask`` (B, S) are real: a boolean mask (B, 1, S, S), and ``None``, as
+        no layer has a window; names are those of :class:`peft_jax.models.llama.CausalLM`, ``index`` is ``None``."""
+        return masks.same_text(key_mask, segment_ids)[:, None], None
+
+    def pool(self, x, seen):
+        """For every token what its answer is read from, (B, S, D), of states ``x`` and, (B, S, S), which tokens are of
+        its text: with one answer for a text its first token's state or the mean, else its own state."""
         head = self.config.head
-        return mean_of_seen(x, seen) if head is not None and head.pooling == "mean" else x
+        if head is not None and head.pooling == "mean":
+            return mean_of_seen(x, seen)
+        if head is None or head.task_type != "SEQ_CLS":
+            return x
+        return jnp.take_along_axis(x, jnp.argmax(seen, -1)[..., None], axis=1)
 
     def head(self, states):
         """Logits (..., labels) of states (..., hidden) from :meth:`hidden`."""

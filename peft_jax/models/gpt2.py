@@ -112,14 +112,22 @@ class GPT2(nn.Module):
     def hidden(self, input_ids, attention_mask=None, *, positions=None, segment_ids=None):
         """The normed last hidden states (batch, seq, hidden), arguments as of ``__call__``."""
         positions, key_mask, index = cache.arrived(self, input_ids, attention_mask, positions, segment_ids)
-        seen, _ = masks.attention_masks(key_mask, positions.shape[1], index, segment_ids, None)
-        x = self.wte(input_ids) + self.wpe(self.place(positions))
+        seen, _ = self.visible(key_mask, positions, index, segment_ids)
+        x = self.embed(input_ids) + self.wpe(self.place(positions))
         x, _ = self.h(cache.spoiled(x, index, positions.shape[1], key_mask.shape[1]), seen, index)
         return self.ln_f(x)
 
     def place(self, positions):
         """The positions that are embedded, int (batch, seq), of tokens at ``positions``: the same ones."""
         return positions
+
+    def embed(self, input_ids):
+        """The embeddings (batch, seq, hidden) of ``input_ids`` (batch, seq), to which those of positions are added."""
+        return self.wte(input_ids)
+
+    def visible(self, key_mask, positions, index, segment_ids):
+        """Who sees whom: a boolean mask (B, 1, T, S), and ``None``, since no layer has a window."""
+        return masks.attention_masks(key_mask, positions.shape[1], index, segment_ids, None)
 
     def head(self, hidden):
         """Logits (..., vocab) of hidden states (..., hidden)."""

@@ -54,3 +54,9 @@ def attention_masks(key_mask, queries: int, index, segment_ids, window: int | No
     if segment_ids is not None:
         full &= (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
     return full, None if window is None else full & (distance < window)
+
+
+def same_text(key_mask, segment_ids):
+    """Of an encoder, where all real tokens of a text see one another: (B, S, S)."""
+    seen = key_mask[:, None, :] & jnp.ones_like(key_mask)[:, :, None]
+    return seen if segment_ids is None else seen & (segment_ids[:, :, None] == segment_ids[:, None, :])

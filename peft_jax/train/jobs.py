@@ -43,7 +43,7 @@ def train(command) -> int:
             return _already_done(folder)
     method = session.build_method(config)
     ready = session.load(config, method, command.probe)
-    batches, total = _batches(config, ready)
+    batches, total = _batches(config, ready, method)
     if method.prepare:
         method = method.prepare(ready.model, ready.base, _looked_at(batches, total))
     params = method.init(jax.random.key(config.seed), ready.base)
@@ -98,10 +98,10 @@ def _already_done(folder: Path) -> int:
     return 0
 
 
-def _batches(config, ready: Session) -> tuple[Batches, int]:
+def _batches(config, ready: Session, method: Method) -> tuple[Batches, int]:
     """The training batches and the number of optimiser steps; says what is in them."""
     encoded, happened = objective_of(config.task).encode(ready.train, ready.tokenizer, config.data)
-    session.check_fits(encoded, ready.model.config)
+    session.check_fits([*encoded, *ready.held.encoded, *ready.held.probe], ready.model.config, method)
     batches = Batches(encoded, config.data, config.seed, config.optim.accumulate_steps)
     total = config.optim.steps or batches.num_steps(config.optim.epochs)
     print(f"training on {describe(happened)}")

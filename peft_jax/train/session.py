@@ -1,6 +1,7 @@
 """From a configuration to what a job needs: data, tokenizer, model, method. Cheap things first: quick errors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -68,15 +69,19 @@ def check_answers(task, model_config) -> None:
                            "answered in words: take task=movie_classes or movie_score, or a language model")
 
 
-def check_fits(encoded: Sequence[One], model_config) -> None:
-    """Raise ``PeftJaxError`` where token ids or lengths are beyond the model's vocabulary or positions."""
+def check_fits(encoded: Sequence[One], model_config, method: Method | None = None) -> None:
+    """Raise ``PeftJaxError`` where token ids or lengths, the method's virtual tokens included, are beyond the model's
+    vocabulary or positions."""
     highest = max(int(one.input_ids.max()) for one in encoded)
     if highest >= model_config.vocab_size:
         raise PeftJaxError(f"the tokenizer gives the id {highest}, but the model's vocabulary ends at "
                            f"{model_config.vocab_size - 1}: take both from one model.source")
     longest, most = max(len(one.input_ids) for one in encoded), model_config.max_position_embeddings
-    if longest > most:
-        raise PeftJaxError(f"an example has {longest} tokens, but the model has {most} positions: lower "
+    parts = [part.config for part in (method.parts or (method,))] if method else []
+    n = sum(part.get("num_virtual_tokens", 0) for part in parts if part.get("shift_positions", True))
+    if longest + n > most:
+        virtual = f" and the method puts {n} in front" if n else ""
+        raise PeftJaxError(f"an example has {longest} tokens{virtual}, but the model has {most} positions: lower "
                            "--config.data.max_length, and see --config.data.on_too_long")
 
 
@@ -100,14 +105,28 @@ def trained_on(config) -> Method:
 
 
 def build_method(config) -> Method:
-    """The method of ``config.method``, called with all its other keys; for the name "chain" these are methods."""
-    return _built(config.method.to_dict())
+    """The method of ``config.method``, called with all its other keys; for the name "chain" these are methods.
+
+    Methods know no tokenizer: of a key ``..._text`` that is set they get the ids, as ``..._ids``, that the model's
+    tokenizer gives for it, special tokens included, as in peft.
+    """
+    return _built(config.method.to_dict(), partial(_token_ids, config.model.source))
 
 
-def _built(arguments: dict[str, Any]) -> Method:
+def _built(arguments: dict[str, Any], encode: Callable[[str], tuple[int, ...]]) -> Method:
     name = arguments.pop("name")
     if name == "chain":
-        return chain(*[_built(arguments[part]) for part in arguments["order"]])
+        return chain(*[_built(arguments[part], encode) for part in arguments["order"]])
     if name not in METHODS:
         raise PeftJaxError(f"--config.method.name={name}: {nearest(name, METHODS)}")
+    for key in [key for key in arguments if key.endswith("_text")]:
+        if text := arguments.pop(key):
+            ids = f"{key.removesuffix('_text')}_ids"
+            if arguments[ids] is not None:
+                raise PeftJaxError(f"{name} has both {key} and {ids}: give the text or its token ids, not both.")
+            arguments[ids] = encode(text)
     return METHODS[name](**arguments)
+
+
+def _token_ids(source: str, text: str) -> tuple[int, ...]:
+    return tuple(load_tokenizer(source)(text)["input_ids"])

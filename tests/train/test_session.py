@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from configs import base
-from peft_jax import bind
+from peft_jax import bind, chain, lora, prefix
 from peft_jax.data import Encoded
+from peft_jax.data.labelled import Labelled
 from peft_jax.errors import PeftJaxError
 from peft_jax.train import session
 from tests import properties
@@ -73,3 +74,31 @@ def test_several_methods_are_built_into_one_chain(tiny_model):
         config.method.unlock()
         config.method.prefix.name = "lorra"
         session.build_method(config)
+
+
+def test_a_text_becomes_the_ids_that_a_method_starts_from(tiny_model, tiny_folder, tiny_tokenizer):
+    """As in peft: the tokenizer's ids, repeated or cut to as many as there are virtual tokens."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    text = "the film is good"
+    ids = tiny_tokenizer(text)["input_ids"]
+    config = base.get_config(model=str(tiny_folder), method="prompt+ia3")
+    config.method.prompt.update(num_virtual_tokens=7, prompt_tuning_init="TEXT", prompt_tuning_init_text=text)
+    prompt, _ = session.build_method(config).parts
+    assert prompt.config["prompt_tuning_init_ids"] == tuple(ids) and len(ids) != 7
+    theirs = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(tiny_folder), peft.PromptTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=7, prompt_tuning_init="TEXT", prompt_tuning_init_text=text,
+            tokenizer_name_or_path=str(tiny_folder))).prompt_encoder["default"].embedding.weight.detach().numpy()
+    held = prompt.init(jax.random.key(0), tiny_model[1])["embed_tokens"]["prompt"]
+    np.testing.assert_array_equal(held, theirs)
+    config.method.prompt.prompt_tuning_init_ids = (1, 2)
+    with pytest.raises(PeftJaxError, match="both prompt_tuning_init_text and prompt_tuning_init_ids"):
+        session.build_method(config)
+
+
+def test_virtual_tokens_take_positions(tiny_model):
+    encoded = [Labelled(np.zeros(250, np.int32), 0)]
+    session.check_fits(encoded, tiny_model[0].config, chain(lora(), prefix(7, shift_positions=False)))
+    session.check_fits(encoded, tiny_model[0].config, prefix(6))
+    with pytest.raises(PeftJaxError, match="250 tokens and the method puts 7 in front, but the model has 256"):
+        session.check_fits(encoded, tiny_model[0].config, chain(lora(), prefix(7)))

@@ -123,3 +123,16 @@ def test_the_other_experiments_train_save_and_load(arguments, tmp_path, capsys, 
     code = run.main([*command, "--mode=export", f"--output={tmp_path / 'out'}"])
     assert code == (2 if experiment == "bitfit" else 0)  # a Llama has no place for the biases that were added
     assert (tmp_path / "out").exists() == (code == 0)
+
+
+def test_a_prompt_and_a_prefix_of_a_text_begin_as_that_text_in_front(arguments, tmp_path):
+    """So their losses before training are equal; after it both are better."""
+    text = {"method.num_virtual_tokens": 5, "optim.epochs": 1, "data.batch_size": 12}
+    texts = {"prompt": {"method.prompt_tuning_init": "TEXT", "method.prompt_tuning_init_text": "In one word, it is"},
+             "prefix": {"method.prefix_init_text": "In one word, it is"}}
+    found = {}
+    for name, more in texts.items():
+        assert run.main([*arguments(name, **text, **more), f"--workdir={tmp_path / name}"]) == 0
+        found[name] = json.loads((tmp_path / name / "results.json").read_text())
+        assert found[name]["after"]["loss"] < found[name]["before"]["loss"]
+    assert found["prompt"]["before"]["loss"] == pytest.approx(found["prefix"]["before"]["loss"], rel=1e-5)
