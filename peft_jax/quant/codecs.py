@@ -188,7 +188,8 @@ def _sizes(array, stack, inputs, outputs):
 def _raise_not_finite(array) -> None:
     bad = np.argwhere(~np.isfinite(np.asarray(array, np.float32)))
     if not len(bad):
-        raise PeftJaxError(f"the weights reach {float(np.abs(np.asarray(array, np.float32)).max()):.1e}, which scales in "
-                           "float32 cannot take: check them, or quantise without double_quant and int4_affine.")
+        largest = float(np.abs(np.asarray(array, np.float32)).max())
+        raise PeftJaxError(f"the weights reach {largest:.1e}, which scales in float32 cannot take: check them, or "
+                           "quantise without double_quant and int4_affine.")
     raise PeftJaxError(f"the weights have {len(bad)} NaN or infinite values, the first at {tuple(bad[0].tolist())}: "
                        "quantised they would spoil their blocks; load or train them anew.")

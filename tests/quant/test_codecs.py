@@ -74,7 +74,7 @@ def test_constant_blocks_of_the_affine_type_are_exact():
 def test_very_small_and_very_large_weights_stay_finite(quant_type, value):
     array = np.sign(NORMAL[:64, :4]) * np.float32(value)
     if quant_type == "int4_affine" and value > 1:
-        with pytest.raises(PeftJaxError, match="the weights reach 3.0e"):
+        with pytest.raises(PeftJaxError, match="the weights reach 3"):
             quantize_array(array, quant_type)
         return
     back = np.asarray(dequantize(quantize_array(array, quant_type)))
