@@ -18,6 +18,7 @@ import numpy as np
 from peft_jax import arguments, targets, tree, virtual
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
+from peft_jax.quant import take
 from peft_jax.stored import Format
 
 INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
@@ -84,8 +85,8 @@ def _start(config, rng, embedding):
     if how == "RANDOM":
         return jax.random.normal(rng, (n, embedding.shape[1]), jnp.float32)
     if how == "SAMPLE_VOCAB":
-        return embedding[jax.random.randint(rng, (n,), 0, embedding.shape[0])]
-    return embedding[np.resize(np.asarray(config["prompt_tuning_init_ids"]), n)]
+        return take(embedding, jax.random.randint(rng, (n,), 0, embedding.shape[0]))
+    return take(embedding, np.resize(np.asarray(config["prompt_tuning_init_ids"]), n))
 
 
 ARGUMENTS = ("num_virtual_tokens", "num_transformer_submodules", "modules_to_save")

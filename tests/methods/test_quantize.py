@@ -100,6 +100,15 @@ def test_each_type_computes_what_it_stands_for(tied, quant_type, block_size):
     assert np.abs(expected - forward(model, base)).max() > 0.01
 
 
+def test_a_prompt_starts_from_rows_of_a_quantised_embedding(tied):
+    _, base, _, _ = tied
+    method = quantize("int8", 16, target_modules=("embed_tokens",))
+    held = method.init(None, base)
+    found = peft_jax.prompt(3, "TEXT", prompt_tuning_init_ids=(5, 1)).init(jax.random.key(0), held)
+    rows = method.merge(held)["embed_tokens"]["embedding"][np.array([5, 1, 5])]
+    np.testing.assert_array_equal(found["embed_tokens"]["prompt"], rows)
+
+
 def test_training_and_decoding_on_a_quantised_base(tied):
     model, base, _, _ = tied
     method = chain(quantize(double_quant=True, **SMALL), lora(r=2, target_modules="all-linear"))
