@@ -21,7 +21,7 @@ from peft_jax.generation import Sampling
 from peft_jax.hub import load_pretrained, load_tokenizer, save_pretrained
 from peft_jax.hub.adapters import is_stored, load_adapter, save_adapter
 from peft_jax.method import Method, bind
-from peft_jax.train import report, session, workdir
+from peft_jax.train import plan, report, session, workdir
 from peft_jax.train.checkpoint import Checkpoints
 from peft_jax.train.loop import due, fit
 from peft_jax.train.metrics import MetricsLog
@@ -263,4 +263,4 @@ def _trained(command) -> Path:
     return folder
 
 
-JOBS = {"train": train, "eval": evaluate, "merge": merge, "export": merge, "generate": generate}
+JOBS = {"train": train, "eval": evaluate, "merge": merge, "export": merge, "generate": generate, "plan": plan.job}
