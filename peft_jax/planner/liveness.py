@@ -71,18 +71,37 @@ def _inside(equation) -> Iterator[Jaxpr]:
             yield value.jaxpr if isinstance(value, ClosedJaxpr) else value
 
 
+# Other views of what is there already: a compiler reads through them instead of writing them to memory.
+VIEWS = ("broadcast_in_dim", "expand_dims", "reshape", "squeeze", "transpose")
+
+
 def peak(jaxpr: Jaxpr) -> int:
     """The most bytes alive at once, beyond the arguments: what an equation makes lives until its last use."""
-    last = {one: at for at, equation in enumerate(jaxpr.eqns) for one in _read(equation.invars)}
-    last |= dict.fromkeys(_read(jaxpr.outvars), len(jaxpr.eqns))
+    roots = _roots(jaxpr)
+    last = {roots[one]: at for at, equation in enumerate(jaxpr.eqns) for one in _read(equation.invars)}
+    last |= dict.fromkeys([roots[one] for one in _read(jaxpr.outvars)], len(jaxpr.eqns))
     given = {*jaxpr.invars, *jaxpr.constvars}
     alive = most = 0
     for at, equation in enumerate(jaxpr.eqns):
-        made = sum(_bytes(one.aval) for one in equation.outvars)
-        most = max(most, alive + max([made, *map(peak, _inside(equation))]))
-        alive += sum(_bytes(one.aval) for one in equation.outvars if one in last)
-        alive -= sum(_bytes(one.aval) for one in _read(equation.invars) - given if last[one] == at)
+        made = {one for one in equation.outvars if roots.get(one) is one}
+        most = max(most, alive + max([_sum(made), *map(peak, _inside(equation))]))
+        ends = {roots[one] for one in _read(equation.invars) if last[roots[one]] == at}
+        alive += _sum(made & last.keys()) - _sum(ends - given)
     return most
+
+
+def _roots(jaxpr) -> dict:
+    """Each variable, and the one that it is a view of: itself for most."""
+    roots = {one: one for one in (*jaxpr.invars, *jaxpr.constvars)}
+    for equation in jaxpr.eqns:
+        seen = [one for one in equation.invars if not isinstance(one, Literal)]
+        view = equation.primitive.name in VIEWS and len(seen) == 1
+        roots |= {one: roots[seen[0]] if view else one for one in equation.outvars}
+    return roots
+
+
+def _sum(variables) -> int:
+    return sum(_bytes(one.aval) for one in variables)
 
 
 def _read(variables) -> set:

@@ -1,5 +1,6 @@
 """The sum of parts: what stands in memory and why, each part from shapes and with its recipe."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -21,22 +22,23 @@ class Part(NamedTuple):
     counted: bool = True
 
 
-def sum_of_parts(apply: Callable, trainable: tree.Tree, frozen: tree.Tree, opt_state: Any,
+def sum_of_parts(apply: Callable, trainable: tree.Tree, frozen: tree.Tree, opt_state: Any, others: Any,
                  batch: Mapping[str, jax.ShapeDtypeStruct], loss_chunk: int, error: Callable) -> list[Part]:
     """The parts of one training step, all from shapes.
 
     Args:
       apply: of :func:`peft_jax.bind`. trainable, frozen, opt_state, batch: shapes, as the step is given them; leaves
         of ``batch`` are (accumulate_steps, rows, ...).
+      others: what else the step is given, such as its number.
       loss_chunk, error: as of ``make_step``.
 
     What is alive inside a layer and inside the loss counts without fusion, and the larger of the two is counted.
     """
-    states, again = _within(apply, trainable, frozen, batch, loss_chunk, error)
-    return [*_arguments(trainable, frozen, opt_state, batch),
+    states, again, dtype = _within(apply, trainable, frozen, batch, loss_chunk, error)
+    return [*_arguments(trainable, frozen, opt_state, (batch, others)),
             *_gradients(trainable, batch),
             Part("activations kept", states, "what the backward pass keeps of the forward pass"),
-            *_working(again, frozen, loss_chunk)]
+            *_working(again, frozen, dtype, loss_chunk)]
 
 
 def total(parts: list[Part]) -> int:
@@ -44,7 +46,7 @@ def total(parts: list[Part]) -> int:
     return sum(part.bytes for part in parts if part.counted)
 
 
-def _arguments(trainable, frozen, opt_state, batch) -> list[Part]:
+def _arguments(trainable, frozen, opt_state, others) -> list[Part]:
     packed = {path: leaf for path, leaf in tree.flatten(frozen).items() if quant.is_leaf(leaf)}
     other = {path: leaf for path, leaf in tree.flatten(frozen).items() if path not in packed}
     trained = tree.count(trainable)
@@ -54,7 +56,7 @@ def _arguments(trainable, frozen, opt_state, batch) -> list[Part]:
             Part("trained parameters", nbytes(trainable), f"{trained:,} in {_dtypes(trainable)}"),
             Part("optimiser state", nbytes(opt_state), f"{nbytes(opt_state) / max(trained, 1):.1f} bytes for each of "
                                                        "them"),
-            Part("batch", nbytes(batch), "token ids, positions, segments, answers")]
+            Part("batch", nbytes(others), "token ids, positions, segments, answers; the step's number, a key")]
 
 
 def _packed_recipe(packed) -> str:
@@ -74,20 +76,19 @@ def _gradients(trainable, batch) -> list[Part]:
     return [Part("gradients", nbytes(trainable) * (1 + several), recipe)]
 
 
-def _working(again: tuple[int, int], frozen, loss_chunk: int) -> list[Part]:
+def _working(again: tuple[int, int], frozen, dtype, loss_chunk: int) -> list[Part]:
     layer, loss = again
     decoded = [leaf for leaf in tree.flatten(frozen).values() if quant.is_leaf(leaf)]
     parts = [Part("one layer, forward and back", layer, "its activations again, their gradients, decoded weights",
                   layer >= loss)]
     if decoded:
-        size = sum(leaf.size // (leaf.stack[0] if leaf.stack else 1) for leaf in decoded)
-        parts.append(Part("  of it decoded weights, at most", 4 * size, "one layer's, float32 while it is decoded",
-                          False))
+        size = sum(leaf.size // math.prod(leaf.stack) for leaf in decoded) * dtype.itemsize
+        parts.append(Part("  decoded weights of a layer", size, f"all of them, in {dtype.name}", False))
     return [*parts, Part("loss chunk", loss, f"logits of {loss_chunk} answers and their gradient", loss > layer)]
 
 
-def _within(apply, trainable, frozen, batch, chunk, error) -> tuple[int, tuple[int, int]]:
-    """(bytes kept for the backward pass, (the most alive inside a layer, inside the loss))."""
+def _within(apply, trainable, frozen, batch, chunk, error) -> tuple[int, tuple[int, int], np.dtype]:
+    """(bytes kept for the backward pass, (the most alive inside a layer, inside the loss), type of the states)."""
     micro = {name: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for name, leaf in batch.items()}
 
     def hidden(trainable, frozen, micro):
@@ -107,4 +108,5 @@ def _within(apply, trainable, frozen, batch, chunk, error) -> tuple[int, tuple[i
 
     states = jax.eval_shape(hidden, trainable, frozen, micro)
     alive = (loops(back, trainable, frozen, micro, states), loops(loss, states, trainable, frozen, micro))
-    return kept(hidden, trainable, frozen, micro), tuple(max(found, default=0) for found in alive)
+    most = tuple(max(found, default=0) for found in alive)
+    return kept(hidden, trainable, frozen, micro), most, np.dtype(states.dtype)

@@ -43,7 +43,7 @@ def compile_step(step: Callable, state: Any, frozen: tree.Tree, batch: Any, targ
     target = target or Target(jax.devices()[0].device_kind, None, {})
     compiled = step.lower(*target.place((state, frozen, batch))).compile(target.options)
     return Program(memory_of(compiled), target.name, target.sharding is None and jax.default_backend() == "cpu",
-                   whole_copies(compiled.as_text(), frozen))
+                   whole_copies(compiled.as_text(), frozen, state))
 
 
 def memory_of(compiled: Any) -> Memory:
@@ -53,17 +53,19 @@ def memory_of(compiled: Any) -> Memory:
                   found.temp_size_in_bytes)
 
 
-def whole_copies(text: str, frozen: tree.Tree) -> dict[str, int]:
+def whole_copies(text: str, frozen: tree.Tree, others: Any = ()) -> dict[str, int]:
     """``{path: bytes}`` of the frozen leaves that a compiled program's text makes a wider array of, of a whole leaf.
 
     A CPU computes bfloat16 in float32 and takes that conversion out of the loops (DESIGN.md); of a quantised leaf this
-    would be every layer decoded at once.
+    would be every layer decoded at once. Shapes are all that tells: those of ``others`` are left out.
 
     >>> whole_copies("%c = f32[2,8]{1,0} convert(%p)", {"a": jax.ShapeDtypeStruct((2, 8), jnp.bfloat16)})
     {'a': 64}
     """
     made = {(kind, tuple(map(int, sizes.split(",")))) for kind, sizes in
             re.findall(r"= \(?(f32|bf16)\[([\d,]+)\]", _outside_fusions(text))}
+    made -= {(kind, leaf.shape) for leaf in jax.tree.leaves((others, frozen)) for kind, name in
+             (("f32", "float32"), ("bf16", "bfloat16")) if leaf.dtype.name == name}
     found = {}
     for path, leaf in tree.flatten(frozen).items():
         for kind, width in (("f32", 4), ("bf16", 2)):

@@ -53,7 +53,7 @@ def plan(model: Any, method: Method, optimizer: optax.GradientTransformation, *,
     >>> sizes = LlamaConfig(99, 32, 48, 2, 4, 2, 8, 1e-5, 1e4, 256, True)
     >>> found = plan(CausalLM(sizes), lora(r=4), optax.adamw(1e-4), rows=2, row_length=16)
     >>> [(part.name, part.bytes) for part in found.parts][1:4]
-    [('trained parameters', 3584), ('optimiser state', 7172), ('batch', 1104)]
+    [('trained parameters', 3584), ('optimiser state', 7172), ('batch', 1116)]
     """
     answers = row_length - 1 if answers is None else answers
     _check_sizes(model, rows=rows, row_length=row_length, answers=answers, accumulate_steps=accumulate_steps,
@@ -70,7 +70,8 @@ def plan(model: Any, method: Method, optimizer: optax.GradientTransformation, *,
     batch = shapes_of(rows, row_length, answers, accumulate_steps, jnp.float32 if error is squared_error else jnp.int32)
     step = make_step(apply, optimizer, loss_chunk, error, method.penalty)
     return Plan({**_words(model, batch), **(assumed or {})}, compile_step(step, state, frozen, batch, target),
-                sum_of_parts(apply, trainable, frozen, state.opt_state, batch, loss_chunk, error))
+                sum_of_parts(apply, trainable, frozen, state.opt_state, (state.step, state.rng), batch, loss_chunk,
+                             error))
 
 
 def _words(model, batch) -> dict[str, Any]:
