@@ -148,11 +148,10 @@ def plan_config(config, target: Target | None = None) -> Plan:
 def _sizes(data, sizes) -> tuple[int, int, str]:
     """(rows, tokens of a row, where they come from) of a micro-batch; without data nobody knows how examples pack."""
     most = sizes.max_position_embeddings
+    longest = min(data.max_length or LENGTH, most)  # of an example
     if data.collate != "pack":
-        length = data.max_length or min(LENGTH, most)
-        return data.batch_size, length, "data.batch_size x data.max_length"
-    length = data.row_length or data.max_length or min(LENGTH, most)
+        return data.batch_size, longest, "data.batch_size x the longest that an example may be (data.max_length)"
     named = {"data.rows": data.rows, "data.row_length": data.row_length}
     unset = [f"--config.{name}" for name, value in named.items() if not value]
     words = "as set" if not unset else f"assumed, for want of data; set {' and '.join(unset)}"
-    return data.rows or 1, length, words
+    return data.rows or 1, data.row_length or longest, words

@@ -33,7 +33,7 @@ def asked(tiny_folder, data, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("experiment, options", [
-    ("lora", []), ("qlora", ["--config.method.quantize.block_size=16"]),
+    ("qlora", ["--config.method.quantize.block_size=16"]),
     ("adapter", ["--config.optim.accumulate_steps=2", "--config.model.remat=True"])])
 def test_it_is_the_memory_of_the_program_that_training_runs(asked, experiment, options):
     config = asked(experiment, *options).config
@@ -45,13 +45,10 @@ def test_it_is_the_memory_of_the_program_that_training_runs(asked, experiment, o
     real = memory_of(step.lower(state, frozen, batch).compile())
 
     _, rows, length = batch["input_ids"].shape
-    config.data.update(rows=rows, row_length=length)
     found = plan(ready.model, method, jobs.make_optimizer(config.optim, total, method.labels(params)), rows=rows,
                  row_length=length, answers=batch["loss_index"].shape[-1],
                  accumulate_steps=config.optim.accumulate_steps)
     assert found.program.memory == real
-    whole = plan_config(config)  # one answer a token: other shapes, the same weights
-    assert whole.parts[0] == found.parts[0] and whole.program.memory.arguments > real.arguments
 
 
 def test_a_config_without_weights_is_enough(asked, tiny_folder, tmp_path, capsys):
