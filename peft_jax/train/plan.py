@@ -53,7 +53,7 @@ def plan(model: Any, method: Method, optimizer: optax.GradientTransformation, *,
     >>> sizes = LlamaConfig(99, 32, 48, 2, 4, 2, 8, 1e-5, 1e4, 256, True)
     >>> found = plan(CausalLM(sizes), lora(r=4), optax.adamw(1e-4), rows=2, row_length=16)
     >>> [(part.name, part.bytes) for part in found.parts][1:4]
-    [('trained parameters', 3584), ('optimiser state', 7172), ('batch', 1116)]
+    [('trained parameters', 3584), ('optimiser state', 7172), ('batch', 756)]
     """
     answers = row_length - 1 if answers is None else answers
     _check_sizes(model, rows=rows, row_length=row_length, answers=answers, accumulate_steps=accumulate_steps,

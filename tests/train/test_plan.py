@@ -87,7 +87,7 @@ def test_sizes_that_cannot_be_meant(tiny_model, change, words):
 
 def test_a_method_that_needs_data_cannot_be_planned(tiny_model):
     with pytest.raises(PeftJaxError, match="depend on data"):
-        plan(tiny_model[0], lora(init_lora_weights="eva"), optax.adamw(1e-4))
+        plan(tiny_model[0], lora(init_lora_weights="eva"), optax.adamw(1e-4), row_length=32)
 
 
 def test_a_plan_grows_with_rows_and_layers(tiny_model):
