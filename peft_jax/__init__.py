@@ -66,6 +66,8 @@ CONTENTS = {
     # decoding
     "Sampling": "generation",
     "generate": "generation",
+    # memory
+    "plan": "train.plan",
     "PeftJaxError": "errors",
 }
 __all__ = list(CONTENTS)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from peft_jax import tree
+from peft_jax import quant, tree
 from peft_jax.data import Batches, encode_prompts
 from peft_jax.data.sources import is_chat
 from peft_jax.data.tokenize import describe
@@ -21,8 +21,7 @@ from peft_jax.generation import Sampling
 from peft_jax.hub import load_pretrained, load_tokenizer, save_pretrained
 from peft_jax.hub.adapters import is_stored, load_adapter, save_adapter
 from peft_jax.method import BASE, Method, bind
-from peft_jax.quant import plain
-from peft_jax.train import report, session, workdir
+from peft_jax.train import plan, report, session, workdir
 from peft_jax.train.checkpoint import Checkpoints
 from peft_jax.train.loop import due, fit
 from peft_jax.train.metrics import MetricsLog
@@ -200,7 +199,7 @@ def merge(command) -> int:
     tuned = _tuned(folder, command.config, model, base)
     if tuned.merge is None:
         raise PeftJaxError(f"{folder / 'adapter'} is of a method that cannot be folded into weights: use it as it is")
-    merged = tree.map_paths(lambda _, leaf: plain(leaf), tuned.merge(tuned.params))  # kernels without an adapter, too
+    merged = tree.map_paths(lambda _, leaf: quant.plain(leaf), tuned.merge(tuned.params))  # also what has no adapter
     save_pretrained(output, model, merged, tokenizer)
     print(f"merged model: {output} ({report.size(_bytes_in(output))})")
     return 0
@@ -267,4 +266,4 @@ def _trained(command) -> Path:
     return folder
 
 
-JOBS = {"train": train, "eval": evaluate, "merge": merge, "export": merge, "generate": generate}
+JOBS = {"train": train, "eval": evaluate, "merge": merge, "export": merge, "generate": generate, "plan": plan.job}
