@@ -41,7 +41,7 @@ def train(command) -> int:
         if (folder / "results.json").exists():
             return _already_done(folder)
     method = session.build_method(config)
-    ready = session.load(config, method, command.probe)
+    ready = session.load(config, command.probe, method)
     batches, total = _batches(config, ready, method)
     if method.prepare:
         method = method.prepare(ready.model, ready.base, _looked_at(batches, total))
@@ -177,7 +177,7 @@ def _adapter(source: str | Path, model, base: tree.Tree) -> Tuned:
 def evaluate(command) -> int:
     """The base model and what the workdir's run trained side by side; also written to ``eval.json``."""
     folder = _trained(command)
-    ready = session.load(command.config, session.trained_on(command.config), command.probe)
+    ready = session.load(command.config, command.probe, session.trained_on(command.config))
     tuned = _tuned(folder, command.config, ready.model, ready.base)
     found = {}
     for name, apply, params in (("base", bind(BASE, ready.model), ready.base), (tuned.name, tuned.apply, tuned.params)):
@@ -218,7 +218,7 @@ def generate(command) -> int:
         model, base = session.load_model(config, session.trained_on(config))
         examples = [_as_asked(prompt, config.task) for prompt in command.prompts]
     else:
-        ready = session.load(config, session.trained_on(config))
+        ready = session.load(config, method=session.trained_on(config))
         tokenizer, model, base = ready.tokenizer, ready.model, ready.base
         examples = [_opening(example) for example in ready.held.examples[: config.generate.num_prompts]]
     prompts = encode_prompts(examples, tokenizer)

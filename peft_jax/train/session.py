@@ -30,7 +30,7 @@ class Session(NamedTuple):
     base: tree.Tree
 
 
-def load(config, method: Method, probe_task=None) -> Session:
+def load(config, probe_task=None, method: Method = BASE) -> Session:
     """Data, tokenizer and model of a configuration; ``probe_task`` is the task behind ``eval.probe`` or ``None``.
 
     ``method`` as of :func:`load_model`.
@@ -85,7 +85,7 @@ def check_fits(encoded: Sequence[One], model_config, method: Method | None = Non
                            "--config.data.max_length, and see --config.data.on_too_long")
 
 
-def load_model(config, method: Method) -> tuple[Any, tree.Tree]:
+def load_model(config, method: Method = BASE) -> tuple[Any, tree.Tree]:
     """The model computing in ``model.dtype`` and its parameters, kept in ``model.param_dtype``.
 
     Where the task needs a head, the model has it, and where the checkpoint does not, it starts at random by the seed.

@@ -38,7 +38,7 @@ def asked(tiny_folder, data, tmp_path):  # noqa: F811
 def test_it_is_the_memory_of_the_program_that_training_runs(asked, experiment, options):
     config = asked(experiment, *options).config
     ready, method = session.load(config), session.build_method(config)
-    batches, total = jobs._batches(config, ready)
+    batches, total = jobs._batches(config, ready, method)
     params = method.init(jax.random.key(0), ready.base)
     step, state, frozen = jobs._start(config, method, bind(method, ready.model), params, total)
     batch = _at(batches, 0)
