@@ -10,13 +10,15 @@ integers), as Mosaic has no gather and Triton none in registers. Scales that are
 the kernel: their 256 values would be 255 selects, and there is one of them for 32 values or more.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu, triton
+from jax.experimental.pallas import tpu as mosaic
+from jax.experimental.pallas import triton
 
 from peft_jax.quant import codes
 from peft_jax.quant.codecs import scales_of
@@ -62,11 +64,13 @@ def gpu_tiles(leaf: QuantizedArray, tokens: int, dtype: Any) -> Tiles | None:
     """Triton's: every size a power of two, 16 at least. ``None``: the rows have no such divisor.
 
     Few tokens get few rows, as a program is a tile of outputs, and a GPU wants more programs than it has processors.
+    The rest is what ptxas 12.9 keeps in registers (sm_80, sm_90; of float32 not with blocks of 128).
     """
-    group = leaf.block_size // _parts(leaf)
-    rows = _power(leaf.grid.rows, 32 if tokens <= 16 else 64)
-    columns = max(group, _power(leaf.codes.shape[-1], 64 if dtype == jnp.bfloat16 else 32))
-    return None if rows < 16 else Tiles(min(128, max(16, pl.next_power_of_2(tokens))), rows, columns, True)
+    few, half = tokens <= 16, jnp.dtype(dtype) == jnp.bfloat16
+    rows = _power(leaf.grid.rows, 64 if half and not few else 32)
+    columns = max(leaf.block_size // _parts(leaf), _power(leaf.codes.shape[-1], 64 if half and few else 32))
+    tokens = min(128 if half else 32, max(16, pl.next_power_of_2(tokens)))
+    return None if rows < 16 else Tiles(tokens, rows, columns, True)
 
 
 def tpu_tiles(leaf: QuantizedArray, tokens: int, dtype: Any) -> Tiles | None:
@@ -78,6 +82,20 @@ def tpu_tiles(leaf: QuantizedArray, tokens: int, dtype: Any) -> Tiles | None:
     if not rows or not columns:
         return None
     return Tiles(min(TPU_TOKENS, pl.cdiv(tokens, 16) * 16), rows, columns, False)
+
+
+def multiply(x: jax.Array, leaf: QuantizedArray, over_columns: bool, plain: Callable) -> jax.Array:
+    """:func:`times` where the kernel fits the leaf, x's dtype, and the platform that a program is lowered for; else
+    ``plain(x, leaf)``. A leaf whose ``product`` is "interpreted" takes a GPU's tiles to Pallas' interpreter.
+    """
+    if not len(x) or unfit(leaf, x.dtype):
+        return plain(x, leaf)
+    chosen = [find(leaf, len(x), x.dtype) for find in (gpu_tiles, tpu_tiles)]
+    gpu, tpu = (plain if tiles is None else partial(times, over_columns=over_columns, tiles=tiles,
+                                                    interpret=leaf.product == "interpreted") for tiles in chosen)
+    if leaf.product == "interpreted":
+        return gpu(x, leaf)
+    return jax.lax.platform_dependent(x, leaf, cuda=gpu, rocm=gpu, tpu=tpu, default=plain)
 
 
 def times(x: jax.Array, leaf: QuantizedArray, over_columns: bool, tiles: Tiles, interpret: bool = False) -> jax.Array:
@@ -110,7 +128,7 @@ def _call(x, leaf, over_columns, tiles, interpret):
         out_specs=pl.BlockSpec((out[0], tiles.tokens, tile[free]), lambda token, free, step=0: (0, token, free)),
         out_shape=jax.ShapeDtypeStruct(out, x.dtype if tiles.loops else jnp.float32),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2) if tiles.loops else
-        tpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        mosaic.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
     )(x, leaf.codes, *scales)
 
 
@@ -182,7 +200,7 @@ def _decode(quant_type, part, stored, scales, offsets=None):
     code = stored.astype(jnp.int32)
     code = code >> 4 if part == 0 else code & 15
     if quant_type in ("nf4", "fp4"):
-        return _select(code, codes.TABLES[quant_type].tolist()) * scales
+        return _select(code, [jnp.full(code.shape, value) for value in codes.TABLES[quant_type]]) * scales
     values = (code + int(codes.TABLES[quant_type][0])).astype(jnp.float32) * scales
     return values if offsets is None else values + offsets
 
@@ -191,7 +209,7 @@ def _select(code, table):
     """table[code], by one bit after the other from the lowest."""
     while len(table) > 1:
         odd = (code & 1) == 1
-        table = [jnp.where(odd, after, before) for before, after in zip(table[::2], table[1::2])]
+        table = [jax.lax.select(odd, after, before) for before, after in zip(table[::2], table[1::2])]
         code = code >> 1
     return table[0]
 

@@ -11,6 +11,8 @@ from peft_jax.errors import PeftJaxError
 
 # Scales are quantised again in blocks of this many, as bitsandbytes does it.
 NESTED = 256
+# Ways to multiply with a leaf: by decoding it first; in one kernel, where there is one; in that, interpreted.
+PRODUCTS = ("plain", "fused", "interpreted")
 
 
 class Grid(NamedTuple):
@@ -28,7 +30,7 @@ class Grid(NamedTuple):
 
 @partial(jax.tree_util.register_dataclass,
          data_fields=["codes", "scales", "offsets", "nested", "mean"],
-         meta_fields=["quant_type", "block_size", "inputs", "outputs", "by_rows", "plain_dtype"])
+         meta_fields=["quant_type", "block_size", "inputs", "outputs", "by_rows", "plain_dtype", "product"])
 @dataclasses.dataclass(frozen=True)
 class QuantizedArray:
     """A kernel (*stack, *inputs, *outputs), or an embedding, as codes and scales.
@@ -45,6 +47,7 @@ class QuantizedArray:
         them; else ``None``.
       block_size: values that share a scale; 0: a whole row.
       plain_dtype: the name of the plain array's dtype, which :func:`peft_jax.dequantize` gives back.
+      product: how to multiply with it, see :func:`peft_jax.quantize`.
 
     ``shape``, ``size`` and ``dtype`` are the plain array's, ``nbytes`` that of all buffers. Slicing the buffers along a
     stack, as ``nn.scan`` does, gives the entry's leaf.
@@ -61,6 +64,7 @@ class QuantizedArray:
     outputs: tuple[int, ...] = ()
     by_rows: bool = False
     plain_dtype: str = "float32"
+    product: str = "plain"
 
     @property
     def stack(self) -> tuple[int, ...]:

@@ -3,6 +3,7 @@ weight for it, and take more memory than a base that was never quantised.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,49 +21,38 @@ def dot(x: jax.Array, leaf: QuantizedArray) -> jax.Array:
     """
     tokens = x.shape[:x.ndim - len(leaf.inputs)]
     flat = x.reshape(-1, math.prod(leaf.inputs))  # two axes: products of three are slower on a CPU (DESIGN.md)
-    return _dot(flat, leaf).reshape(*tokens, *leaf.outputs)
-
-
-@jax.custom_vjp
-def _dot(x, leaf):
-    """(T, in) to (T, out)."""
-    weight = matrix(leaf).astype(x.dtype)
-    return jax.lax.dot_general(x, weight, (((1,), (0 if leaf.by_rows else 1,)), ((), ())))
-
-
-def _dot_forward(x, leaf):
-    return _dot(x, leaf), leaf
-
-
-def _dot_backward(leaf, gradient):
-    weight = matrix(leaf).astype(gradient.dtype)
-    return jax.lax.dot_general(gradient, weight, (((1,), (1 if leaf.by_rows else 0,)), ((), ()))), _zeros(leaf)
-
-
-_dot.defvjp(_dot_forward, _dot_backward)
+    return _product(not leaf.by_rows, flat, leaf).reshape(*tokens, *leaf.outputs)
 
 
 def attend(x: jax.Array, leaf: QuantizedArray) -> jax.Array:
     """States x (..., width) times an embedding (ids, width), transposed: logits (..., ids)."""
-    return _attend(x.reshape(-1, x.shape[-1]), leaf).reshape(*x.shape[:-1], leaf.shape[0])
+    return _product(leaf.by_rows, x.reshape(-1, x.shape[-1]), leaf).reshape(*x.shape[:-1], leaf.shape[0])
 
 
-@jax.custom_vjp
-def _attend(x, leaf):
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(over_columns, x, leaf):
+    """x (T, C) times the transposed matrix (R, C), or x (T, R) times the matrix: (T, R) or (T, C)."""
+    if leaf.product == "plain":
+        return _plain(over_columns, x, leaf)
+    from peft_jax.quant import kernel  # here, as importing Pallas takes half a second
+
+    return kernel.multiply(x, leaf, over_columns, partial(_plain, over_columns))
+
+
+def _plain(over_columns, x, leaf):
     weight = matrix(leaf).astype(x.dtype)
-    return jax.lax.dot_general(x, weight, (((1,), (1 if leaf.by_rows else 0,)), ((), ())))
+    return jax.lax.dot_general(x, weight, (((1,), (1 if over_columns else 0,)), ((), ())))
 
 
-def _attend_forward(x, leaf):
-    return _attend(x, leaf), leaf
+def _product_forward(over_columns, x, leaf):
+    return _product(over_columns, x, leaf), leaf
 
 
-def _attend_backward(leaf, gradient):
-    weight = matrix(leaf).astype(gradient.dtype)
-    return jax.lax.dot_general(gradient, weight, (((1,), (0 if leaf.by_rows else 1,)), ((), ()))), _zeros(leaf)
+def _product_backward(over_columns, leaf, gradient):
+    return _product(not over_columns, gradient, leaf), _zeros(leaf)
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+_product.defvjp(_product_forward, _product_backward)
 
 
 def take(leaf: QuantizedArray, ids: jax.Array, dtype=None) -> jax.Array:
