@@ -4,7 +4,8 @@
 
 Trainable parameters are counted from the arrays of ``init`` with each method's defaults (or what is said in brackets);
 the adapter's bytes are those of the files that ``save_adapter`` writes; whether it merges and has a place in peft's
-file format is asked of the method and of peft. What a method is checked against is done in its tests, and said here.
+file format is asked of the method and of peft, whether it trains on a quantised base is found by tracing its gradient
+there. What a method is checked against is done in its tests, and said here.
 """
 
 import argparse
@@ -66,22 +67,49 @@ def facts(name: str, model, base, counts) -> tuple[int, int, str, str, str]:
     return trainable, everything, f"{size:,}", merges, theirs
 
 
+def on_quantised(name: str, model, held) -> str:
+    """Whether the method has a gradient on the shapes of a quantised base: "yes" or "no"."""
+    import jax
+    import jax.numpy as jnp
+
+    import peft_jax
+    from peft_jax.methods import METHODS
+
+    method = METHODS[name](**ROWS[name][0])
+    try:
+        params = jax.eval_shape(method.init, jax.random.key(0), held)
+    except peft_jax.PeftJaxError:
+        return "no"
+    trainable, frozen = peft_jax.partition(params, method.labels(params))
+
+    def loss(leaves):
+        return peft_jax.bind(method, model)({"params": peft_jax.combine(frozen, leaves)}, jnp.ones((1, 8), int)).sum()
+
+    jax.eval_shape(jax.grad(loss), trainable)
+    return "yes"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", default=",".join(ROWS))
     args = parser.parse_args()
 
+    import jax
+
     import peft_jax
     from peft_jax.train.report import parameter_counts
 
     model, base = peft_jax.load_pretrained(SOURCE)
-    head = ("method", "trainable", "%", "adapter, bytes", "merges", "peft's file format", "checked against")
+    held = jax.eval_shape(peft_jax.quantize(double_quant=True).init, jax.random.key(0), base)
+    head = ("method", "trainable", "%", "adapter, bytes", "merges", "quantised base", "peft's file format",
+            "checked against")
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
     for name in args.methods.split(","):
         trainable, everything, size, merges, theirs = facts(name, model, base, parameter_counts)
         label = f"{name} ({ROWS[name][1]})" if ROWS[name][1] else name
         share = f"{100 * trainable / everything:.4f}"
-        print(f"| {label} | {trainable:,} | {share} | {size} | {merges} | {theirs} | {ROWS[name][2]} |", flush=True)
+        found = (f"{trainable:,}", share, size, merges, on_quantised(name, model, held), theirs, ROWS[name][2])
+        print(f"| {label} | {' | '.join(found)} |", flush=True)
 
 
 if __name__ == "__main__":

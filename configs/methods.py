@@ -128,6 +128,7 @@ def _quantize() -> dict:
         "double_quant": False,
         "target_modules": any_type("all-linear"),
         "exclude_modules": any_type(None),
+        "product": "plain",  # fused: in one kernel on a GPU or TPU, not timed; interpreted: that kernel, checked slowly
     }
 
 

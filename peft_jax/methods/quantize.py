@@ -7,6 +7,7 @@ stands beside it does, by another method: QLoRA is ``chain(quantize(double_quant
 sees the plain weights: ``chain(lora(init_lora_weights="pissa"), quantize())`` quantises what PiSSA leaves of them.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -20,7 +21,8 @@ SELECTION = ("target_modules", "exclude_modules")
 
 
 def quantize(quant_type: str = "nf4", block_size: int | None = 64, double_quant: bool = False,
-             target_modules: Patterns = "all-linear", exclude_modules: Patterns = None) -> Method:
+             target_modules: Patterns = "all-linear", exclude_modules: Patterns = None,
+             product: str = "plain") -> Method:
     """Weights in four or eight bits; ``bind`` knows how to read them under any other method.
 
     Args:
@@ -30,6 +32,10 @@ def quantize(quant_type: str = "nf4", block_size: int | None = 64, double_quant:
       double_quant: the scales in 8 bits, 256 of them with one scale of their own.
       target_modules: as of :func:`peft_jax.lora`; "all-linear" is every kernel but the output head. Embeddings are
         quantised where they are named. exclude_modules: taken out again, bitsandbytes' ``llm_int8_skip_modules``.
+      product: "plain" decodes a weight before each product with it. "fused" decodes it inside of the product, by a
+        Pallas kernel for GPUs and TPUs that nobody has timed yet: for bfloat16 and float32 activations and blocks of
+        32, 64 or 128; not for weights sharded over devices. Where there is no such kernel, it is "plain".
+        "interpreted": the GPU's kernel, slowly, on any platform, to check it.
 
     Returns a :class:`Method`; its ``merge`` gives the plain weights that the codes stand for, in the dtype that the
     weights had.
@@ -43,6 +49,7 @@ def quantize(quant_type: str = "nf4", block_size: int | None = 64, double_quant:
     """
     config = {"peft_type": "QUANTIZE", **locals()}
     quant.check(quant_type, block_size, double_quant)
+    arguments.check_choice("product", product, quant.PRODUCTS)
     for name in SELECTION:
         arguments.check_modules(name, config[name])
     return BASE._replace(init=partial(_init, config), merge=_merge, config=config, convert=partial(_convert, config))
@@ -67,12 +74,13 @@ def _quantized(config, target: Target, path: str, leaf) -> quant.QuantizedArray:
                            f"'{left[0]}': name modules of all its layers, or of none.")
     if quant.is_leaf(leaf):
         _check_same(config, path, leaf)
-        return leaf
+        return dataclasses.replace(leaf, product=config["product"])
     try:
-        return quant.quantize_array(leaf, config["quant_type"], block_size=config["block_size"],
-                                    double_quant=config["double_quant"], stack=target.axes.stack,
-                                    inputs=target.axes.inputs, outputs=target.axes.outputs,
-                                    by_rows=target.leaf == "embedding")
+        found = quant.quantize_array(leaf, config["quant_type"], block_size=config["block_size"],
+                                     double_quant=config["double_quant"], stack=target.axes.stack,
+                                     inputs=target.axes.inputs, outputs=target.axes.outputs,
+                                     by_rows=target.leaf == "embedding")
+        return dataclasses.replace(found, product=config["product"])
     except PeftJaxError as error:
         raise PeftJaxError(f"'{path}': {error}") from error
 

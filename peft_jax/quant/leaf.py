@@ -10,6 +10,9 @@ import numpy as np
 
 from peft_jax.errors import PeftJaxError
 
+# Ways to multiply with a leaf: by decoding it first; in one kernel, where there is one; in that, interpreted.
+PRODUCTS = ("plain", "fused", "interpreted")
+
 
 def _static(**options):
     return field(metadata={"static": True}, **options)
@@ -33,6 +36,8 @@ class QuantizedArray:
     mean:    float32 (*stack), which is added.
     offsets: float32 or float16 (*stack, rows, blocks), what code 0 of an affine type stands for.
 
+    ``product`` is how to multiply with it, see :func:`peft_jax.quantize`.
+
     A pytree: the arrays are its children, the rest is static, so jit, grad, scan and vmap over the stack see it as they
     see the kernel. Made by :func:`peft_jax.quantize_array`; the constructor checks nothing.
     """
@@ -48,6 +53,7 @@ class QuantizedArray:
     outputs: tuple[int, ...] = _static(default=())
     by_rows: bool = _static(default=False)
     plain_dtype: str = _static(default="float32")
+    product: str = _static(default="plain")
 
     @property
     def stack(self) -> tuple[int, ...]:

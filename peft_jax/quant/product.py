@@ -103,6 +103,14 @@ def _product(x, leaf, transposed: bool):
 
     By hand, since plain autodiff would keep every decoded matrix for the backward pass.
     """
+    if leaf.product == "plain":
+        return _decoded(transposed, x, leaf)
+    from peft_jax.quant import kernel  # here, as importing Pallas takes half a second
+
+    return kernel.multiply(x, leaf, transposed, partial(_decoded, transposed))
+
+
+def _decoded(transposed, x, leaf):
     weights = matrices(_once_there_is(x, leaf), x.dtype)
     return x @ (weights.T if transposed else weights)
 
