@@ -82,10 +82,10 @@ def on_quantised(name: str, model, held) -> str:
         return "no"
     trainable, frozen = peft_jax.partition(params, method.labels(params))
 
-    def loss(leaves):
+    def loss(leaves, frozen):
         return peft_jax.bind(method, model)({"params": peft_jax.combine(frozen, leaves)}, jnp.ones((1, 8), int)).sum()
 
-    jax.eval_shape(jax.grad(loss), trainable)
+    jax.eval_shape(jax.grad(loss), trainable, frozen)
     return "yes"
 
 
