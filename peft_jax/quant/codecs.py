@@ -140,7 +140,7 @@ def _pack(values, quant_type):
 def _nest(scales, stack):
     """(8-bit codes, scales of the scales, mean) of scales (*stack, R, K), each entry of the stack by itself."""
     flat = scales.reshape(*stack, -1)
-    mean = flat.mean(-1)
+    mean = _mean(flat)
     short = -flat.shape[-1] % NESTED
     rest = jnp.pad(flat - mean[..., None], [(0, 0)] * len(stack) + [(0, short)]).reshape(*stack, -1, NESTED)
     nested = jnp.abs(rest).max(-1)
@@ -148,6 +148,20 @@ def _nest(scales, stack):
     table = codes.dynamic()
     found = jnp.searchsorted((table[1:] + table[:-1]) / np.float32(2), scaled).astype(jnp.uint8)
     return found.reshape(*stack, -1)[..., :flat.shape[-1]].reshape(scales.shape), nested, mean
+
+
+@jax.jit
+def _mean(flat):
+    """The mean over the last axis; unlike those of XLA's sums and quotients its bits do not hang on the axes in front.
+
+    So layers quantised one by one, as they are read, are those of a stack.
+    """
+    size = flat.shape[-1]
+    flat = jnp.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, (1 << (size - 1).bit_length()) - size)])
+    while flat.shape[-1] > 1:
+        half = flat.shape[-1] // 2
+        flat = flat[..., :half] + flat[..., half:]
+    return flat[..., 0] * np.float32(1 / size)
 
 
 def scales_of(leaf: QuantizedArray) -> jax.Array:
