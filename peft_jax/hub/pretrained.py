@@ -14,7 +14,7 @@ import numpy as np
 
 from peft_jax import tree
 from peft_jax.errors import PeftJaxError, nearest
-from peft_jax.hub import assets, families, files, gguf, names, weights
+from peft_jax.hub import assets, bnb, families, files, gguf, gguf_blocks, names, weights
 from peft_jax.hub import config as hub_config
 from peft_jax.hub.family import Family, table_of
 from peft_jax.hub.saving import save_pretrained
@@ -39,7 +39,7 @@ def load_config(source: str | os.PathLike) -> Any:
 
 def load_pretrained(source: str | os.PathLike, dtype: Any = jnp.float32, remat: bool = False, *,
                     head: Head | None = None, rng: jax.Array | None = None,
-                    method: Method | None = None) -> tuple[Any, dict]:
+                    method: Method | None = None, keep_quantised: bool | None = None) -> tuple[Any, dict]:
     """A pretrained model and its parameters.
 
     Args:
@@ -53,6 +53,10 @@ def load_pretrained(source: str | os.PathLike, dtype: Any = jnp.float32, remat: 
       method: if it is ``quantize(...)``, or a chain that begins with it, each weight is quantised as soon as it is
         read, so that the host never holds more than one of them in high precision; the leaves are those that the
         method's ``init`` would make, which then leaves them alone. Other methods change nothing here.
+      keep_quantised: whether weights that the source holds quantised become leaves with the same codes and scales,
+        which ``bind`` reads: those of bitsandbytes in four bits (``nf4``, ``fp4``), and GGUF's Q4_0 (``int4``), Q4_1
+        (``int4_affine``) and Q8_0 (``int8``), all in blocks of 32. Others are then as they are without. By default
+        bitsandbytes' are kept, as their checkpoint is meant to be used so, and GGUF's are not.
 
     Returns:
       ``(model, params)``, so that ``model.apply({"params": params}, input_ids)`` gives logits (batch, seq, vocab).
@@ -61,33 +65,47 @@ def load_pretrained(source: str | os.PathLike, dtype: Any = jnp.float32, remat: 
 
     Raises:
       PeftJaxError: source not to be had, unknown architecture, no safetensors, tensors that do not fit the config, a
-        head that the model cannot have, or a method whose patterns match nothing.
+        head that the model cannot have, a method whose patterns match nothing, or weights that are quantised in a way
+        that is not read, otherwise than ``method`` has it, or not alike in all layers.
 
     >>> model, params = load_pretrained("HuggingFaceTB/SmolLM2-135M", dtype=jnp.bfloat16)  # doctest: +SKIP
     """
+    from safetensors import SafetensorError
+
     dtype = _floating(dtype)
     path = assets.resolve(source)
-    folder = gguf.convert(path) if path.is_file() else path
-    config = with_head(hub_config.from_hf(hub_config.read(folder)), head)
+    convert = _conversion(method)
+    blocks = path.is_file() and bool(keep_quantised or convert)  # read from the .gguf file itself
+    if path.is_file() and not blocks:
+        path = gguf.convert(path)
+    given = gguf.read_config(path) if blocks else hub_config.read(path)
+    config = with_head(hub_config.from_hf(given), head)
     model = families.of(config).model(config, dtype=dtype, param_dtype=dtype, remat=remat)
     shapes = hub_config.param_shapes(config)
     fresh = {} if head is None else fresh_head(shapes, config, jax.random.key(0) if rng is None else rng, dtype)
-    convert = _conversion(method, shapes, dtype)
-    return model, _read_params(folder, config, shapes, dtype, fresh, convert)
+    _check_method(method, shapes, dtype)
+    keep = bool(keep_quantised) if blocks else keep_quantised is not False
+    try:
+        found = gguf_blocks.tensors(path, config) if blocks else bnb.gather(path, weights.tensors(path), given)
+        return model, _read_params(path, config, shapes, dtype, fresh, found, convert, keep)
+    except SafetensorError as error:
+        raise PeftJaxError(f"the weights in {path} are damaged: {error}. Fetch them again.") from error
 
 
-def _conversion(method: Method | None, shapes: dict[str, tuple[int, ...]], dtype: jnp.dtype) -> Any:
-    """How a method changes leaves while they are read; raises at once what its ``init`` would, on shapes."""
+def _conversion(method: Method | None) -> Any:
     if method is not None and not isinstance(method, Method):
         raise PeftJaxError(f"method is a {type(method).__name__}: give a method, quantize(\"nf4\") or a chain of some.")
-    if method is None or method.convert is None:
-        return None
-    first = method
-    while first.parts:
-        first = first.parts[0]
+    return method and method.convert
+
+
+def _check_method(method: Method | None, shapes: dict[str, tuple[int, ...]], dtype: jnp.dtype) -> None:
+    """Raise at once what ``init`` of a method that converts would, on shapes."""
+    if not _conversion(method):
+        return
+    while method.parts:
+        method = method.parts[0]
     leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()}
-    jax.eval_shape(partial(first.init, None), tree.unflatten(leaves))
-    return method.convert
+    jax.eval_shape(partial(method.init, None), tree.unflatten(leaves))
 
 
 def with_head(config: Any, head: Head | None) -> Any:
@@ -128,20 +146,21 @@ def _floating(dtype: Any) -> jnp.dtype:
     return result
 
 
-def _read_params(folder: Path, config: Any, shapes: dict[str, tuple[int, ...]], dtype: jnp.dtype,
-                 fresh: dict[str, jax.Array], convert: Any) -> dict:
-    from safetensors import SafetensorError
+def _read_params(path: Path, config: Any, shapes: dict[str, tuple[int, ...]], dtype: jnp.dtype,
+                 fresh: dict[str, jax.Array], found: dict[str, Any], convert: Any, keep: bool) -> dict:
+    family = families.of(config)
+    places = names.tensors(table_of(family, shapes), shapes, config.num_hidden_layers)
+    stored = {_expected(name, places, family): tensor for name, tensor in found.items()}
+    places = {name: _placed(place, stored.get(name)) for name, place in places.items()
+              if name in stored or place.path not in fresh}
+    _check_tensors(path, stored, places, shapes, config)
+    fresh = {path: converted(convert, path, (), leaf) for path, leaf in fresh.items()}
+    return tree.unflatten(fresh | stack(stored, places, shapes, dtype, convert, keep))
 
-    try:
-        family = families.of(config)
-        places = names.tensors(table_of(family, shapes), shapes, config.num_hidden_layers)
-        stored = {_expected(name, places, family): tensor for name, tensor in weights.tensors(folder).items()}
-        places = {name: place for name, place in places.items() if name in stored or place.path not in fresh}
-        _check_tensors(folder, stored, places, shapes, config)
-        fresh = {path: converted(convert, path, (), leaf) for path, leaf in fresh.items()}
-        return tree.unflatten(fresh | stack(stored, places, shapes, dtype, convert))
-    except SafetensorError as error:
-        raise PeftJaxError(f"the weights in {folder} are damaged: {error}. Fetch them again.") from error
+
+def _placed(place: names.Place, tensor: Any) -> names.Place:
+    """bitsandbytes keeps (outputs, inputs) of every weight, those that are (inputs, outputs) in plain files too."""
+    return place._replace(transposed=True) if isinstance(tensor, bnb.Packed) else place
 
 
 def _expected(name: str, places, family: Family) -> str:
