@@ -181,7 +181,8 @@ def hf_name(name: str, config: dict[str, Any], path: Path) -> tuple[str, int]:
     if kind_of not in _TENSORS:
         raise PeftJaxError(f"{path} has a tensor '{name}' that a llama model does not have.")
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    return f"model.layers.{block[1]}." * bool(block) + f"{_TENSORS[kind_of]}.{kind}", heads.get(kind_of, 0)
+    prefix = f"model.layers.{block[1]}." if len(block) == 2 else ""
+    return f"{prefix}{_TENSORS[kind_of]}.{kind}", heads.get(kind_of, 0)
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
