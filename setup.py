@@ -30,7 +30,8 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2,<0.11"],
     # torch and peft are the references that the tests compare with; nothing in the package imports them.
     "test": ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "ruff>=0.17,<0.18", "torch==2.13.0", "peft>=0.21.2,<0.22",
-             "accelerate>=1.15,<2", "transformers<5.24"],  # with 5.24 peft 0.21's generate() loses its virtual tokens
+             "accelerate>=1.15,<2", "bitsandbytes>=0.50,<0.51",
+             "transformers<5.24"],  # with 5.24 peft 0.21's generate() loses its virtual tokens
     "dev": ["ruff>=0.17,<0.18", "pre-commit>=4,<5"],
 }
 

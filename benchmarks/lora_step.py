@@ -52,15 +52,15 @@ def their_lora(target_modules):
     return peft.LoraConfig(target_modules=names, task_type="CAUSAL_LM", **SETTINGS)
 
 
-def jax_parts(method) -> tuple:
-    """(jitted step, state, frozen leaves) of a method of this library on the real model."""
+def jax_parts(method, **options) -> tuple:
+    """(jitted step, state, frozen leaves) of a method of this library on the real model, loaded with ``options``."""
     import jax
     import optax
 
     import peft_jax
     from peft_jax.train.step import init_state, make_step
 
-    model, base = peft_jax.load_pretrained(SOURCE)
+    model, base = peft_jax.load_pretrained(SOURCE, **options)
     params = method.init(jax.random.key(0), base)
     trainable, frozen = peft_jax.partition(params, method.labels(params))
     tx = method.optimizer(optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(RATE)), 1000)
@@ -88,9 +88,9 @@ def real_step() -> Step:
     return running(*jax_parts(our_lora(CASES["qv"])))
 
 
-def jax_step(method, example: dict) -> tuple[Step, dict[str, float]]:
+def jax_step(method, example: dict, **options) -> tuple[Step, dict[str, float]]:
     """Our step, compiled for batches shaped as ``example``; with compile seconds and compiled MiB."""
-    step, state, frozen = jax_parts(method)
+    step, state, frozen = jax_parts(method, **options)
     begin = time.perf_counter()
     compiled = step.lower(state, frozen, stacked(example)).compile()
     memory = compiled.memory_analysis()
@@ -99,13 +99,14 @@ def jax_step(method, example: dict) -> tuple[Step, dict[str, float]]:
     return running(compiled, state, frozen), facts
 
 
-def torch_step(config, folder: str) -> Step:
-    """Hugging Face peft's step on the same weights, read from ``folder``; without a ``config`` all parameters train."""
+def torch_step(config, folder: str, **options) -> Step:
+    """Hugging Face peft's step on the same weights, read from ``folder`` with ``options``; without a ``config`` all
+    parameters train."""
     import peft
     import torch
     import transformers
 
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     model = base if config is None else peft.get_peft_model(base, config)
     model.train()
     leaves = [leaf for leaf in model.parameters() if leaf.requires_grad]

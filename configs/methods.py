@@ -33,8 +33,10 @@ def _lora() -> dict:
         "use_rslora": False,
         "bias": "none",  # none, all, lora_only
         "modules_to_save": any_type(None),
-        "init_lora_weights": any_type(True),  # True, False, gaussian, orthogonal, pissa, pissa_niter_4, olora, eva
+        # True, False, gaussian, orthogonal, pissa, pissa_niter_4, olora, eva, loftq
+        "init_lora_weights": any_type(True),
         "eva_config": any_type(None),  # "{'rho': 2.0, 'tau': 0.99, 'whiten': False, 'adjust_scaling_factors': True}"
+        "loftq_config": any_type(None),  # "{'quant_type': 'nf4', 'block_size': 64, 'loftq_iter': 5}"
     }
 
 

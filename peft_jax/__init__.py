@@ -47,6 +47,7 @@ CONTENTS = {
     "unflatten": "tree",
     "KernelAxes": "targets",
     "kernel_axes": "targets",
+    # quantised weights
     "QuantizedArray": "quant",
     "dequantize": "quant",
     "quantize_array": "quant",

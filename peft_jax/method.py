@@ -82,6 +82,22 @@ class Context(InterceptorContext):
     notes: dict[Any, Any]
 
 
+def _pass(next_fun, args, kwargs, context):
+    return next_fun(*args, **kwargs)
+
+
+def _frozen(params: Mapping[str, Any]) -> tree.Tree:
+    return tree.map_paths(lambda path, leaf: FROZEN, params)
+
+
+def _same(params):
+    return params
+
+
+# The base model as it is: nothing is added, nothing trains. Bound, it reads quantised leaves.
+BASE = Method(lambda rng, params, axes=None: params, _pass, _frozen, _same, {"peft_type": "BASE"})
+
+
 def chain(*methods: Method) -> Method:
     """Several methods as one; the first is applied first. A leaf trains where any of them says so, one that a
     method added only where that method does.

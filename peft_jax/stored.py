@@ -79,6 +79,10 @@ def _as_it_is(config, flat):
     return config, flat
 
 
+def _never(config, flat) -> str:
+    return ""
+
+
 class Format(NamedTuple):
     """How one kind of adapter is stored.
 
@@ -94,6 +98,7 @@ class Format(NamedTuple):
         ``where`` for a value that is not supported.
       claims: ``(config file's content) -> bool``, where several methods share a ``peft_type``.
       plain: ``(config, flat params) -> (config, flat params)`` without what only training needed, before saving.
+      refuses: ``(config, flat params) -> why`` these parameters are no adapter of a base that others have, or ``""``.
     """
 
     kind: str
@@ -105,6 +110,7 @@ class Format(NamedTuple):
     read: Callable[[Mapping[str, Any], str], dict[str, Any]] = _as_given
     claims: Callable[[Mapping[str, Any]], bool] = _always
     plain: Callable[..., tuple] = _as_it_is
+    refuses: Callable[..., str] = _never
 
 
 def no_place(paths: Sequence[str], kind: str) -> PeftJaxError:

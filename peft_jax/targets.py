@@ -71,7 +71,7 @@ def kernel_axes(model: nn.Module, params: Mapping[str, Any], *inputs, **kwargs) 
 
 def _input_count(module: nn.Module) -> int:
     """How many leading axes of a module's kernel are inputs; 0 where that is not known."""
-    if isinstance(module, nn.Einsum):
+    if isinstance(module, nn.Einsum) and module.einsum_str:
         return _einsum_inputs(module.einsum_str.replace(" ", "").replace("...", ""))
     if isinstance(module, nn.Dense | nn.Embed):
         return 1

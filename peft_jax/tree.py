@@ -89,8 +89,8 @@ def combine(*trees: Mapping[str, Any]) -> Tree:
 
 
 def count(tree: Any) -> int:
-    """Elements of all leaves."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+    """Elements of all leaves; of a quantised one those of the array that it stands for."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree, is_leaf=lambda node: hasattr(node, "size")))
 
 
 def nbytes(tree: Any) -> int:

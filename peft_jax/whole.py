@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import targets, tree
+from peft_jax import quant, targets, tree
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.method import FROZEN, TRAINABLE, check_leaves
 from peft_jax.stored import PREFIX, Naming, Slot
@@ -44,6 +44,8 @@ def init(method: str, params: Mapping[str, Any], axes, wanted: Wanted, required:
         on = np.array([wanted(path, module) for module in targets.module_names(folder, stacks[folder])], bool)
         if not on.any():
             continue
+        if quant.is_leaf(leaf):
+            raise quant.cannot_train(path, leaf)
         if not isinstance(leaf, jax.Array | np.ndarray) or not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise PeftJaxError(f"'{path}' cannot train: it is no plain array of floating-point numbers. Leave it out.")
         mark = f"{method}/{path.replace('/', '.')}"

@@ -53,6 +53,9 @@ def save_adapter(folder: str | os.PathLike, method: Method, params: Mapping[str,
         if part.stored is None and (part is method or _trained(part, params, tree.flatten(params))):
             raise PeftJaxError(f"save_adapter: {part.config['peft_type']} has no adapter file: save the whole model "
                                "with save_pretrained(folder, model, method.merge(params)) instead.")
+    if why := _refused(parts, params):
+        raise PeftJaxError(f"save_adapter: {why}: save the whole model with save_pretrained(folder, model, "
+                           "method.merge(params)) instead.")
     family = _family_of(model)
     stated, tensors = [], {}
     for part in [part for part in parts if part.stored is not None]:
@@ -68,9 +71,16 @@ def save_adapter(folder: str | os.PathLike, method: Method, params: Mapping[str,
     _write(Path(folder), tensors, stated[0] if len(stated) == 1 else {"peft_type": "CHAIN", "methods": stated})
 
 
-def is_stored(method: Method) -> bool:
-    """Whether there is an adapter file for the method; of a plain full one the whole model is saved instead."""
-    return any(part.stored is not None for part in method.parts or (method,))
+def is_stored(method: Method, params: Mapping[str, Any]) -> bool:
+    """Whether ``params`` have an adapter file; of a plain full method the whole model is saved instead."""
+    parts = method.parts or (method,)
+    return any(part.stored is not None for part in parts) and not _refused(parts, params)
+
+
+def _refused(parts, params) -> str:
+    """Why the parameters are no adapter of a base that others have, "" where they are one."""
+    flat = tree.flatten(params)
+    return next((why for part in parts if part.stored and (why := part.stored.refuses(part.config, flat))), "")
 
 
 def _trained(method: Method, params, flat) -> list[str]:
@@ -187,7 +197,7 @@ def _whole(family: Family | None, table: names.Table | None, flat, path: str) ->
     """The tensors of a leaf that trains as a whole, by name."""
     if table is None:
         return {path.replace("/", "."): Slot(path)}
-    placed = names.tensors(table, [path], len(flat[path]))
+    placed = names.tensors(table, [path], flat[path].shape[0])
     found = {name: Slot(path, partial(_part, place)) for name, place in placed.items()}
     if path == family.tied and _follows(family, flat):  # tied: peft stores it under both names
         found["lm_head.weight"] = Slot(path)

@@ -16,8 +16,9 @@ import numpy as np
 from peft_jax import quant
 from peft_jax.errors import PeftJaxError
 from peft_jax.quant import codes
-from peft_jax.quant.codecs import BLOCKS
-from peft_jax.quant.leaf import NESTED, grid
+from peft_jax.quant.codecs import BLOCK_SIZES
+from peft_jax.quant.decode import GROUP
+from peft_jax.quant.leaf import is_flat
 
 _STATE = ".quant_state.bitsandbytes__"
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -40,26 +41,27 @@ class Packed(NamedTuple):
         """The entry of a stack, buffers in numpy. Raises ``PeftJaxError`` where parts do not fit each other."""
         outputs, inputs = self.shape
         block, kind = self.state["blocksize"], self.state["quant_type"]
-        layout = grid((inputs,), (outputs,), block, False)
-        count = layout.rows * layout.blocks
-        self._check_table("quant_map", codes.TABLES[kind])
-        packed = self._part("", np.uint8, layout.rows * -(-layout.columns // 2)).reshape(layout.rows, -1)
+        rows = 1 if is_flat(kind, inputs, block) else outputs
+        count = rows * -(-inputs * outputs // rows // block)
+        self._check_table("quant_map", codes.table(kind))
+        packed = self._part("", np.uint8, -(-inputs * outputs // 2)).reshape(rows, -1)
         double = "nested_absmax" in self.parts
-        scales = self._part("absmax", np.uint8 if double else np.float32, count).reshape(layout.rows, layout.blocks)
+        scales = self._part("absmax", np.uint8 if double else np.float32, count).reshape(rows, -1)
         nested, mean = self._nested(count) if double else (None, None)
-        return quant.QuantizedArray(packed, scales, None, nested, mean, kind, block, (inputs,), (outputs,))
+        return quant.QuantizedArray(packed, scales, nested, mean, quant_type=kind, block_size=block, inputs=(inputs,),
+                                    outputs=(outputs,))
 
     def _nested(self, count):
         self._check_table("nested_quant_map", codes.dynamic())
-        if self.state.get("nested_blocksize") != NESTED or not _is_number(self.state.get("nested_offset")):
+        if self.state.get("nested_blocksize") != GROUP or not _is_number(self.state.get("nested_offset")):
             raise self._damaged(f"scales in blocks of {self.state.get('nested_blocksize')} with the mean "
-                                f"{self.state.get('nested_offset')}, and only blocks of {NESTED} with a mean are read")
-        return (self._part("nested_absmax", np.float32, -(-count // NESTED)),
+                                f"{self.state.get('nested_offset')}, and only blocks of {GROUP} with a mean are read")
+        return (self._part("nested_absmax", np.float32, -(-count // GROUP)),
                 np.asarray(self.state["nested_offset"], np.float32))
 
     def _part(self, part, dtype, size) -> np.ndarray:
         if part not in self.parts:
-            raise self._damaged(f"no {part}")
+            raise self._damaged(f"no {part or 'codes'}")
         value = self.parts[part].read().reshape(-1)
         if part == "":  # kept in another dtype by bnb_4bit_quant_storage
             value = value.view(np.uint8)
@@ -123,9 +125,9 @@ def _state(name, found, settings) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise PeftJaxError(f"'{name}' holds no quant_state as bitsandbytes writes it: fetch it again.") from error
     wanted = settings.get("bnb_4bit_quant_type", kind)
-    if not whole or type(block) is not int or block not in BLOCKS or kind not in ("nf4", "fp4"):
+    if not whole or type(block) is not int or block not in BLOCK_SIZES or kind not in ("nf4", "fp4"):
         raise PeftJaxError(f"'{name}' says {kind} in blocks of {block} for a weight of shape {shape}, and only nf4 and "
-                           f"fp4 matrices in blocks of {', '.join(map(str, BLOCKS))} are read: {_INSTEAD}.")
+                           f"fp4 matrices in blocks of {', '.join(map(str, BLOCK_SIZES))} are read: {_INSTEAD}.")
     if kind != wanted or not name.endswith(kind):
         raise PeftJaxError(f"'{name}' says {kind}, and config.json {wanted}: fetch the checkpoint again.")
     return state

@@ -50,7 +50,8 @@ class Block(NamedTuple):
         codes, scales = self._ordered(found.reshape(self.shape[0], -1)), self._ordered(floats[..., 0])
         offsets = self._ordered(floats[..., 1]) if halves == 2 else None
         inputs, outputs = (self.shape[:1], self.shape[1:]) if self.by_rows else (self.shape[1:], self.shape[:1])
-        return quant.QuantizedArray(codes, scales, offsets, None, None, kind, _BLOCK, inputs, outputs, self.by_rows)
+        return quant.QuantizedArray(codes, scales, offsets=offsets, quant_type=kind, block_size=_BLOCK, inputs=inputs,
+                                    outputs=outputs, by_rows=self.by_rows)
 
     def _ordered(self, rows):
         return gguf.unpermute(rows, self.heads) if self.heads else rows

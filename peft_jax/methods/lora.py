@@ -21,8 +21,19 @@ from flax import linen as nn
 from peft_jax import arguments, beside, targets, tree
 from peft_jax.lowrank import branch, delta
 from peft_jax.method import Method
-from peft_jax.methods import biases, eva, lora_init
-from peft_jax.methods.lora_file import ARGUMENTS, LEAVES, SILENT, START, check_split, fields, plain, read, slots
+from peft_jax.methods import biases, eva, loftq, lora_init
+from peft_jax.methods.lora_file import (
+    ARGUMENTS,
+    LEAVES,
+    SILENT,
+    START,
+    check_split,
+    fields,
+    plain,
+    read,
+    refuses,
+    slots,
+)
 from peft_jax.methods.lora_init import ranks, scalings
 from peft_jax.stored import Format
 from peft_jax.targets import Patterns
@@ -33,7 +44,7 @@ def lora(r: int = 8, lora_alpha: float = 8, target_modules: Patterns = ("q_proj"
          layers_pattern: Patterns = None, rank_pattern: Mapping[str, int] | None = None,
          alpha_pattern: Mapping[str, float] | None = None, use_rslora: bool = False, bias: str = "none",
          modules_to_save: tuple[str, ...] | None = None, init_lora_weights: bool | str = True,
-         eva_config: Mapping[str, Any] | None = None) -> Method:
+         eva_config: Mapping[str, Any] | None = None, loftq_config: Mapping[str, Any] | None = None) -> Method:
     """LoRA with the arguments, meanings and defaults of Hugging Face peft's ``LoraConfig``.
 
     Args:
@@ -52,8 +63,10 @@ def lora(r: int = 8, lora_alpha: float = 8, target_modules: Patterns = ("q_proj"
         default).
       init_lora_weights: True for A uniform within 1/sqrt(in), "gaussian" for A normal with deviation 1/r; "orthogonal",
         "pissa", "pissa_niter_4" and "olora" as in lora_init.py; "eva" as in eva.py, for which ``prepare`` sees data
-        first; False for A and B both uniform (not the base model at the start; for tests).
+        first; "loftq" as in loftq.py, which quantises the kernel; False for A and B both uniform (not the base model at
+        the start; for tests).
       eva_config: ``{"rho", "tau", "whiten", "adjust_scaling_factors"}``, of peft's ``EvaConfig``.
+      loftq_config: ``{"quant_type", "block_size", "double_quant"}``, as of ``quantize``, and ``"loftq_iter"``.
 
     Returns a :class:`Method`. Leaves are float32 whatever the base's dtype; the branch computes in the module's.
 
@@ -90,15 +103,16 @@ def _check(config: Mapping[str, Any]) -> None:
     arguments.check_choice("bias", config["bias"], biases.OF_LORA)
     lora_init.check(config["init_lora_weights"])
     eva.check(config["eva_config"])
+    loftq.check(config["loftq_config"])
 
 
 def init(config, leaves: Callable[..., Mapping[str, jax.Array]], trains: Callable[[str, Mapping], bool], rng, params,
          axes=None, holders: Sequence[str] = targets.HOLDERS, first: str = "") -> tree.Tree:
     """``params`` with ``leaves(key, target, kernel)`` beside the kernels and embeddings that ``config`` chooses.
 
-    ``first`` as of :func:`beside.init`; a start that splits the kernel is such a method, too.
+    ``first`` as of :func:`beside.init`; a start that splits or quantises the kernel is such a method, too.
     """
-    if lora_init.splits(config["init_lora_weights"]):
+    if lora_init.changes(config["init_lora_weights"]):
         first = first or f"init_lora_weights={config['init_lora_weights']!r}"
     return biases.init(config, leaves, trains, "lora_scaling", rng, params, axes, holders=holders, first=first)
 
@@ -106,14 +120,18 @@ def init(config, leaves: Callable[..., Mapping[str, jax.Array]], trains: Callabl
 def leaves(config, key, target, kernel, given: Mapping[str, Any] | None = None) -> dict[str, jax.Array]:
     """``lora_a``, ``lora_b`` and ``lora_scaling`` of one target; A from ``given``, by path, where it is there.
 
-    A start that splits the kernel brings ``lora_a0``, ``lora_b0`` and the rest of the kernel with it.
+    A start that splits the kernel brings ``lora_a0``, ``lora_b0`` and the rest of the kernel with it, one that
+    quantises it the quantised kernel.
     """
     _, stack, inputs, outputs = target.axes
     each, scaling = (of(config, target.names).reshape(stack) for of in (ranks, scalings))
     how = config["init_lora_weights"] if target.leaf == "kernel" else bool(config["init_lora_weights"])
-    a, b = lora_init.start(how, target, key, kernel, each, scaling, (given or {}).get(target.path))
+    a, b, *held = lora_init.start(how, target, key, kernel, each, scaling, (given or {}).get(target.path),
+                                  config["loftq_config"])
     new = {"lora_a": a.reshape(*stack, *inputs, -1), "lora_b": b.reshape(*stack, -1, *outputs),
            "lora_scaling": jnp.asarray(scaling)}
+    if held:
+        return new | {target.leaf: held[0]}
     if lora_init.splits(config["init_lora_weights"]):
         rest = kernel.astype(jnp.float32) - delta(*new.values())
         new |= {"lora_a0": new["lora_a"], "lora_b0": new["lora_b"], target.leaf: rest.astype(kernel.dtype)}
@@ -187,4 +205,4 @@ def padding(config, params, trained: Sequence[str] = LEAVES[:2]) -> int:
 
 
 FORMAT = Format("LORA", lora, ARGUMENTS, slots, fields, SILENT, read,
-                lambda given: not given.get("use_dora"), plain)
+                lambda given: not given.get("use_dora"), plain, refuses)

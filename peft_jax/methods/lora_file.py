@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from peft_jax import arguments, beside, targets, tree, whole
+from peft_jax import arguments, beside, quant, targets, tree, whole
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import FROZEN, Method
-from peft_jax.methods import lora_init
+from peft_jax.methods import loftq, lora_init
 from peft_jax.methods.lora_init import ranks, scalings
 from peft_jax.stored import PREFIX, Naming, Slot
 
@@ -48,7 +48,7 @@ def check_split(flat) -> None:
 def plain(config, flat):
     """As a plain LoRA on the base as it was: of double rank where a part of the kernels was split off."""
     check_scalings(config, flat, "lora_scaling")
-    single = {**config, "init_lora_weights": True, "eva_config": None}
+    single = {**config, "init_lora_weights": True, "eva_config": None, "loftq_config": None}
     if not lora_init.splits(config["init_lora_weights"]):
         return single, flat
     double, flat = lora_init.doubled(single), dict(flat)
@@ -59,6 +59,16 @@ def plain(config, flat):
         a, b = lora_init.difference(*pairs, ranks(config, names).reshape(held.shape))
         flat |= dict(zip([path + leaf for leaf in LEAVES], (a, b, scalings(double, names).reshape(held.shape))))
     return double, flat
+
+
+def refuses(config, flat) -> str:
+    """Where what was quantised is not the base's own kernel but what the start left of it, no other base has that."""
+    if not loftq.keeps_base(config["init_lora_weights"], config["loftq_config"]):
+        return "LoftQ of several rounds gives a quantised base of its own"
+    for folder in beside.folders(flat, START[0]):
+        if quant.is_leaf(flat.get(f"{folder}kernel")):
+            return f"'{folder}kernel' was quantised after {config['init_lora_weights']} took a part out of it"
+    return ""
 
 
 def as_plain(method: Method, params, what: str) -> tuple[dict[str, Any], dict[str, Any]]:

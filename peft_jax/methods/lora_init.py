@@ -7,9 +7,11 @@ For W (in, out) and the scale s:
     "pissa"             A = U sqrt(S / s), B = sqrt(S / s) V, of the r largest singular values: W = U S V
                         (PiSSA, arXiv 2404.02948, eqs. 2 to 4); "pissa_niter_N" by a randomised SVD with N iterations
     "olora"             A = R[:r]^T, B = Q[:, :r]^T, of the QR decomposition W^T = Q R (OLoRA, arXiv 2406.01775)
+    "loftq"             see loftq.py
 
-The last two split the kernel: W - s A B is what stays frozen, so that the start is the base model to rounding. Such an
-adapter is stored as what it adds to the base as it was, s A B - s A0 B0: a plain LoRA of rank 2 r, as peft converts it.
+"pissa" and "olora" split the kernel: W - s A B is what stays frozen, so that the start is the base model to rounding.
+Such an adapter is stored as what it adds to the base as it was, s A B - s A0 B0: a plain LoRA of rank 2 r, as peft
+converts it.
 """
 
 import math
@@ -21,10 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import beside, targets
+from peft_jax import beside, quant, targets
 from peft_jax.errors import PeftJaxError, nearest
+from peft_jax.methods import loftq
 
-NAMES = (True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva")
+NAMES = (True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva", "loftq")
 _NITER = re.compile(r"pissa_niter_(\d+)")
 
 
@@ -53,14 +56,25 @@ def splits(how: bool | str) -> bool:
     return how == "olora" or str(how).startswith("pissa")
 
 
-def start(how, target, key, kernel, ranks, scaling, given) -> tuple[jax.Array, jax.Array]:
+def changes(how: bool | str) -> bool:
+    """Whether the start depends on the kernel's values, and changes them."""
+    return splits(how) or how == loftq.NAME
+
+
+def start(how, target, key, kernel, ranks, scaling, given, loftq_config=None) -> tuple[Any, ...]:
     """A (*stack, in, r) and B (*stack, r, out) of a target for ``ranks`` and ``scaling`` (*stack), r the largest rank.
 
-    Zero beyond each layer's own rank. ``given`` is A for "eva". Raises ``PeftJaxError`` for ranks that do not fit.
+    Zero beyond each layer's own rank. ``given`` is A for "eva". For "loftq" the quantised kernel is third. Raises
+    ``PeftJaxError`` for ranks that do not fit, and a kernel that is quantised already.
     """
     _, stack, inputs, outputs = target.axes
     shape = (*stack, math.prod(inputs), math.prod(outputs))
+    if changes(how) and quant.is_leaf(kernel):
+        raise PeftJaxError(f"init_lora_weights={how!r} on '{target.path}' needs the plain kernel, and it is quantised: "
+                           f"put the LoRA in front, chain(lora(init_lora_weights={how!r}), quantize(...)).")
     _check_fits(how, target, ranks, scaling, given, min(shape[-2:]))
+    if how == loftq.NAME:
+        return loftq.start(loftq_config, target, kernel, ranks, scaling)
     if target.leaf == "embedding":
         a, b = _embedding(how, key, shape, ranks)
     elif how == "eva":
@@ -77,9 +91,9 @@ def _check_fits(how, target, ranks, scaling, given, most) -> None:
     where = f"init_lora_weights={how!r} on '{target.path}'"
     if how == "eva" and given is None:
         raise PeftJaxError(f"{where} needs to see data first: method = method.prepare(model, params, batches).")
-    if splits(how) and ranks.max() > most:
+    if changes(how) and ranks.max() > most:
         raise PeftJaxError(f"{where}: its kernel has {most} singular values, so a rank of {ranks.max()} is too high.")
-    if splits(how) and (scaling[ranks > 0] <= 0).any():
+    if changes(how) and (scaling[ranks > 0] <= 0).any():
         raise PeftJaxError(f"{where}: lora_alpha must be above 0, the kernel's part is divided by it.")
     if how == "orthogonal" and (ranks % 2).any():
         raise PeftJaxError(f"{where}: every rank must be even, one is {ranks[ranks % 2 > 0][0]}.")

@@ -13,7 +13,7 @@ from typing import Any
 
 from peft_jax import arguments, quant, targets, tree
 from peft_jax.errors import PeftJaxError
-from peft_jax.method import FROZEN, Method
+from peft_jax.method import BASE, Method
 from peft_jax.targets import Patterns, Target
 
 SELECTION = ("target_modules", "exclude_modules")
@@ -45,7 +45,7 @@ def quantize(quant_type: str = "nf4", block_size: int | None = 64, double_quant:
     quant.check(quant_type, block_size, double_quant)
     for name in SELECTION:
         arguments.check_modules(name, config[name])
-    return Method(partial(_init, config), _intercept, _labels, _merge, config, convert=partial(_convert, config))
+    return BASE._replace(init=partial(_init, config), merge=_merge, config=config, convert=partial(_convert, config))
 
 
 def _selection(config) -> dict[str, Any]:
@@ -70,8 +70,9 @@ def _quantized(config, target: Target, path: str, leaf) -> quant.QuantizedArray:
         return leaf
     try:
         return quant.quantize_array(leaf, config["quant_type"], block_size=config["block_size"],
-                                    double_quant=config["double_quant"], inputs=target.axes.inputs,
-                                    outputs=target.axes.outputs, by_rows=target.leaf == "embedding")
+                                    double_quant=config["double_quant"], stack=target.axes.stack,
+                                    inputs=target.axes.inputs, outputs=target.axes.outputs,
+                                    by_rows=target.leaf == "embedding")
     except PeftJaxError as error:
         raise PeftJaxError(f"'{path}': {error}") from error
 
@@ -93,15 +94,6 @@ def _convert(config, path: str, array, axes: targets.KernelAxes, names) -> Any:
     if not wanted or not any(map(meant, names)):
         return array
     return _quantized(config, Target(module, axes, tuple(names), leaf), path, array)
-
-
-def _intercept(next_fun, args, kwargs, context):
-    """Nothing: :func:`peft_jax.bind` reads quantised leaves."""
-    return next_fun(*args, **kwargs)
-
-
-def _labels(params: Mapping[str, Any]) -> tree.Tree:
-    return tree.map_paths(lambda path, leaf: FROZEN, params)
 
 
 def _merge(params: Mapping[str, Any]) -> tree.Tree:

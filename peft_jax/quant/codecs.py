@@ -1,156 +1,159 @@
-"""To codes and back. Arithmetic is float32, in the order in which bitsandbytes does it, so that the bits agree."""
+"""From numbers to codes: NF4, bitsandbytes' FP4, int4 and int8, in float32 and with bitsandbytes' roundings.
 
-from collections.abc import Sequence
-from typing import Any
+QLoRA, arXiv:2305.14314, equations 1 to 6. What each code stands for is in ``codes.py``.
+"""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax import arguments
 from peft_jax.errors import PeftJaxError, nearest
-from peft_jax.quant import codes
-from peft_jax.quant.leaf import NESTED, QuantizedArray, grid
+from peft_jax.quant.codes import LARGEST, QUANT_TYPES, dynamic, midpoints, steps
+from peft_jax.quant.decode import GROUP, rounded
+from peft_jax.quant.leaf import QuantizedArray, is_flat, matrix
 
-BLOCKS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-
-
-def check(quant_type: str, block_size: int | None, double_quant: bool) -> None:
-    """Raise ``PeftJaxError`` unless the three make a codec."""
-    if quant_type not in codes.TYPES:
-        raise PeftJaxError(f"quant_type={quant_type!r}: {nearest(str(quant_type), codes.TYPES)}")
-    if block_size is not None and (isinstance(block_size, bool) or block_size not in BLOCKS):
-        raise PeftJaxError(f"block_size={block_size!r}: give one of {', '.join(map(str, BLOCKS))}, or None for one "
-                           "scale an output channel.")
-    if not isinstance(double_quant, bool):
-        raise PeftJaxError(f"double_quant={double_quant!r}: give True or False.")
-    if double_quant and quant_type not in codes.ABSMAX:
-        raise PeftJaxError(f"double_quant=True with quant_type={quant_type!r}: only scales without offsets are "
-                           f"quantised again: take one of {', '.join(codes.ABSMAX)}.")
+BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+# Below it a block counts as zeros: 127 / absmax would overflow.
+TINY = 1e-36
+HUGE = 1e37
 
 
-def quantize_array(array: Any, quant_type: str = "nf4", *, block_size: int | None = 64, double_quant: bool = False,
-                   inputs: Sequence[int] | None = None, outputs: Sequence[int] | None = None,
-                   by_rows: bool = False) -> QuantizedArray:
-    """A weight (*stack, *inputs, *outputs) of any floating dtype as a quantised leaf.
+def quantize_array(array, quant_type: str = "nf4", *, block_size: int | None = 64, double_quant: bool = False,
+                   stack=None, inputs=None, outputs=None, by_rows: bool = False) -> QuantizedArray:
+    """Quantise an array (*stack, *inputs, *outputs) of floats; works under ``jit`` and ``eval_shape``.
 
-    Args:
-      quant_type: "nf4" (arXiv 2305.14314), "fp4" (bitsandbytes'), "int4" (symmetric, -7..7 by the largest magnitude: a
-        value of either sign is then exact, -8 stands only in files of others), "int4_affine" (scale and offset), "int8"
-        (symmetric, -127..127).
-      block_size: how many values along the inputs share a scale; ``None``: all of an output.
-      double_quant: the scales, less their mean, as 8-bit codes in blocks of 256 (the paper's section 3).
-      inputs, outputs: sizes of its axes; by default the last two axes are one each.
-      by_rows: an embedding: values that share a scale run along the outputs, as in torch's (ids, width).
+    Without ``stack``, ``inputs`` and ``outputs`` (sizes, as ``KernelAxes`` has them) two axes are (in, out) and three
+    (stack, in, out). ``by_rows`` is for embeddings: (vocab, hidden), blocks along hidden.
 
-    ``nf4`` and ``fp4`` give the bytes and scales of ``bitsandbytes`` for ``array.T``. Works on shapes under
-    ``jax.eval_shape``, and under ``jit``.
+    quant_type:
+      "nf4", "fp4"   the nearest of sixteen values times the block's largest magnitude, as in bitsandbytes: codes,
+                     scales and what they decode to equal its CPU's bit by bit.
+      "int4"         w = scale * code, codes from -7 to 7: the scale is absmax / 7. -8 is left out, so that quantising
+                     -w gives minus the codes of w and no bias; leaves read from GGUF's Q4_0 use it.
+      "int4_affine"  w = offset + scale * code, codes from 0 to 15: offset is the smallest of the block and scale a
+                     15th of its range.
+      "int8"         w = scale * code, codes from -127 to 127: the scale is absmax / 127.
+    block_size: 16, 32, ..., 4096 values along the inputs; ``None`` or 0 is per channel, one block an output.
+    double_quant: keep the scales in 8 bits, in groups of 256 (not the offsets of "int4_affine", which stay float32).
 
-    >>> leaf = quantize_array(jnp.linspace(-1, 1, 128).reshape(64, 2))
-    >>> leaf.shape, leaf.codes.shape, leaf.scales.shape, float(abs(dequantize(leaf)[0, 0]))
-    ((64, 2), (2, 32), (2, 1), 1.0)
+    Raises ``PeftJaxError`` for an unknown type or block size, arrays that are not floats, sizes that do not fit, and,
+    where the values are known, NaN or infinite ones.
 
-    Raises ``PeftJaxError`` for an unknown type or block size, an array that is no floating one, has infinite values or
-    NaN, or does not end in the axes.
+    >>> leaf = quantize_array(jnp.ones((128, 64)), double_quant=True)
+    >>> leaf, leaf.codes.shape, leaf.scales.shape
+    (QuantizedArray(nf4, 128x64 float32, block 64, double_quant), (64, 64), (64, 2))
     """
     check(quant_type, block_size, double_quant)
-    inputs, outputs = _axes(array, inputs, outputs)
-    stack = array.shape[:array.ndim - len(inputs) - len(outputs)]
-    _check_values(array)
-    layout = grid(inputs, outputs, block_size or 0, by_rows)
-    matrix = jnp.asarray(array).astype(jnp.float32).reshape(*stack, int(np.prod(inputs)), int(np.prod(outputs)))
-    matrix = matrix if by_rows else jnp.swapaxes(matrix, -1, -2)
-    blocks = _in_blocks(matrix.reshape(*stack, layout.rows, layout.columns), layout)
-    rest = layout.columns % layout.block != 0
-    found, scales, offsets = _affine(blocks) if quant_type == "int4_affine" else _symmetric(blocks, quant_type, rest)
-    found = found.reshape(*stack, layout.rows, -1)[..., :layout.columns]
-    nested, mean = None, None
+    _check(array)
+    stack, inputs, outputs = _sizes(array, stack, inputs, outputs)
+    children = _encode(array, quant_type, block_size or 0, bool(double_quant), stack, inputs, outputs, bool(by_rows))
+    finite = children.pop("finite")
+    if not isinstance(finite, jax.core.Tracer) and not finite:
+        _raise_not_finite(array)
+    return QuantizedArray(**children, quant_type=quant_type, block_size=block_size or 0, inputs=inputs,
+                          outputs=outputs, by_rows=bool(by_rows), plain_dtype=str(_float_dtype(array)))
+
+
+@partial(jax.jit, static_argnums=range(1, 8))
+def _encode(array, quant_type, block_size, double_quant, stack, inputs, outputs, by_rows) -> dict:
+    """The leaf's children, and whether all is finite (of the values too: XLA's maximum passes over NaN)."""
+    rows, columns = matrix(inputs, outputs, by_rows)
+    values = jnp.asarray(array, jnp.float32).reshape(*stack, *((rows, columns) if by_rows else (columns, rows)))
+    finite = jnp.isfinite(values).all()
+    values = values if by_rows else jnp.swapaxes(values, -1, -2)
+    block = block_size or columns
+    if is_flat(quant_type, columns, block):
+        values = values.reshape(*stack, 1, rows * columns)
+    codes, scales, offsets = (_affine if quant_type == "int4_affine" else _symmetric)(values, quant_type, block)
+    children = {"codes": _pack(codes, values.shape[-1], quant_type), "scales": scales, "offsets": offsets}
+    if quant_type == "int4_affine":
+        finite &= jnp.isfinite(15 * scales).all()
     if double_quant:
-        scales, nested, mean = _nest(scales, stack)
-    packed = found.astype(jnp.int8) if quant_type == "int8" else _pack(found, quant_type)
-    return QuantizedArray(packed, scales, offsets, nested, mean, quant_type, block_size or 0, inputs, outputs, by_rows,
-                          jnp.dtype(array.dtype).name)
+        children |= _quantize_scales(scales)
+        finite &= jnp.isfinite(children["nested"]).all()
+    return children | {"finite": finite}
 
 
-def _axes(array, inputs, outputs) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    shape = tuple(getattr(array, "shape", ()))
-    if not jnp.issubdtype(getattr(array, "dtype", np.dtype(object)), jnp.floating):
-        raise PeftJaxError(f"only arrays of floating-point numbers can be quantised, this is {type(array).__name__} "
-                           f"{getattr(array, 'dtype', '')}: dequantize() it first if it is quantised.")
-    inputs, outputs = tuple(inputs or shape[-2:-1]), tuple(outputs or shape[-1:])
-    last = (*inputs, *outputs)
-    if len(shape) < 2 or shape[len(shape) - len(last):] != last or 0 in shape:
-        raise PeftJaxError(f"an array {shape} does not end in inputs {inputs} and outputs {outputs}: kernels have two "
-                           "axes or more.")
-    return inputs, outputs
+def _blocks(values, block: int, mode: str):
+    """(..., blocks, block), the last one padded."""
+    padding = -values.shape[-1] % block
+    values = jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, padding)], mode=mode) if padding else values
+    return values.reshape(*values.shape[:-1], -1, block)
 
 
-def _check_values(array) -> None:
-    if isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct):
-        return
-    if not bool(jnp.isfinite(array).all()):
-        raise PeftJaxError(f"an array {tuple(array.shape)} has infinite values or NaN, which no code stands for: look "
-                           "where the weights come from.")
-
-
-def _in_blocks(matrix, layout):
-    """(*stack, R, C) as (*stack, R, K, block), a short last block filled with zeros."""
-    short = layout.blocks * layout.block - layout.columns
-    if short:
-        matrix = jnp.pad(matrix, [(0, 0)] * (matrix.ndim - 1) + [(0, short)])
-    return matrix.reshape(*matrix.shape[:-1], layout.blocks, layout.block)
-
-
-def _symmetric(blocks, quant_type, rest):
-    """(codes, scales, None) of blocks (..., K, block); ``rest``: the last one is short, which bitsandbytes divides."""
+def _symmetric(values, quant_type: str, block: int):
+    """Codes (..., blocks, block), scales (..., blocks), and no offsets."""
+    blocks = _blocks(values, block, "constant")
     absmax = jnp.abs(blocks).max(-1)
-    if quant_type in ("int4", "int8"):
-        scales = absmax / np.float32(codes.ABSMAX[quant_type])
-        return jnp.round(blocks * _inverse(scales)) + (8 if quant_type == "int4" else 0), scales, None
-    scaled = blocks * _inverse(absmax)
-    if rest:
-        scaled = scaled.at[..., -1, :].set(blocks[..., -1, :] / jnp.where(absmax[..., -1:] > 0, absmax[..., -1:], 1))
-    scaled, table = jnp.clip(scaled, -1, 1), codes.TABLES[quant_type]
-    order = np.argsort(table, kind="stable")
-    bounds = (table[order[:-1]] + table[order[1:]]) / np.float32(2)
+    if quant_type in LARGEST:
+        most = LARGEST[quant_type]
+        rounded = jnp.round(blocks * jnp.where(absmax > TINY, most / absmax, 0)[..., None])
+        codes = jnp.clip(rounded, -most, most).astype(jnp.int8)
+        return codes if quant_type == "int8" else (codes + 8).astype(jnp.uint8), absmax * (1 / most), None
+    # Exact; without it the inverse of a huge number is subnormal, which XLA flushes to 0.
+    less = jnp.where(absmax > HUGE, 2.0**-10, 1)
+    scaled = (blocks * less[..., None]) * jnp.where(absmax > 0, 1 / (absmax * less), 0)[..., None]
+    if values.shape[-1] % block:
+        scaled, absmax = _as_a_remainder(blocks, scaled, absmax)
+    bounds, order = steps(quant_type)
     place = sum((scaled > bound).astype(jnp.uint8) for bound in bounds)
-    return jnp.asarray(order.astype(np.uint8))[place], absmax, None
+    return place if (order == np.arange(16)).all() else jnp.asarray(order)[place], absmax, None
 
 
-def _affine(blocks):
-    """(codes, scales, offsets): from the least value of a block to the largest in 15 steps."""
+def _as_a_remainder(blocks, scaled, absmax):
+    """bitsandbytes' last block, where it is not whole: divided, not multiplied by the inverse; a scale of 0 is 1e-38.
+
+    The barrier keeps XLA from making a product with the inverse of it; 1e-38 is chosen as bits, since as a float it is
+    subnormal and XLA flushes it to 0.
+    """
+    last = absmax[..., -1:]
+    divisor = jnp.where(last > 0, last, 1)[..., None]
+    divisor = jax.lax.optimization_barrier(jnp.broadcast_to(divisor, blocks[..., -1:, :].shape))
+    scaled = scaled.at[..., -1:, :].set(blocks[..., -1:, :] / divisor)
+    bits = jnp.where(last > 0, jax.lax.bitcast_convert_type(last, jnp.int32), np.float32(1e-38).view(np.int32))
+    return scaled, absmax.at[..., -1:].set(jax.lax.bitcast_convert_type(bits, jnp.float32))
+
+
+def _affine(values, quant_type: str, block: int):
+    """Codes (..., blocks, block), scales and offsets (..., blocks)."""
+    blocks = _blocks(values, block, "edge")
     low, high = blocks.min(-1), blocks.max(-1)
-    scales = (high - low) / np.float32(15)
-    return jnp.clip(jnp.round((blocks - low[..., None]) * _inverse(scales)), 0, 15), scales, low
+    scales = high / 15 - low / 15  # a range may overflow, its fifteenth does not
+    inverse = jnp.where(scales > TINY, 1 / scales, 0)
+    codes = jnp.round((blocks - low[..., None]) * inverse[..., None])
+    return jnp.clip(codes, 0, 15).astype(jnp.uint8), scales, low
 
 
-def _inverse(scales):
-    """1 / scales (..., 1), zero for a block of zeros."""
-    return jnp.where(scales > 0, 1 / scales, 0)[..., None]
+def _pack(codes, count: int, quant_type: str):
+    """Codes (..., blocks, block) as the leaf holds them: of ``count``, and an odd one's neighbour."""
+    codes = codes.reshape(*codes.shape[:-2], -1)
+    if quant_type == "int8":
+        return codes[..., :count]
+    if count % 2 and codes.shape[-1] == count:
+        codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 1)])
+    codes = codes[..., :count + count % 2]
+    return codes[..., ::2] << 4 | codes[..., 1::2]
 
 
-def _pack(values, quant_type):
-    """uint8 (..., ceil(C / 2)) of codes (..., C), the first of a pair in the high nibble; an odd row ends in a zero."""
-    values = values.astype(jnp.uint8)
-    if values.shape[-1] % 2:
-        zero = int(np.flatnonzero(codes.TABLES[quant_type] == 0)[0])
-        values = jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, 1)], constant_values=zero)
-    return (values[..., ::2] << 4) | values[..., 1::2]
+def _quantize_scales(scales) -> dict:
+    """Double quantisation: the mean taken off, then 8-bit dynamic codes in groups of 256, in the order of the blocks.
 
-
-def _nest(scales, stack):
-    """(8-bit codes, scales of the scales, mean) of scales (*stack, R, K), each entry of the stack by itself."""
-    flat = scales.reshape(*stack, -1)
+    A group of zeros gets code 0, as in bitsandbytes.
+    """
+    front, shape = scales.shape[:-2], scales.shape
+    flat = scales.reshape(*front, -1)
     mean = _mean(flat)
-    short = -flat.shape[-1] % NESTED
-    rest = jnp.pad(flat - mean[..., None], [(0, 0)] * len(stack) + [(0, short)]).reshape(*stack, -1, NESTED)
-    nested = jnp.abs(rest).max(-1)
-    scaled = rest * _inverse(nested)
-    table = codes.dynamic()
-    found = jnp.searchsorted((table[1:] + table[:-1]) / np.float32(2), scaled).astype(jnp.uint8)
-    return found.reshape(*stack, -1)[..., :flat.shape[-1]].reshape(scales.shape), nested, mean
+    groups = _blocks(flat - mean[..., None], GROUP, "constant")
+    nested = jnp.abs(groups).max(-1)
+    scaled = groups * jnp.where(nested > 0, 1 / nested, 0)[..., None]
+    codes = jnp.searchsorted(midpoints(dynamic()), scaled.reshape(-1)).astype(jnp.uint8).reshape(scaled.shape)
+    codes = jnp.where(nested[..., None] > 0, codes, 0).reshape(*front, -1)[..., :flat.shape[-1]]
+    return {"scales": codes.reshape(shape), "nested": nested, "mean": mean}
 
 
-@jax.jit
 def _mean(flat):
     """The mean over the last axis; unlike those of XLA's sums and quotients its bits do not hang on the axes in front.
 
@@ -161,56 +164,52 @@ def _mean(flat):
     while flat.shape[-1] > 1:
         half = flat.shape[-1] // 2
         flat = flat[..., :half] + flat[..., half:]
-    return flat[..., 0] * np.float32(1 / size)
+    return rounded(flat[..., 0] * np.float32(1 / size))
 
 
-def scales_of(leaf: QuantizedArray) -> jax.Array:
-    """The scales (*stack, R, K) in float32."""
-    if not leaf.double_quant:
-        return leaf.scales.astype(jnp.float32)
-    flat = leaf.scales.reshape(*leaf.stack, -1)
-    by = jnp.repeat(leaf.nested, NESTED, axis=-1)[..., :flat.shape[-1]]
-    return (jnp.asarray(codes.dynamic())[flat] * by + leaf.mean[..., None]).reshape(leaf.scales.shape)
+def _float_dtype(array):
+    return jax.dtypes.canonicalize_dtype(array.dtype)
 
 
-def decode(leaf: QuantizedArray, found: jax.Array, scales: jax.Array, offsets: jax.Array | None) -> jax.Array:
-    """float32 (..., C) of the codes of rows and their scales (..., K)."""
-    layout = leaf.grid
-    if leaf.quant_type == "int8":
-        values = found.astype(jnp.float32)
-    else:  # one gather gives both values of a byte, the fastest way on a CPU (DESIGN.md)
-        values = jnp.asarray(codes.pairs(leaf.quant_type))[found].reshape(*found.shape[:-1], -1)
-    if layout.blocks * layout.block != values.shape[-1]:
-        values = _in_blocks(values[..., :layout.columns], layout)
-    values = values.reshape(*scales.shape, layout.block) * scales[..., None]
-    values = values if offsets is None else values + offsets.astype(jnp.float32)[..., None]
-    return values.reshape(*scales.shape[:-1], -1)[..., :layout.columns]
+def check(quant_type: str, block_size: int | None, double_quant: bool) -> None:
+    """Raise ``PeftJaxError`` for what is no codec; see :func:`quantize_array`."""
+    if quant_type not in QUANT_TYPES:
+        raise PeftJaxError(f"quant_type={quant_type!r} is no data type: {nearest(str(quant_type), QUANT_TYPES)}")
+    if (block_size and block_size not in BLOCK_SIZES) or isinstance(block_size, bool):
+        raise PeftJaxError(f"block_size={block_size!r} is none of {', '.join(map(str, BLOCK_SIZES))}, or None, which "
+                           "is per channel.")
+    arguments.check_choice("double_quant", double_quant, (True, False))
 
 
-def matrix(leaf: QuantizedArray) -> jax.Array:
-    """float32 (*stack, outputs, inputs) as torch holds it; of an embedding (*stack, ids, width)."""
-    values = decode(leaf, leaf.codes, scales_of(leaf), leaf.offsets)
-    sizes = int(np.prod(leaf.inputs)), int(np.prod(leaf.outputs))
-    return values.reshape(*leaf.stack, *(sizes if leaf.by_rows else sizes[::-1]))
+def _check(array) -> None:
+    if isinstance(array, QuantizedArray):
+        raise PeftJaxError(f"{array} is quantised already: dequantize it first.")
+    if not (hasattr(array, "dtype") and jnp.issubdtype(array.dtype, jnp.floating)):
+        raise PeftJaxError(f"only arrays of floats are quantised, and this is {getattr(array, 'dtype', type(array))}.")
+    if not array.size:
+        raise PeftJaxError(f"an array of shape {array.shape} has nothing to quantise.")
 
 
-def dequantize(leaf: QuantizedArray, dtype: Any = None) -> jax.Array:
-    """The plain array (*stack, *inputs, *outputs) that a leaf stands for, in ``dtype`` or that of the array it was.
+def _sizes(array, stack, inputs, outputs):
+    """The plain rule where nothing is given; otherwise what is given, checked."""
+    shape = tuple(array.shape)
+    if stack is inputs is outputs is None and len(shape) in (2, 3):
+        return shape[:-2], shape[-2:-1], shape[-1:]
+    if inputs is None or outputs is None:
+        raise PeftJaxError(f"the axes of an array of shape {shape} are not known: give the sizes of its inputs and "
+                           "outputs (peft_jax.kernel_axes finds them).")
+    sizes = tuple(stack or ()), tuple(inputs), tuple(outputs)
+    if sum(sizes, ()) != shape:
+        raise PeftJaxError(f"stack={sizes[0]}, inputs={sizes[1]}, outputs={sizes[2]} together are not the shape "
+                           f"{shape}: give the sizes of all axes, in order.")
+    return sizes
 
-    The bits are bitsandbytes'. Raises ``PeftJaxError`` for what is no quantised leaf.
 
-    >>> dequantize(quantize_array(jnp.ones((64, 2), jnp.bfloat16))).dtype.name
-    'bfloat16'
-    """
-    if not isinstance(leaf, QuantizedArray):
-        raise PeftJaxError(f"dequantize() was given a {type(leaf).__name__}: give a leaf that quantize made.")
-    values = matrix(leaf)
-    values = values if leaf.by_rows else jnp.swapaxes(values, -1, -2)
-    return values.reshape(leaf.shape).astype(dtype or leaf.dtype)
-
-
-def plain(leaf: Any, dtype: Any = None) -> Any:
-    """The array that a leaf is, or stands for where it is quantised; in its own dtype, or in ``dtype``."""
-    if isinstance(leaf, QuantizedArray):
-        return dequantize(leaf, dtype)
-    return leaf if dtype is None else leaf.astype(dtype)
+def _raise_not_finite(array) -> None:
+    bad = np.argwhere(~np.isfinite(np.asarray(array, np.float32)))
+    if not len(bad):
+        most = float(np.abs(np.asarray(array, np.float32)).max())
+        raise PeftJaxError(f"the weights reach {most:.1e}, which scales in float32 cannot take: check them, or "
+                           "quantise without double_quant and int4_affine.")
+    raise PeftJaxError(f"the weights have {len(bad)} NaN or infinite values, the first at {tuple(bad[0].tolist())}: "
+                       "quantised they would spoil their blocks; load or train them anew.")

@@ -1,73 +1,62 @@
-"""A quantised weight as one leaf of a parameter tree: packed codes, their scales, and what the plain array was."""
+"""The quantised leaf: what stands in a parameter tree where a kernel or an embedding was."""
 
-import dataclasses
 import math
-from functools import partial
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from peft_jax.errors import PeftJaxError
 
-# Scales are quantised again in blocks of this many, as bitsandbytes does it.
-NESTED = 256
+
+def _static(**options):
+    return field(metadata={"static": True}, **options)
 
 
-class Grid(NamedTuple):
-    """The matrix that codes are laid out by: rows of ``columns`` values in blocks of ``block``."""
-
-    rows: int
-    columns: int
-    block: int
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of a row."""
-        return -(-self.columns // self.block)
-
-
-@partial(jax.tree_util.register_dataclass,
-         data_fields=["codes", "scales", "offsets", "nested", "mean"],
-         meta_fields=["quant_type", "block_size", "inputs", "outputs", "by_rows", "plain_dtype"])
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False, repr=False)
 class QuantizedArray:
-    """A kernel (*stack, *inputs, *outputs), or an embedding, as codes and scales.
+    """Codes and scales of an array (*stack, *inputs, *outputs); :func:`peft_jax.dequantize` gives the array back.
 
-    Each entry of the stack is held as torch holds the weight, as a matrix of one row for each output, or, of an
-    embedding (``by_rows``), of one row for each id; so the bytes of bitsandbytes and GGUF are taken as they are. Blocks
-    run along a row. Where a row is no whole number of blocks, the matrix counts as one long row, as in bitsandbytes.
-    R rows, C columns, K blocks a row:
+    Held as torch holds a linear layer, a matrix (rows, columns) = (outputs, inputs) for each entry of the stack, so
+    that bitsandbytes' and GGUF's bytes are taken as they are; with ``by_rows`` (embeddings) the rows are the inputs.
+    Blocks of ``block_size`` run along the columns, 0 is one block a row. Where a block would not fit (``flat``),
+    they run on through the rows as in bitsandbytes: below, rows is then 1 and columns all there are.
 
-      codes: uint8 (*stack, R, ceil(C / 2)), two a byte, the first in the high nibble; of "int8" int8 (*stack, R, C).
-      scales: float32 or float16 (*stack, R, K), or uint8 where they are quantised again, of all R K in one row.
-      offsets: as scales, added to every value; ``None`` of the symmetric types.
-      nested: float32 (*stack, ceil(R K / 256)), the scales of the scales, and mean: float32 (*stack), added to all of
-        them; else ``None``.
-      block_size: values that share a scale; 0: a whole row.
-      plain_dtype: the name of the plain array's dtype, which :func:`peft_jax.dequantize` gives back.
+    codes:   uint8 (*stack, rows, columns / 2), two codes a byte, the first in the high nibble; an odd one is padded.
+             For "int8" int8 (*stack, rows, columns).
+    scales:  float32 or float16 (*stack, rows, blocks): a block's values are its codes' (``codes.py``) times this.
+             With double quantisation uint8 (*stack, rows, blocks), codes of ``codes.dynamic()``,
+    nested:  float32 (*stack, ceil(rows * blocks / 256)) their scales, and
+    mean:    float32 (*stack), which is added.
+    offsets: float32 or float16 (*stack, rows, blocks), what code 0 of an affine type stands for.
 
-    ``shape``, ``size`` and ``dtype`` are the plain array's, ``nbytes`` that of all buffers. Slicing the buffers along a
-    stack, as ``nn.scan`` does, gives the entry's leaf.
+    A pytree: the arrays are its children, the rest is static, so jit, grad, scan and vmap over the stack see it as they
+    see the kernel. Made by :func:`peft_jax.quantize_array`; the constructor checks nothing.
     """
 
     codes: Any
     scales: Any
-    offsets: Any = None
     nested: Any = None
     mean: Any = None
-    quant_type: str = "nf4"
-    block_size: int = 64
-    inputs: tuple[int, ...] = ()
-    outputs: tuple[int, ...] = ()
-    by_rows: bool = False
-    plain_dtype: str = "float32"
+    offsets: Any = None
+    quant_type: str = _static(default="nf4")
+    block_size: int = _static(default=64)
+    inputs: tuple[int, ...] = _static(default=())
+    outputs: tuple[int, ...] = _static(default=())
+    by_rows: bool = _static(default=False)
+    plain_dtype: str = _static(default="float32")
 
     @property
     def stack(self) -> tuple[int, ...]:
-        return tuple(self.codes.shape[:-2])
+        """Read off the codes, so that it is right inside a scan too, which slices them."""
+        return self.codes.shape[:-2]
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the plain array: (*stack, *inputs, *outputs)."""
         return (*self.stack, *self.inputs, *self.outputs)
 
     @property
@@ -76,35 +65,47 @@ class QuantizedArray:
 
     @property
     def size(self) -> int:
+        """Elements of the plain array."""
         return math.prod(self.shape)
 
     @property
-    def dtype(self):
-        return jax.numpy.dtype(self.plain_dtype)
+    def dtype(self) -> np.dtype:
+        """Of the plain array."""
+        return jnp.dtype(self.plain_dtype)
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in jax.tree.leaves(self))
-
-    @property
-    def grid(self) -> Grid:
-        return grid(self.inputs, self.outputs, self.block_size, self.by_rows)
+        """Bytes of all buffers: codes, scales, nested, mean, offsets."""
+        return sum(child.size * jnp.dtype(child.dtype).itemsize for child in jax.tree.leaves(self))
 
     @property
     def double_quant(self) -> bool:
+        """Whether the scales are quantised again."""
         return self.nested is not None
 
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(rows, columns) of one entry of the stack."""
+        return matrix(self.inputs, self.outputs, self.by_rows)
 
-def grid(inputs: tuple[int, ...], outputs: tuple[int, ...], block_size: int, by_rows: bool) -> Grid:
-    """The layout of a weight of these axes, see :class:`QuantizedArray`."""
-    sizes = math.prod(inputs), math.prod(outputs)
-    rows, columns = sizes if by_rows else sizes[::-1]
-    if not block_size:
-        return Grid(rows, columns, columns)
-    return Grid(1, rows * columns, block_size) if columns % block_size else Grid(rows, columns, block_size)
+    @property
+    def block(self) -> int:
+        """Values in one block."""
+        return self.block_size or self.matrix[1]
+
+    @property
+    def flat(self) -> bool:
+        """Whether blocks run on through the rows."""
+        return is_flat(self.quant_type, self.matrix[1], self.block)
+
+    def __repr__(self) -> str:
+        double = ", double_quant" if self.nested is not None else ""
+        shape = "x".join(map(str, self.shape)) if hasattr(self.codes, "shape") else "?"
+        return f"QuantizedArray({self.quant_type}, {shape} {self.plain_dtype}, block {self.block}{double})"
 
 
 def is_leaf(node: Any) -> bool:
+    """Whether a leaf of a tree is quantised."""
     return isinstance(node, QuantizedArray)
 
 
@@ -112,3 +113,18 @@ def cannot_train(path: str, leaf: QuantizedArray) -> PeftJaxError:
     """What to raise where a quantised leaf is asked to train."""
     return PeftJaxError(f"'{path}' is quantised ({leaf.quant_type}) and cannot train: leave it out of what trains, or "
                         "out of the quantised modules, quantize(exclude_modules=...).")
+
+
+def matrix(inputs: tuple[int, ...], outputs: tuple[int, ...], by_rows: bool) -> tuple[int, int]:
+    """(rows, columns) as the leaf holds them.
+
+    >>> matrix((4, 8), (3,), by_rows=False)
+    (3, 32)
+    """
+    sizes = math.prod(inputs), math.prod(outputs)
+    return sizes if by_rows else sizes[::-1]
+
+
+def is_flat(quant_type: str, columns: int, block: int) -> bool:
+    """Whether rows of so many columns cannot be whole blocks in whole bytes."""
+    return columns % block != 0 or (quant_type != "int8" and columns % 2 != 0)

@@ -19,8 +19,10 @@ def read(next_fun, args, kwargs, context) -> Any:
     """The module's output from its quantised weight; what has none is called as it is."""
     module, name = context.module, context.method_name
     leaf = _held(module)
-    if leaf is None or name not in ("__call__", "attend"):
+    if leaf is None or name not in ("__call__", "attend", "setup"):
         return next_fun(*args, **kwargs)
+    if name == "setup":  # flax would compare the leaf's shape with the array's that the module would make
+        return None
     where = "/".join(module.path)
     if len(leaf.stack):
         raise PeftJaxError(f"'{where}' has one weight, and its quantised leaf is a stack of {leaf.stack}: give init "
@@ -53,7 +55,8 @@ def _product(module, leaf, x):
     einsum = isinstance(module, nn.Einsum)
     x = (_contracted_last(module, x) if einsum else targets.inputs_last(module, x)).astype(dtype)
     y = dot(x, leaf)
-    y = _in_order(module, y) if einsum else y
+    if einsum:
+        y, bias = _in_order(module, y), _spread(module, bias)
     return y if bias is None else y + bias.astype(dtype)
 
 
@@ -77,3 +80,12 @@ def _in_order(module, y):
     have = "".join(one for one in letters if one not in inputs) + outputs
     front = y.ndim - len(have)
     return jax.lax.transpose(y, (*range(front), *(front + have.index(one) for one in result)))
+
+
+def _spread(module, bias):
+    """The bias, which has the outputs' axes in the result's order, with an axis of one for each other letter."""
+    if bias is None:
+        return None
+    *_, outputs, result = _letters(module)
+    sizes = iter(bias.shape)
+    return bias.reshape([next(sizes) if one in outputs else 1 for one in result])

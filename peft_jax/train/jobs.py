@@ -20,7 +20,8 @@ from peft_jax.evaluation.objectives import objective_of
 from peft_jax.generation import Sampling
 from peft_jax.hub import load_pretrained, load_tokenizer, save_pretrained
 from peft_jax.hub.adapters import is_stored, load_adapter, save_adapter
-from peft_jax.method import Method, bind
+from peft_jax.method import BASE, Method, bind
+from peft_jax.quant import plain
 from peft_jax.train import report, session, workdir
 from peft_jax.train.checkpoint import Checkpoints
 from peft_jax.train.loop import due, fit
@@ -40,7 +41,8 @@ def train(command) -> int:
         workdir.check_config(folder, config.to_dict())
         if (folder / "results.json").exists():
             return _already_done(folder)
-    method, ready = session.build_method(config), session.load(config, command.probe)
+    method = session.build_method(config)
+    ready = session.load(config, method, command.probe)
     batches, total = _batches(config, ready)
     if method.prepare:
         method = method.prepare(ready.model, ready.base, _looked_at(batches, total))
@@ -82,7 +84,7 @@ def _start(config, method: Method, apply, params, total: int) -> tuple[Callable,
 
 def _save(folder: Path, method: Method, params: tree.Tree, ready: Session, config) -> Path:
     """Write what was trained: the adapter, or the whole model where the method has no adapter file."""
-    if is_stored(method):
+    if is_stored(method, params):
         save_adapter(folder / "adapter", method, params, ready.model, config.model.source)
         return folder / "adapter"
     save_pretrained(folder / "model", ready.model, method.merge(params), ready.tokenizer)
@@ -176,10 +178,10 @@ def _adapter(source: str | Path, model, base: tree.Tree) -> Tuned:
 def evaluate(command) -> int:
     """The base model and what the workdir's run trained side by side; also written to ``eval.json``."""
     folder = _trained(command)
-    ready = session.load(command.config, command.probe)
+    ready = session.load(command.config, session.trained_on(command.config), command.probe)
     tuned = _tuned(folder, command.config, ready.model, ready.base)
     found = {}
-    for name, apply, params in (("base", ready.model.apply, ready.base), (tuned.name, tuned.apply, tuned.params)):
+    for name, apply, params in (("base", bind(BASE, ready.model), ready.base), (tuned.name, tuned.apply, tuned.params)):
         run = make_evaluator(apply, ready.model, ready.tokenizer, ready.held, command.config)
         found[name] = run(params)
     workdir.write_json(folder / "eval.json", found)
@@ -194,11 +196,12 @@ def merge(command) -> int:
     if output.exists() and Path(source).expanduser().exists() and output.samefile(Path(source).expanduser()):
         raise PeftJaxError(f"--output={output} is the base model itself: choose another folder")
     tokenizer = load_tokenizer(source)
-    model, base = session.load_model(command.config)
+    model, base = session.load_model(command.config, session.trained_on(command.config))
     tuned = _tuned(folder, command.config, model, base)
     if tuned.merge is None:
         raise PeftJaxError(f"{folder / 'adapter'} is of a method that cannot be folded into weights: use it as it is")
-    save_pretrained(output, model, tuned.merge(tuned.params), tokenizer)
+    merged = tree.map_paths(lambda _, leaf: plain(leaf), tuned.merge(tuned.params))  # kernels without an adapter, too
+    save_pretrained(output, model, merged, tokenizer)
     print(f"merged model: {output} ({report.size(_bytes_in(output))})")
     return 0
 
@@ -212,17 +215,18 @@ def generate(command) -> int:
     if not command.adapters:
         _trained(command)  # an error before anything is loaded
     if command.prompts:
-        tokenizer, (model, base) = load_tokenizer(config.model.source), session.load_model(config)
+        tokenizer = load_tokenizer(config.model.source)
+        model, base = session.load_model(config, session.trained_on(config))
         examples = [_as_asked(prompt, config.task) for prompt in command.prompts]
     else:
-        ready = session.load(config)
+        ready = session.load(config, session.trained_on(config))
         tokenizer, model, base = ready.tokenizer, ready.model, ready.base
         examples = [_opening(example) for example in ready.held.examples[: config.generate.num_prompts]]
     prompts = encode_prompts(examples, tokenizer)
     options = {"batch_size": len(prompts), "width_multiple": config.data.width_multiple}
     options |= {"max_new_tokens": config.generate.max_new_tokens, "rng": jax.random.key(config.seed)}
     options |= {"sampling": Sampling(*(config.generate[key] for key in Sampling._fields))}
-    answers = {"base": complete(model.apply, model, base, prompts, tokenizer, **options)}
+    answers = {"base": complete(bind(BASE, model), model, base, prompts, tokenizer, **options)}
     for name, tuned in _candidates(command, model, base).items():
         answers[name] = complete(tuned.apply, model, tuned.params, prompts, tokenizer, **options)
     for prompt, texts in zip(prompts, zip(*answers.values(), strict=True), strict=True):

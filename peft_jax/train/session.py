@@ -15,7 +15,7 @@ from peft_jax.evaluation.evaluate import HeldOut, hold_out
 from peft_jax.evaluation.objectives import objective_of
 from peft_jax.hub import families, load_config, load_pretrained, load_tokenizer
 from peft_jax.hub.pretrained import with_head
-from peft_jax.method import Method, chain
+from peft_jax.method import BASE, Method, chain
 from peft_jax.methods import METHODS
 
 
@@ -29,8 +29,11 @@ class Session(NamedTuple):
     base: tree.Tree
 
 
-def load(config, probe_task=None) -> Session:
-    """Data, tokenizer and model of a configuration; ``probe_task`` is the task behind ``eval.probe`` or ``None``."""
+def load(config, method: Method, probe_task=None) -> Session:
+    """Data, tokenizer and model of a configuration; ``probe_task`` is the task behind ``eval.probe`` or ``None``.
+
+    ``method`` as of :func:`load_model`.
+    """
     examples = load_examples(config.task)
     if not examples["validation"]:
         raise PeftJaxError(
@@ -43,7 +46,7 @@ def load(config, probe_task=None) -> Session:
     model_config = load_config(config.model.source)
     check_answers(config.task, model_config)
     check_fits([*held.encoded, *held.probe], model_config)
-    model, base = load_model(config)
+    model, base = load_model(config, method)
     return Session(examples["train"], held, tokenizer, model, base)
 
 
@@ -77,15 +80,23 @@ def check_fits(encoded: Sequence[One], model_config) -> None:
                            "--config.data.max_length, and see --config.data.on_too_long")
 
 
-def load_model(config) -> tuple[Any, tree.Tree]:
+def load_model(config, method: Method) -> tuple[Any, tree.Tree]:
     """The model computing in ``model.dtype`` and its parameters, kept in ``model.param_dtype``.
 
     Where the task needs a head, the model has it, and where the checkpoint does not, it starts at random by the seed.
+    Where the ``method`` begins with a change of types (a quantised base), that happens while the weights are read.
     """
     model, params = load_pretrained(config.model.source, dtype=jnp.dtype(config.model.param_dtype),
                                     remat=config.model.remat, head=objective_of(config.task).head(config.task),
-                                    rng=jax.random.key(config.seed))
+                                    rng=jax.random.key(config.seed), method=method)
     return model.clone(dtype=jnp.dtype(config.model.dtype)), params
+
+
+def trained_on(config) -> Method:
+    """What an adapter of this configuration's method stands on: its changes of types alone."""
+    method = build_method(config)
+    changes = [part for part in method.parts or (method,) if part.convert]
+    return chain(*changes) if changes else BASE
 
 
 def build_method(config) -> Method:

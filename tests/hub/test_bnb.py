@@ -169,7 +169,7 @@ def restate(**changes):
     (put(f"{UP}.absmax", np.zeros(3, np.uint8)), {}, "has absmax of 3 uint8 instead of 128 uint8"),
     (put(UP, np.zeros((5, 1), np.uint8)), {}, "has codes of 5 uint8 instead of 4096 uint8"),
     (lambda tensors: tensors.pop(f"{UP}.absmax"), {}, "has no absmax: fetch"),
-    (lambda tensors: tensors.pop(UP), {}, "1 missing: model.layers.1.mlp.up_proj.weight"),
+    (lambda tensors: tensors.pop(UP), {}, "has no codes: fetch"),
     (lambda tensors: tensors.pop(STATE), {}, "not the quant_state of that weight"),
     (put(STATE, np.frombuffer(b"\x80\x04}.", np.uint8)), {}, "holds no quant_state as bitsandbytes writes it"),
     (put(STATE, np.zeros(9, np.float32)), {}, "holds no quant_state as bitsandbytes writes it"),

@@ -142,8 +142,19 @@ def test_weights_that_no_code_stands_for_are_named(tmp_path):
     tensors = load_file(saved(tmp_path) / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = np.nan
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(PeftJaxError, match=r"'layers/mlp/up_proj/kernel': .* infinite values or NaN"):
+    with pytest.raises(PeftJaxError, match=r"'layers/mlp/up_proj/kernel': .* 1 NaN or infinite values"):
         load_pretrained(tmp_path, method=quantize())
+
+
+def test_quantised_leaves_are_not_saved_and_merged_ones_are(folder, tmp_path):
+    qlora = chain(quantize(), lora(r=2))
+    model, params = load_pretrained(folder, method=qlora)
+    params = qlora.init(jax.random.key(0), params)
+    with pytest.raises(PeftJaxError, match=r"'layers/mlp/down_proj/kernel' \(of 7 such leaves\) is quantised, .*merge"):
+        save_pretrained(tmp_path / "model", model, params)
+    assert list(tmp_path.iterdir()) == []
+    save_pretrained(tmp_path / "model", model, qlora.merge(params))
+    assert_same(load_pretrained(tmp_path / "model")[1], qlora.merge(params))
 
 
 @pytest.mark.real

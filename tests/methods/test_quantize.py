@@ -1,0 +1,217 @@
+"""Quantised bases: what the model computes, any method on top, merging, what cannot be."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import peft_jax
+from peft_jax import PeftJaxError, QuantizedArray, bind, chain, combine, flatten, kernel_axes, lora, partition, quantize
+from peft_jax.loss import batch_loss
+from peft_jax.methods import METHODS
+from tests.peer import IDS, forward
+from tests.properties import batch_of, check_decoding, check_training, generals, moved
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+QV, SMALL = ("q_proj", "v_proj"), {"block_size": 16}
+# Each method at its smallest; what it does to a kernel, or beside one, is the same at any size.
+CASES = {
+    "lora": {"r": 2, "target_modules": "all-linear"}, "dora": {"r": 2, "target_modules": QV},
+    "lorafa": {"r": 2, "target_modules": QV}, "loraplus": {"r": 2, "target_modules": QV},
+    "adalora": {"target_r": 2, "init_r": 3, "target_modules": QV, "total_step": 10},
+    "vera": {"r": 4, "target_modules": QV}, "loha": {"r": 2, "target_modules": QV},
+    "lokr": {"r": 2, "target_modules": QV}, "oft": {"oft_block_size": 4, "target_modules": QV},
+    "hra": {"r": 2, "target_modules": QV}, "ia3": {}, "ln_tuning": {}, "bitfit": {"add_missing": True},
+    "trainable_tokens": {"token_indices": (1, 5)}, "prefix": {"num_virtual_tokens": 3},
+    "prompt": {"num_virtual_tokens": 3}, "ptuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 4},
+    "houlsby": {"reduction_factor": 4}, "pfeiffer": {"reduction_factor": 4},
+    "parallel_adapter": {"reduction_factor": 4}, "compacter": {"reduction_factor": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def tied(peer_bases):
+    """(model, plain params, quantised params, the plain array of every leaf of them) of a tiny tied Llama."""
+    _, model, base = peer_bases["tied"]
+    method = quantize(**SMALL)
+    held = method.init(None, base)
+    return model, base, held, method.merge(held)
+
+
+def test_every_method_is_tried():
+    assert CASES.keys() == METHODS.keys() - {"full", "bottleneck", "quantize"}  # bottleneck is what four others are
+
+
+def _loss(method, model, base):
+    """(parameters with the method's leaves moved, loss of the trained ones, those)."""
+    tuned = moved(method, method.init(jax.random.key(0), base), by=0.1)
+    trainable, frozen = partition(tuned, method.labels(tuned))
+    batch = {key: array[0] for key, array in batch_of(IDS).items()}
+    return tuned, lambda leaves: batch_loss(bind(method, model), combine(frozen, leaves), batch, chunk=64)[0], trainable
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_method_takes_a_quantised_base(tied, name):
+    """It has a gradient of every trained leaf, traced only, and merges to the same weights as on the plain base."""
+    model, _, held, plain = tied
+    method = METHODS[name](**CASES[name])
+    tuned, loss, trainable = _loss(method, model, held)
+    gradient = jax.eval_shape(jax.grad(loss), trainable)
+    assert {path: leaf.shape for path, leaf in flatten(gradient).items()} == {
+        path: leaf.shape for path, leaf in flatten(trainable).items()}
+    if method.merge:
+        ours, expected = (flatten(method.merge(p)) for p in (tuned, _loss(method, model, plain)[0]))
+        for path, leaf in expected.items():
+            np.testing.assert_allclose(peft_jax.quant.plain(ours[path]), leaf, atol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "ia3", "trainable_tokens", "prefix"])
+def test_a_method_on_a_quantised_base_is_the_method_on_what_it_stands_for(tied, name):
+    """The same loss and the same gradient of every trained leaf: those that read kernels, and two that do not."""
+    model, _, held, plain = tied
+    method = METHODS[name](**CASES[name])
+    (one, gradient), (two, expected) = (jax.jit(jax.value_and_grad(loss))(trainable) for _, loss, trainable in (
+        _loss(method, model, base) for base in (held, plain)))
+    np.testing.assert_allclose(one, two, rtol=1e-5)
+    for path, leaf in flatten(expected).items():
+        np.testing.assert_allclose(flatten(gradient)[path], leaf, rtol=1e-3, atol=1e-4 * np.abs(leaf).max() + 1e-7)
+
+
+def test_only_the_layers_kernels_are_quantised_by_default(tied):
+    _, base, held, plain = tied
+    changed = {path for path, leaf in flatten(held).items() if isinstance(leaf, QuantizedArray)}
+    assert changed == {path for path in flatten(base) if path.startswith("layers/") and path.endswith("/kernel")}
+    for path, leaf in flatten(plain).items():
+        assert (leaf.shape, leaf.dtype) == (flatten(base)[path].shape, flatten(base)[path].dtype)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4", "int4_affine", "int8"])
+@pytest.mark.parametrize("block_size", [32, None])
+def test_each_type_computes_what_it_stands_for(tied, quant_type, block_size):
+    model, base, _, _ = tied
+    method = quantize(quant_type, block_size, True, ("mlp.up_proj", "embed_tokens", "o_proj"))
+    held = method.init(None, base)
+    assert isinstance(held["embed_tokens"]["embedding"], QuantizedArray)  # rows are looked up, and it is the head
+    ours = jax.jit(bind(method, model))({"params": held}, IDS)
+    expected = forward(model, method.merge(held))
+    np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
+    assert np.abs(expected - forward(model, base)).max() > 0.01
+
+
+def test_training_and_decoding_on_a_quantised_base(tied):
+    model, base, _, _ = tied
+    method = chain(quantize(double_quant=True, **SMALL), lora(r=2, target_modules="all-linear"))
+    check_training(method, model, base, IDS)
+    check_decoding(method, model, base, IDS)
+
+
+def test_a_saved_adapter_is_the_lora_alone_and_loads_on_a_quantised_base(tied, tmp_path):
+    model, base, held, _ = tied
+    method = chain(quantize(**SMALL), lora(r=2))
+    tuned = moved(method, method.init(jax.random.key(0), base))
+    peft_jax.save_adapter(tmp_path, method, tuned, model)
+    loaded, params = peft_jax.load_adapter(tmp_path, held)
+    assert loaded.config["peft_type"] == "LORA"
+    ours, expected = (jax.jit(bind(one, model))({"params": p}, IDS) for one, p in ((loaded, params), (method, tuned)))
+    np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_loftq_starts_nearer_to_the_base(tied, rounds, tmp_path):
+    """arXiv 2310.08659, algorithm 1: less error than quantising alone, at each layer."""
+    model, base, held, plain = tied
+    start = lora(r=4, target_modules="all-linear", init_lora_weights="loftq",
+                 loftq_config={"block_size": 16, "loftq_iter": rounds})
+    method = chain(start, quantize(**SMALL))
+    tuned = method.init(jax.random.key(0), base)
+    for path, leaf in flatten(base).items():
+        if isinstance(flatten(held)[path], QuantizedArray):
+            error, alone = (np.square(flatten(tree)[path] - leaf).mean((1, 2)) for tree in (method.merge(tuned), plain))
+            assert (error < 0.9 * alone).all()
+    if rounds == 1:  # the base is what quantize makes of it, so the adapter is a plain one on that
+        peft_jax.save_adapter(tmp_path, method, tuned, model)
+        loaded, params = peft_jax.load_adapter(tmp_path, held)
+        np.testing.assert_allclose(bind(loaded, model)({"params": params}, IDS), bind(method, model)(
+            {"params": tuned}, IDS), atol=1e-5)
+    else:
+        with pytest.raises(PeftJaxError, match="save the whole model"):
+            peft_jax.save_adapter(tmp_path, start, tuned, model)
+
+
+def test_pissa_in_front_leaves_its_rest_to_be_quantised(tied):
+    """QPiSSA: the error at the start is that of the rest, which is smaller than that of the whole kernel."""
+    _, base, _, plain = tied
+    method = chain(lora(r=8, target_modules=("up_proj",), init_lora_weights="pissa"),
+                   quantize(block_size=16, target_modules=("up_proj",)))
+    merged = method.merge(method.init(jax.random.key(0), base))
+    error, alone = (np.square(tree["layers"]["mlp"]["up_proj"]["kernel"] - base["layers"]["mlp"]["up_proj"]["kernel"])
+                    .mean() for tree in (merged, plain))
+    assert error < 0.8 * alone
+
+
+class Formulas(nn.Module):
+    """An Einsum of one input and two output axes, and one of two input axes."""
+
+    @nn.compact
+    def __call__(self, x):
+        """(2, 3, 32) -> (2, 3, 5)."""
+        x = nn.Einsum((32, 4, 8), "btd,dnh->bnth", name="split")(x)
+        return nn.Einsum((4, 8, 5), "...nth,nhd->...td", name="out")(x)
+
+
+def test_einsum_and_dense_general_kernels():
+    x = np.random.default_rng(0).normal(size=(2, 3, 32)).astype(np.float32)
+    model = Formulas()
+    params = model.init(jax.random.key(0), x)["params"]
+    for net, given, base, axes in ((model, x, params, kernel_axes(model, params, x)), generals()):
+        method = quantize(block_size=16, target_modules=("split", "out"))
+        held = method.init(None, base, axes=axes)
+        assert all(isinstance(held[name]["kernel"], QuantizedArray) for name in ("split", "out"))
+        expected = net.apply({"params": method.merge(held)}, given)
+        np.testing.assert_allclose(bind(method, net)({"params": held}, given), expected, atol=1e-5)
+        assert kernel_axes(net, held, given) == axes
+
+
+class Odd(nn.Module):
+    """Formulas whose kernel's inputs do not stand in front, and a product of its own."""
+
+    @nn.compact
+    def __call__(self, x):
+        """(2, 16) -> (2, 16)."""
+        own = nn.Dense(16, dot_general=jax.lax.dot_general, name="own")(x)
+        return own + nn.Einsum((4, 16, 4), "bd,ndh->bnh", name="turned")(x).reshape(own.shape)
+
+
+def test_modules_that_cannot_be_read_are_errors():
+    x = np.ones((2, 16), np.float32)
+    params = Odd().init(jax.random.key(0), x)["params"]
+    axes = kernel_axes(Odd(), params, x)
+    with pytest.raises(PeftJaxError, match="'turned' is a Einsum of unknown input and output axes: exclude it"):
+        quantize(block_size=16).init(None, params, axes=axes)
+    method = quantize(block_size=16, exclude_modules=("turned",))
+    with pytest.raises(PeftJaxError, match="'own' is a Dense whose product is its own"):
+        bind(method, Odd())({"params": method.init(None, params, axes=axes)}, x)
+
+
+def test_what_cannot_be_is_an_error(tied):
+    _, base, held, _ = tied
+    key = jax.random.key(0)
+    cases = [
+        (lambda: quantize("nf5"), "quant_type=.nf5. is no data type"),
+        (lambda: quantize(block_size=48), "block_size=48 is none of 16, 32"),
+        (lambda: quantize(double_quant="yes"), "double_quant=.yes."),
+        (lambda: quantize(target_modules=("up_prj",)).init(None, base), "up_proj"),
+        (lambda: quantize("nf4", 16, exclude_modules=("layers.0.mlp.up_proj",)).init(None, base), "one leaf for 3"),
+        (lambda: quantize(block_size=32).init(None, held), "is quantised already, with quant_type='nf4', b"),
+        (lambda: peft_jax.full().init(key, held), "quantised .nf4. and cannot train"),
+        (lambda: chain(peft_jax.full(), quantize(**SMALL)).init(key, base), "quantised .nf4. and cannot train"),
+        (lambda: chain(quantize(**SMALL), lora(modules_to_save=("up_proj",))).init(key, base), "cannot train"),
+        (lambda: lora(init_lora_weights="pissa").init(key, held), "put the LoRA in front"),
+        (lambda: lora(init_lora_weights="loftq", loftq_config={"rounds": 2}), "loftq_config..rounds.."),
+        (lambda: quantize().init(None, {"up_proj": {"kernel": jnp.full((64, 2), jnp.nan)}}), "'up_proj/kernel'.*NaN"),
+    ]
+    for make, said in cases:
+        with pytest.raises(PeftJaxError, match=said):
+            make()
