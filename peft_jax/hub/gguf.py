@@ -67,7 +67,7 @@ def read_config(path: Path) -> dict[str, Any]:
     folder = _cached(path)
     if folder.is_dir():
         return hub_config.read(folder)
-    reader = _open(path)
+    reader = opened(path)
     return _config(reader, metadata(reader), path)
 
 
@@ -77,7 +77,8 @@ def _cached(path: Path) -> Path:
     return assets.cache_folder("converted") / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
-def _open(path: Path):
+def opened(path: Path):
+    """The ``gguf`` package's reader of a file."""
     from gguf import GGUFReader
 
     try:
@@ -91,7 +92,7 @@ def _convert_into(folder: Path, path: Path) -> None:
 
     from peft_jax.hub.gguf_tokenizer import save_tokenizer
 
-    reader = _open(path)
+    reader = opened(path)
     given = metadata(reader)
     config = _config(reader, given, path)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
@@ -165,18 +166,23 @@ def _weights(reader, config: dict[str, Any], path: Path) -> dict[str, np.ndarray
     """Hugging Face's tensors, float32."""
     from gguf.quants import dequantize
 
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     weights = {}
     for tensor in reader.tensors:
-        if tensor.name == "rope_freqs.weight":
-            continue
-        *block, name, kind = tensor.name.split(".")
-        if name not in _TENSORS:
-            raise PeftJaxError(f"{path} has a tensor '{tensor.name}' that a llama model does not have.")
-        value = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
-        prefix = f"model.layers.{block[1]}." if block else ""
-        weights[f"{prefix}{_TENSORS[name]}.{kind}"] = unpermute(value, heads[name]) if name in heads else value
+        if tensor.name != "rope_freqs.weight":
+            name, heads = hf_name(tensor.name, config, path)
+            value = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+            weights[name] = unpermute(value, heads) if heads else value
     return weights
+
+
+def hf_name(name: str, config: dict[str, Any], path: Path) -> tuple[str, int]:
+    """Hugging Face's name of a tensor, and of how many heads ggml has its rows in another order, 0 where it has not."""
+    *block, kind_of, kind = name.split(".")
+    if kind_of not in _TENSORS:
+        raise PeftJaxError(f"{path} has a tensor '{name}' that a llama model does not have.")
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    prefix = f"model.layers.{block[1]}." if len(block) == 2 else ""
+    return f"{prefix}{_TENSORS[kind_of]}.{kind}", heads.get(kind_of, 0)
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -4,8 +4,9 @@ import dataclasses
 import os
 import re
 import zlib
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,12 @@ import numpy as np
 
 from peft_jax import tree
 from peft_jax.errors import PeftJaxError, nearest
-from peft_jax.hub import assets, families, files, gguf, names
+from peft_jax.hub import assets, bnb, families, files, gguf, gguf_blocks, names, weights
 from peft_jax.hub import config as hub_config
 from peft_jax.hub.family import Family, table_of
 from peft_jax.hub.saving import save_pretrained
+from peft_jax.hub.stacking import converted, stack
+from peft_jax.method import Method
 from peft_jax.models.heads import POOLINGS, TASK_TYPES, Head
 
 __all__ = ["load_config", "load_pretrained", "save_pretrained"]
@@ -35,7 +38,8 @@ def load_config(source: str | os.PathLike) -> Any:
 
 
 def load_pretrained(source: str | os.PathLike, dtype: Any = jnp.float32, remat: bool = False, *,
-                    head: Head | None = None, rng: jax.Array | None = None) -> tuple[Any, dict]:
+                    head: Head | None = None, rng: jax.Array | None = None,
+                    method: Method | None = None, keep_quantised: bool | None = None) -> tuple[Any, dict]:
     """A pretrained model and its parameters.
 
     Args:
@@ -46,6 +50,13 @@ def load_pretrained(source: str | os.PathLike, dtype: Any = jnp.float32, remat: 
       head: of an encoder, in place of the one that the checkpoint has. What the checkpoint lacks of it starts at
         random, weights normal with deviation 0.02 and biases zero.
       rng: of that start; ``jax.random.key(0)`` by default.
+      method: if it is ``quantize(...)``, or a chain that begins with it, each weight is quantised as soon as it is
+        read, so that the host never holds more than one of them in high precision; the leaves are those that the
+        method's ``init`` would make, which then leaves them alone. Other methods change nothing here.
+      keep_quantised: whether weights that the source holds quantised become leaves with the same codes and scales,
+        which ``bind`` reads: those of bitsandbytes in four bits (``nf4``, ``fp4``), and GGUF's Q4_0 (``int4``), Q4_1
+        (``int4_affine``) and Q8_0 (``int8``), all in blocks of 32. Others are then as they are without. By default
+        bitsandbytes' are kept, as their checkpoint is meant to be used so, and GGUF's are not.
 
     Returns:
       ``(model, params)``, so that ``model.apply({"params": params}, input_ids)`` gives logits (batch, seq, vocab).
@@ -53,19 +64,48 @@ def load_pretrained(source: str | os.PathLike, dtype: Any = jnp.float32, remat: 
       nested dicts of jax arrays on the default device; leaves below ``layers`` have the layers in front.
 
     Raises:
-      PeftJaxError: source not to be had, unknown architecture, no safetensors, tensors that do not fit the config, or a
-        head that the model cannot have.
+      PeftJaxError: source not to be had, unknown architecture, no safetensors, tensors that do not fit the config, a
+        head that the model cannot have, a method whose patterns match nothing, or weights that are quantised in a way
+        that is not read, otherwise than ``method`` has it, or not alike in all layers.
 
     >>> model, params = load_pretrained("HuggingFaceTB/SmolLM2-135M", dtype=jnp.bfloat16)  # doctest: +SKIP
     """
+    from safetensors import SafetensorError
+
     dtype = _floating(dtype)
     path = assets.resolve(source)
-    folder = gguf.convert(path) if path.is_file() else path
-    config = with_head(hub_config.from_hf(hub_config.read(folder)), head)
+    convert = _conversion(method)
+    blocks = path.is_file() and bool(keep_quantised or convert)  # read from the .gguf file itself
+    if path.is_file() and not blocks:
+        path = gguf.convert(path)
+    given = gguf.read_config(path) if blocks else hub_config.read(path)
+    config = with_head(hub_config.from_hf(given), head)
     model = families.of(config).model(config, dtype=dtype, param_dtype=dtype, remat=remat)
     shapes = hub_config.param_shapes(config)
     fresh = {} if head is None else fresh_head(shapes, config, jax.random.key(0) if rng is None else rng, dtype)
-    return model, _read_params(folder, config, shapes, dtype, fresh)
+    _check_method(method, shapes, dtype)
+    keep = bool(keep_quantised) if blocks else keep_quantised is not False
+    try:
+        found = gguf_blocks.tensors(path, config) if blocks else bnb.gather(path, weights.tensors(path), given)
+        return model, _read_params(path, config, shapes, dtype, fresh, found, convert, keep)
+    except SafetensorError as error:
+        raise PeftJaxError(f"the weights in {path} are damaged: {error}. Fetch them again.") from error
+
+
+def _conversion(method: Method | None) -> Any:
+    if method is not None and not isinstance(method, Method):
+        raise PeftJaxError(f"method is a {type(method).__name__}: give a method, quantize(\"nf4\") or a chain of some.")
+    return method and method.convert
+
+
+def _check_method(method: Method | None, shapes: dict[str, tuple[int, ...]], dtype: jnp.dtype) -> None:
+    """Raise at once what ``init`` of a method that converts would, on shapes."""
+    if not _conversion(method):
+        return
+    while method.parts:
+        method = method.parts[0]
+    leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()}
+    jax.eval_shape(partial(method.init, None), tree.unflatten(leaves))
 
 
 def with_head(config: Any, head: Head | None) -> Any:
@@ -106,62 +146,21 @@ def _floating(dtype: Any) -> jnp.dtype:
     return result
 
 
-def _read_params(folder: Path, config: Any, shapes: dict[str, tuple[int, ...]], dtype: jnp.dtype,
-                 fresh: dict[str, jax.Array]) -> dict:
-    from safetensors import SafetensorError
-
-    try:
-        family = families.of(config)
-        places = names.tensors(table_of(family, shapes), shapes, config.num_hidden_layers)
-        found = {name: tensor for file in _weight_files(folder) for name, tensor in _list_tensors(file).items()}
-        stored = {_expected(name, places, family): tensor for name, tensor in found.items()}
-        places = {name: place for name, place in places.items() if name in stored or place.path not in fresh}
-        _check_tensors(folder, stored, places, shapes, config)
-        return tree.unflatten(fresh | _stack(stored, places, shapes, dtype))
-    except SafetensorError as error:
-        raise PeftJaxError(f"the weights in {folder} are damaged: {error}. Fetch them again.") from error
+def _read_params(path: Path, config: Any, shapes: dict[str, tuple[int, ...]], dtype: jnp.dtype,
+                 fresh: dict[str, jax.Array], found: dict[str, Any], convert: Any, keep: bool) -> dict:
+    family = families.of(config)
+    places = names.tensors(table_of(family, shapes), shapes, config.num_hidden_layers)
+    stored = {_expected(name, places, family): tensor for name, tensor in found.items()}
+    places = {name: _placed(place, stored.get(name)) for name, place in places.items()
+              if name in stored or place.path not in fresh}
+    _check_tensors(path, stored, places, shapes, config)
+    fresh = {path: converted(convert, path, (), leaf) for path, leaf in fresh.items()}
+    return tree.unflatten(fresh | stack(stored, places, shapes, dtype, convert, keep))
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """All ``.safetensors`` files that the index names, or the single file."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        reason = f"only {pickled[0]}, a pickle, which can run code when read" if pickled else "no weights"
-        raise PeftJaxError(f"{folder} has {reason}: give a folder with model.safetensors (transformers' "
-                           "save_pretrained writes one).")
-    try:
-        named = sorted({folder / Path(file).name for file in hub_config.read_json(index)["weight_map"].values()})
-    except (KeyError, AttributeError, TypeError) as error:
-        raise PeftJaxError(f"{index} has no weight_map: fetch it again.") from error
-    absent = [file.name for file in named if not file.is_file()]
-    if absent:
-        raise PeftJaxError(f"{folder} lacks {files.some(absent)}, which {index.name} names: fetch the missing files.")
-    return named
-
-
-class _Stored(NamedTuple):
-    """A tensor in a safetensors file."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-
-    def read(self) -> np.ndarray:
-        from safetensors import safe_open
-
-        # Opened for one tensor only: while a file stays mapped, what was read of it counts as this process's memory.
-        with safe_open(self.file, framework="np") as opened:
-            return opened.get_tensor(self.name)
-
-
-def _list_tensors(file: Path) -> dict[str, _Stored]:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="np") as opened:
-        return {name: _Stored(file, name, tuple(opened.get_slice(name).get_shape())) for name in opened.keys()}  # noqa: SIM118
+def _placed(place: names.Place, tensor: Any) -> names.Place:
+    """bitsandbytes keeps (outputs, inputs) of every weight, those that are (inputs, outputs) in plain files too."""
+    return place._replace(transposed=True) if isinstance(tensor, bnb.Packed) else place
 
 
 def _expected(name: str, places, family: Family) -> str:
@@ -189,7 +188,7 @@ def _check_tensors(folder, stored, places, shapes, config) -> None:
         raise PeftJaxError(f"the weights in {folder} do not fit its config.json ({config.model_type}). {said}.")
 
 
-def _check_tied_head(folder: Path, stored: dict[str, _Stored], name: str) -> None:
+def _check_tied_head(folder: Path, stored: dict[str, Any], name: str) -> None:
     head, embedding = stored["lm_head.weight"], stored.get(name)
     if embedding is not None and not np.array_equal(head.read(), embedding.read()):
         raise PeftJaxError(f"{folder} says tie_word_embeddings, but its lm_head.weight differs from the embedding: set "
@@ -199,26 +198,3 @@ def _check_tied_head(folder: Path, stored: dict[str, _Stored], name: str) -> Non
 def _their_shape(place: names.Place, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
     shape = shapes[place.path] if place.layer is None else shapes[place.path][1:]
     return shape[::-1] if place.transposed else shape
-
-
-def _stack(stored, places, shapes, dtype) -> dict[str, jax.Array]:
-    """``{path: array}``: each tensor goes straight to its place in the stack, so no second copy of it exists."""
-    parts: dict[str, dict[int | None, str]] = {}
-    for name, place in places.items():
-        parts.setdefault(place.path, {})[place.layer] = name
-    leaves = {}
-    for path, layers in parts.items():
-        stacked = _aligned(shapes[path], dtype)
-        for layer, name in layers.items():
-            value = stored[name].read()
-            stacked[... if layer is None else layer] = value.T if places[name].transposed else value
-        leaves[path] = jax.device_put(stacked, may_alias=True)
-    return leaves
-
-
-def _aligned(shape: tuple[int, ...], dtype: jnp.dtype) -> np.ndarray:
-    """An empty array at an address that is a multiple of 64, so that jax on the CPU takes it over uncopied."""
-    size = int(np.prod(shape)) * dtype.itemsize
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start:start + size].view(dtype).reshape(shape)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import tree
+from peft_jax import quant, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub import config as hub_config
 from peft_jax.hub import families, files, names
@@ -40,8 +40,8 @@ def save_pretrained(
       max_shard_bytes: weights above it are split over several files with an index.
 
     Raises:
-      PeftJaxError: leaves of a fine-tuning method (merge first), missing leaves, shapes that are not the model's, or a
-        folder that cannot be written.
+      PeftJaxError: leaves of a fine-tuning method or quantised ones (merge first), missing leaves, shapes that are not
+        the model's, or a folder that cannot be written.
     """
     flat, folder = tree.flatten(params), Path(folder)
     config = model.config
@@ -65,6 +65,10 @@ def _write_tokenizer(folder: Path, tokenizer: Any) -> None:
 
 def _checked_places(flat: dict[str, Any], config: Any) -> dict[str, names.Place]:
     shapes = hub_config.param_shapes(config)
+    if packed := [path for path, leaf in flat.items() if quant.is_leaf(leaf)]:
+        raise PeftJaxError(f"'{packed[0]}' (of {len(packed)} such leaves) is quantised, and only plain weights are "
+                           "saved: quantize().merge(params) makes them plain, after the merge of what stands on them, "
+                           "as chain(quantize(), lora()).merge(params) does both; or save the adapter alone.")
     foreign = [path for path in flat if path not in shapes or not isinstance(flat[path], jax.Array | np.ndarray)]
     if foreign:
         raise PeftJaxError(f"'{foreign[0]}' (of {len(foreign)} such leaves) is no plain weight of the model: merge "

@@ -91,7 +91,7 @@ def _check_same(config, path, leaf) -> None:
     if have != want:
         told = "quant_type={!r}, block_size={}, double_quant={}".format
         raise PeftJaxError(f"'{path}' is quantised already, with {told(*have)}, not {told(*want)}: ask for the same, "
-                           "or start from plain weights.")
+                           "or start from plain weights, load_pretrained(keep_quantised=False).")
 
 
 def _convert(config, path: str, array, axes: targets.KernelAxes, names) -> Any:

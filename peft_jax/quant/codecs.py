@@ -12,7 +12,7 @@ import numpy as np
 from peft_jax import arguments
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.quant.codes import LARGEST, QUANT_TYPES, dynamic, midpoints, steps
-from peft_jax.quant.decode import GROUP
+from peft_jax.quant.decode import GROUP, rounded
 from peft_jax.quant.leaf import QuantizedArray, is_flat, matrix
 
 BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -145,13 +145,26 @@ def _quantize_scales(scales) -> dict:
     """
     front, shape = scales.shape[:-2], scales.shape
     flat = scales.reshape(*front, -1)
-    mean = flat.mean(-1)
+    mean = _mean(flat)
     groups = _blocks(flat - mean[..., None], GROUP, "constant")
     nested = jnp.abs(groups).max(-1)
     scaled = groups * jnp.where(nested > 0, 1 / nested, 0)[..., None]
     codes = jnp.searchsorted(midpoints(dynamic()), scaled.reshape(-1)).astype(jnp.uint8).reshape(scaled.shape)
     codes = jnp.where(nested[..., None] > 0, codes, 0).reshape(*front, -1)[..., :flat.shape[-1]]
     return {"scales": codes.reshape(shape), "nested": nested, "mean": mean}
+
+
+def _mean(flat):
+    """The mean over the last axis; unlike those of XLA's sums and quotients its bits do not hang on the axes in front.
+
+    So layers quantised one by one, as they are read, are those of a stack.
+    """
+    size = flat.shape[-1]
+    flat = jnp.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, (1 << (size - 1).bit_length()) - size)])
+    while flat.shape[-1] > 1:
+        half = flat.shape[-1] // 2
+        flat = flat[..., :half] + flat[..., half:]
+    return rounded(flat[..., 0] * np.float32(1 / size))
 
 
 def _float_dtype(array):

@@ -45,7 +45,7 @@ def decode(codes, scales, offsets, quant_type: str, block: int, count: int):
     values = jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, padding)]) if padding else values
     values = values.reshape(*scales.shape, block) * scales.astype(jnp.float32)[..., None]
     if offsets is not None:
-        values = _rounded(values) + offsets.astype(jnp.float32)[..., None]
+        values = rounded(values) + offsets.astype(jnp.float32)[..., None]
     return values.reshape(*scales.shape[:-1], -1)[..., :count]
 
 
@@ -72,10 +72,10 @@ def float_scales(leaf: QuantizedArray):
 
 def nested_values(codes, nested, mean):
     """float32: scales from their codes, each with its group's nested scale, and the mean."""
-    return _rounded(jnp.asarray(dynamic()).at[codes].get(mode="promise_in_bounds") * nested) + mean
+    return rounded(jnp.asarray(dynamic()).at[codes].get(mode="promise_in_bounds") * nested) + mean
 
 
-def _rounded(product):
+def rounded(product):
     """``product``, rounded before something is added: XLA would make both one fused step, with other last bits.
 
     Neither optimization_barrier nor reduce_precision keeps it from that (tried on a CPU); a maximum does.

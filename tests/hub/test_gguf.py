@@ -24,8 +24,8 @@ def vocabulary():
     return [*control, *alphabet, *merged], [3] * 3 + [1] * (len(alphabet) + len(merged)), merges
 
 
-def write_gguf(path, arch="llama", pre="smollm", quantise=True, **extra):
-    """A random model; returns its float32 tensors under GGUF's names."""
+def write_gguf(path, arch="llama", pre="smollm", quantise=True, kinds=lambda name: "Q8_0", **extra):
+    """A random model; returns its float32 tensors under GGUF's names. ``kinds``: of a name to the type of a matrix."""
     rng = np.random.default_rng(0)
     tokens, types, merges = vocabulary()
     file = writer_package.GGUFWriter(path, arch)
@@ -46,7 +46,7 @@ def write_gguf(path, arch="llama", pre="smollm", quantise=True, **extra):
     shapes |= {f"blk.{i}.{name}": shape for i in range(LAYERS) for name, shape in BLOCK.items()}
     values = {f"{name}.weight": rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     for name, value in (values | extra).items():
-        kind = writer_package.GGMLQuantizationType.Q8_0 if quantise and value.ndim == 2 else None
+        kind = writer_package.GGMLQuantizationType[kinds(name)] if quantise and value.ndim == 2 else None
         data = value if kind is None else writer_package.quants.quantize(value, kind)
         file.add_tensor(name, data, raw_dtype=kind)
     for write in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
