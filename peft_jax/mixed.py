@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import targets, tree
+from peft_jax import contraction, tree
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.lowrank import branch
 from peft_jax.method import FROZEN, Method
@@ -110,7 +110,7 @@ def _intercept(next_fun, args, kwargs, context):
     if context.method_name != "__call__" or not module.has_variable("params", MIXED[0]):
         return y
     held = [module.get_variable("params", name) for name in MIXED]
-    rows, x = context.params[ROWS], targets.inputs_last(module, args[0]).astype(y.dtype)
+    rows, x = context.params[ROWS], contraction.inputs_last(module, args[0]).astype(y.dtype)
     if rows.ndim == 0:
         return y + branch(x, *(leaf[rows] for leaf in held)).reshape(y.shape)
     if rows.shape[0] != x.shape[0]:

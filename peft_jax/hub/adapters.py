@@ -19,7 +19,7 @@ import numpy as np
 
 from peft_jax import targets, tree
 from peft_jax.errors import PeftJaxError
-from peft_jax.hub import adapter_config, assets, families, files, names
+from peft_jax.hub import adapter_config, assets, families, files, names, weights
 from peft_jax.hub.family import Family, table_of
 from peft_jax.method import FROZEN, Method, chain, check_held
 from peft_jax.methods import FORMATS
@@ -112,7 +112,7 @@ def load_adapter(source: str | os.PathLike, base_params: Mapping[str, Any],
     """
     folder = _folder(source)
     parts = adapter_config.read(folder / CONFIG, FORMATS)
-    tensors = _read_tensors(folder / WEIGHTS)
+    tensors = weights.read_all(folder / WEIGHTS)
     family, params = _family_with(base_params, tensors), base_params
     if _unties(family, parts, tensors):
         params = base_params = untie(base_params)
@@ -234,19 +234,6 @@ def _folder(source: str | os.PathLike) -> Path:
         raise PeftJaxError(f"{folder} has no {' and no '.join(absent)}: it holds no adapter that can be read"
                            f"{pickled if WEIGHTS in absent else ''}.")
     return folder
-
-
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise PeftJaxError(f"{path} is damaged: {error}. Fetch it again.") from error
-    except (AttributeError, KeyError, TypeError) as error:  # of safetensors, for a type such as float8
-        raise PeftJaxError(f"{path} has tensors of a type that cannot be read ({error}): save it as float32, float16 "
-                           "or bfloat16.") from error
 
 
 def _unties(family: Family | None, parts, tensors) -> bool:

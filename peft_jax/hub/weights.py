@@ -58,3 +58,17 @@ def _list(file: Path) -> dict[str, Tensor]:
 
     with safe_open(file, framework="np") as opened:
         return {name: Tensor(file, name, tuple(opened.get_slice(name).get_shape())) for name in opened.keys()}  # noqa: SIM118
+
+
+def read_all(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of one file. Raises ``PeftJaxError`` for a damaged one, and for types that numpy does not have."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise PeftJaxError(f"{path} is damaged: {error}. Fetch it again.") from error
+    except (AttributeError, KeyError, TypeError) as error:  # of safetensors, for a type such as float8
+        raise PeftJaxError(f"{path} has tensors of a type that cannot be read ({error}): save it as float32, float16 "
+                           "or bfloat16.") from error

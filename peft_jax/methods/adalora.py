@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import arguments, beside, lowrank, targets, tree
+from peft_jax import arguments, beside, contraction, lowrank, targets, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.methods import allocation, biases, lora_file, lora_init
@@ -118,7 +118,7 @@ def _intercept(dropout, next_fun, args, kwargs, context):
     if (held := beside.read(module, context, LEAVES, "AdaLoRA")) is None:
         return y
     a, b, e, scaling = held
-    x = beside.dropped(module, context, targets.inputs_last(module, args[0]), dropout, "lora_dropout")
+    x = beside.dropped(module, context, contraction.inputs_last(module, args[0]), dropout, "lora_dropout")
     return y + lowrank.branch(x.astype(y.dtype), a * e, b, scaling).reshape(y.shape)
 
 

@@ -13,7 +13,7 @@ from inspect import signature
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from peft_jax import beside, targets
+from peft_jax import beside, contraction
 from peft_jax.errors import PeftJaxError
 from peft_jax.kept import keep
 from peft_jax.lowrank import branch, delta
@@ -96,7 +96,7 @@ def _intercept(dropout, next_fun, args, kwargs, context):
     norm = keep(_column_norm(*map(stop_gradient, (kernel, a, b, scaling))))
     beyond = (_ratio(magnitude.ravel(), norm, scaling) - 1).astype(y.dtype)  # less 1 before it is rounded
 
-    x = targets.inputs_last(module, args[0])
+    x = contraction.inputs_last(module, args[0])
     dropped = beside.dropped(module, context, x, dropout, "lora_dropout")
     bias = module.get_variable("params", "bias").astype(y.dtype).ravel() if module.use_bias else 0
     dropped, whole = dropped.astype(y.dtype), dropped is x

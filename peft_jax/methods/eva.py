@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from peft_jax import arguments, targets
+from peft_jax import arguments, contraction
 from peft_jax.errors import PeftJaxError, nearest
 
 DEFAULTS = {"rho": 2.0, "tau": 0.99, "whiten": False, "adjust_scaling_factors": True}
@@ -87,7 +87,7 @@ def _inputs(model, params, batch, found):
     def note(next_fun, args, kwargs, context):
         path = "/".join(context.module.path)
         if context.method_name == "__call__" and path in paths:
-            x = targets.inputs_last(context.module, args[0])
+            x = contraction.inputs_last(context.module, args[0])
             flat = x.astype(jnp.float32).reshape(-1, math.prod(paths[path].inputs))
             context.module.sow("intermediates", "seen", flat)
         return next_fun(*args, **kwargs)

@@ -16,7 +16,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from peft_jax import arguments, beside, targets
+from peft_jax import arguments, beside, contraction
 from peft_jax.kept import keep
 from peft_jax.method import Method
 from peft_jax.methods import biases
@@ -76,11 +76,11 @@ def _intercept(orthogonal, next_fun, args, kwargs, context):
     module = context.module
     if (held := beside.read(module, context, LEAVES, "HRA")) is None:
         return next_fun(*args, **kwargs)
-    x = targets.inputs_last(module, args[0])
+    x = contraction.inputs_last(module, args[0])
     left, right = (side.astype(x.dtype) for side in sides(*held, orthogonal))
     low = keep(x.reshape(-1, left.shape[0]) @ left)
     moved = x - (low @ right.T).reshape(x.shape)
-    return next_fun(targets.inputs_back(module, moved), *args[1:], **kwargs)
+    return next_fun(contraction.inputs_back(module, moved), *args[1:], **kwargs)
 
 
 def sides(u, on, orthogonal):

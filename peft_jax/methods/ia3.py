@@ -12,7 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from peft_jax import arguments, beside, targets, tree
+from peft_jax import arguments, beside, contraction, targets, tree
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.method import Method, check_leaves
 from peft_jax.quant import plain
@@ -86,8 +86,8 @@ def _leaves(config, key, target, kernel):
 def _intercept(next_fun, args, kwargs, context):
     module = context.module
     if held := beside.read(module, context, ("ia3_in", "ia3_on"), "IA3"):
-        x = targets.inputs_last(module, args[0])
-        return next_fun(targets.inputs_back(module, x * _scale(*held, x.dtype)), *args[1:], **kwargs)
+        x = contraction.inputs_last(module, args[0])
+        return next_fun(contraction.inputs_back(module, x * _scale(*held, x.dtype)), *args[1:], **kwargs)
     y = next_fun(*args, **kwargs)
     held = beside.read(module, context, ("ia3_out", "ia3_on"), "IA3")
     return y * _scale(*held, y.dtype) if held else y

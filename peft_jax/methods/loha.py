@@ -15,7 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from peft_jax import beside, targets
+from peft_jax import beside, contraction
 from peft_jax.method import Method
 from peft_jax.methods import lycoris
 from peft_jax.stored import Format
@@ -73,7 +73,7 @@ def _intercept(config, next_fun, args, kwargs, context):
     held = beside.read(module, context, LEAVES, "LoHa")
     if held is None:
         return y
-    x = targets.inputs_last(module, args[0]).astype(y.dtype)
+    x = contraction.inputs_last(module, args[0]).astype(y.dtype)
     tokens = x.reshape(-1, math.prod(held[1].shape[:-1]))
     change = lycoris.thinned(module, context, branch(tokens, *held), config, scaled=True)
     return y + change.reshape(y.shape)

@@ -17,7 +17,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from peft_jax import beside, targets, tree
+from peft_jax import beside, contraction, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method, check_leaves
 from peft_jax.methods import lycoris
@@ -116,7 +116,7 @@ def _intercept(config, next_fun, args, kwargs, context):
     if (held := beside.read(module, context, ("lokr_scaling",), "LoKr")) is None:
         return y
     factors = {name: module.get_variable("params", name) for name in FACTORS if module.has_variable("params", name)}
-    x = targets.inputs_last(module, args[0]).astype(y.dtype)
+    x = contraction.inputs_last(module, args[0]).astype(y.dtype)
     change = lycoris.thinned(module, context, branch(x, factors, *held), config, config["rank_dropout_scale"])
     return y + change.reshape(y.shape)
 

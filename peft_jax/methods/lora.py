@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from peft_jax import arguments, beside, targets, tree
+from peft_jax import arguments, beside, contraction, targets, tree
 from peft_jax.lowrank import branch, delta
 from peft_jax.method import Method
 from peft_jax.methods import biases, eva, loftq, lora_init
@@ -163,7 +163,7 @@ def _intercept(dropout, next_fun, args, kwargs, context):
     held = beside.read(module, context, LEAVES, "LoRA")
     if held is None:
         return y
-    x = targets.inputs_last(module, args[0])
+    x = contraction.inputs_last(module, args[0])
     x = beside.dropped(module, context, x, dropout, "lora_dropout")
     return y + branch(x.astype(y.dtype), *held).reshape(y.shape)
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import arguments, beside, targets
+from peft_jax import arguments, beside, contraction
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.methods import biases
@@ -111,13 +111,13 @@ def _intercept(config, next_fun, args, kwargs, context):
     module = context.module
     if (held := beside.read(module, context, LEAVES, "OFT")) is None:
         return next_fun(*args, **kwargs)
-    x = targets.inputs_last(module, args[0])
-    count = len(targets.input_axes(module, x.ndim))
+    x = contraction.inputs_last(module, args[0])
+    count = len(contraction.input_axes(module, x.ndim))
     turns = excess(config, *held)
     blocks = x.reshape(-1, math.prod(x.shape[x.ndim - count:]) // turns.shape[-1], turns.shape[-1])
     turns = _dropped(module, context, jnp.broadcast_to(turns, (blocks.shape[1], *turns.shape[1:])), config)
     moved = x + jnp.einsum("tbi,bij->tbj", blocks, turns.astype(x.dtype)).reshape(x.shape)
-    return next_fun(targets.inputs_back(module, moved), *args[1:], **kwargs)
+    return next_fun(contraction.inputs_back(module, moved), *args[1:], **kwargs)
 
 
 def excess(config, upper, on):

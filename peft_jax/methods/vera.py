@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import arguments, beside, targets
+from peft_jax import arguments, beside, contraction
 from peft_jax.errors import PeftJaxError
 from peft_jax.kept import keep
 from peft_jax.method import Method, check_leaves
@@ -95,7 +95,8 @@ def _intercept(dropout, next_fun, args, kwargs, context):
     y, module = next_fun(*args, **kwargs), context.module
     if (held := beside.read(module, context, LEAVES, "VeRA")) is None:
         return y
-    x = beside.dropped(module, context, targets.inputs_last(module, args[0]), dropout, "vera_dropout").astype(y.dtype)
+    x = contraction.inputs_last(module, args[0])
+    x = beside.dropped(module, context, x, dropout, "vera_dropout").astype(y.dtype)
     b, d, on = (leaf.astype(y.dtype) for leaf in held)
     inside = math.prod(module.get_variable("params", "kernel").shape) // b.size
     low = keep(x.reshape(-1, inside) @ context.params["vera_a"][:inside].astype(y.dtype))

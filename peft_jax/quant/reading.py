@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from peft_jax import targets
+from peft_jax import contraction, targets
 from peft_jax.errors import PeftJaxError
 from peft_jax.quant.leaf import QuantizedArray
 from peft_jax.quant.product import attend, dot, take
@@ -53,7 +53,7 @@ def _product(module, leaf, x):
     given = [array.dtype for array in (x, bias) if array is not None]
     dtype = module.dtype or jnp.result_type(leaf.dtype, *given)
     einsum = isinstance(module, nn.Einsum)
-    x = (_contracted_last(module, x) if einsum else targets.inputs_last(module, x)).astype(dtype)
+    x = (_contracted_last(module, x) if einsum else contraction.inputs_last(module, x)).astype(dtype)
     y = dot(x, leaf)
     if einsum:
         y, bias = _in_order(module, y), _spread(module, bias)
