@@ -6,9 +6,9 @@
 
 Modes: train (evaluates before and after; the same command again resumes), eval (the base and the adapter of a workdir),
 merge, or export, which is the same (the workdir's adapter into the weights: a folder that transformers loads,
-workdir/merged or --output), generate (base and adapter side by side; or the adapters of
---adapters=runs/a/adapter,owner/name, folders or Hub ids), plan (what memory a training step needs, from the model's
-config alone).
+workdir/merged or --output; with --requantize what was quantised is so again, and what that costs is said), generate
+(base and adapter side by side; or the adapters of --adapters=runs/a/adapter,owner/name, folders or Hub ids), plan (what
+memory the training step needs, from shapes alone).
 """
 
 import sys
@@ -34,6 +34,7 @@ class Command(NamedTuple):
     adapters: list[str]
     overwrite: bool
     output: str | None
+    requantize: bool
     probe: ConfigDict | None  # the task behind eval.probe
 
 
@@ -48,6 +49,8 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_list("adapters", [], "adapters to compare in mode generate; default the workdir's", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "train again from the start, whatever the workdir holds", flag_values=values)
     flags.DEFINE_string("output", None, "folder that merge writes; default workdir/merged", flag_values=values)
+    flags.DEFINE_bool("requantize", False, "merge into a quantised base again, not into plain weights",
+                      flag_values=values)
     flags.DEFINE_bool("help", False, "show this text and every key of the configuration", flag_values=values)
     return values
 
@@ -70,14 +73,15 @@ def parse_command(argv: list[str]) -> Command | None:
         raise PeftJaxError(f"unknown argument {unknown[0]}; {nearest(unknown[0].split('=')[0].lstrip('-'), values)}")
     if values.mode not in MODES:
         raise PeftJaxError(f"--mode={values.mode}: {nearest(values.mode, MODES)}")
-    if values.output and values.mode not in ("merge", "export"):
-        raise PeftJaxError(f"--output is for --mode=merge and export; --mode={values.mode} writes to --workdir")
+    for name in ("output", "requantize"):
+        if values[name].value and values.mode not in ("merge", "export"):
+            raise PeftJaxError(f"--{name} is for --mode=merge and export; this is --mode={values.mode}")
     check(tidy(config))
     probe = base.task_config(config.eval.probe) if config.eval.probe else None
     if values.adapters and values.mode != "generate":
         raise PeftJaxError(f"--adapters is for --mode=generate; this is --mode={values.mode}")
     return Command(config, values.workdir or f"runs/{name}", values.mode, values.prompt, values.adapters,
-                   values.overwrite, values.output, probe)
+                   values.overwrite, values.output, values.requantize, probe)
 
 
 def print_help(values: flags.FlagValues) -> None:

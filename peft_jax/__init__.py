@@ -51,6 +51,7 @@ CONTENTS = {
     "QuantizedArray": "quant",
     "dequantize": "quant",
     "quantize_array": "quant",
+    "requantize": "methods",
     # models, files
     "Head": "models",
     "untie": "models",

@@ -7,7 +7,7 @@ quantised scales ``weight.nested_absmax`` and ``weight.nested_quant_map``, and `
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,3 +135,39 @@ def _state(name, found, settings) -> dict[str, Any]:
 
 def _is_number(value) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
+
+
+def written(name: str, entry: quant.QuantizedArray) -> dict[str, np.ndarray]:
+    """The tensors of a weight's quantised entry, (outputs, inputs), as transformers saves them."""
+    codes_of, table = (np.ascontiguousarray(np.asarray(entry.codes)).reshape(-1, 1), codes.table(entry.quant_type))
+    state = {"quant_type": entry.quant_type, "blocksize": entry.block_size, "dtype": entry.plain_dtype,
+             "shape": [math.prod(entry.outputs), math.prod(entry.inputs)]}
+    found = {name: codes_of, f"{name}.absmax": np.asarray(entry.scales).reshape(-1), f"{name}.quant_map": table}
+    if entry.double_quant:
+        state |= {"nested_blocksize": GROUP, "nested_dtype": "float32", "nested_offset": float(entry.mean)}
+        found |= {f"{name}.nested_absmax": np.asarray(entry.nested).reshape(-1),
+                  f"{name}.nested_quant_map": codes.dynamic()}
+    text = json.dumps(state).encode()
+    return found | {f"{name}{_STATE}{entry.quant_type}": np.frombuffer(text, np.uint8)}
+
+
+def described(packed: Mapping[str, quant.QuantizedArray], plain: Sequence[str]) -> dict[str, Any]:
+    """What config.json says of quantised weights: ``{path: leaf}``, and of modules that are not, by name.
+
+    Raises ``PeftJaxError`` for leaves that bitsandbytes cannot hold, or not beside each other.
+    """
+    for path, leaf in packed.items():
+        if leaf.quant_type not in ("nf4", "fp4") or leaf.by_rows or leaf.block_size == 0:
+            blocks = f"blocks of {leaf.block_size}" if leaf.block_size else "one block a row"
+            what = "an embedding" if leaf.by_rows else f"{leaf.quant_type} in {blocks}"
+            raise PeftJaxError(f"'{path}' is {what}, and quantised weights are saved as bitsandbytes', which has nf4 "
+                               "and fp4 kernels alone: save quantize().merge(params), which is plain.")
+    kinds = {(leaf.quant_type, leaf.double_quant) for leaf in packed.values()}
+    if len(kinds) > 1:
+        raise PeftJaxError(f"the weights are quantised in several ways, {sorted(kinds)}, and a checkpoint of "
+                           "bitsandbytes has one: save quantize().merge(params), which is plain.")
+    (kind, double), = kinds
+    dtype = next(iter(packed.values())).plain_dtype
+    return {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": kind,
+            "bnb_4bit_use_double_quant": double, "bnb_4bit_compute_dtype": dtype, "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": sorted(plain)}

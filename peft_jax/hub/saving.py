@@ -13,8 +13,8 @@ import numpy as np
 
 from peft_jax import quant, tree
 from peft_jax.errors import PeftJaxError
+from peft_jax.hub import bnb, families, files, names
 from peft_jax.hub import config as hub_config
-from peft_jax.hub import families, files, names
 from peft_jax.hub.family import table_of
 
 _INDEX = "model.safetensors.index.json"
@@ -34,25 +34,30 @@ def save_pretrained(
 
     Args:
       folder: made where missing.
-      params: plain parameters, as ``load_pretrained`` gives or a method's ``merge`` makes; each keeps its dtype. A
-        ``lm_head`` among them is written even where the config ties it, and config.json then says it is not tied.
+      params: as ``load_pretrained`` gives or a method's ``merge`` makes them; each keeps its dtype. A ``lm_head``
+        among them is written even where the config ties it, and config.json then says it is not tied. Quantised
+        kernels (nf4 and fp4) are written as bitsandbytes' are, bit for bit.
       tokenizer: a transformers tokenizer; its special tokens also go to config.json.
       max_shard_bytes: weights above it are split over several files with an index.
 
     Raises:
-      PeftJaxError: leaves of a fine-tuning method or quantised ones (merge first), missing leaves, shapes that are not
-        the model's, or a folder that cannot be written.
+      PeftJaxError: leaves of a fine-tuning method (merge first), quantised ones that bitsandbytes cannot hold,
+        missing leaves, shapes that are not the model's, or a folder that cannot be written.
     """
     flat, folder = tree.flatten(params), Path(folder)
     config = model.config
     if families.of(config).tied and "lm_head/kernel" in flat:
         config = dataclasses.replace(config, tie_word_embeddings=False)
     places = _checked_places(flat, config)
+    packed = {path: leaf for path, leaf in flat.items() if quant.is_leaf(leaf)}
+    plain = {name.rpartition(".")[0].rpartition(".")[2] for name, place in places.items()
+             if place.path.endswith("/kernel") and place.path not in packed}
+    described = {"quantization_config": bnb.described(packed, plain | {"lm_head"})} if packed else {}
     with files.written_aside(folder, "model", last="config.json", stale=("model*.safetensors", _INDEX)) as scratch:
         _write_weights(scratch, flat, places, max_shard_bytes)
         if tokenizer is not None:
             _write_tokenizer(scratch, tokenizer)
-        given = hub_config.to_hf(config, _torch_dtype(flat), _token_ids(tokenizer))
+        given = hub_config.to_hf(config, _torch_dtype(flat), _token_ids(tokenizer)) | described
         Path(scratch, "config.json").write_text(json.dumps(given, indent=2) + "\n", encoding="utf-8")
 
 
@@ -65,11 +70,8 @@ def _write_tokenizer(folder: Path, tokenizer: Any) -> None:
 
 def _checked_places(flat: dict[str, Any], config: Any) -> dict[str, names.Place]:
     shapes = hub_config.param_shapes(config)
-    if packed := [path for path, leaf in flat.items() if quant.is_leaf(leaf)]:
-        raise PeftJaxError(f"'{packed[0]}' (of {len(packed)} such leaves) is quantised, and only plain weights are "
-                           "saved: quantize().merge(params) makes them plain, after the merge of what stands on them, "
-                           "as chain(quantize(), lora()).merge(params) does both; or save the adapter alone.")
-    foreign = [path for path in flat if path not in shapes or not isinstance(flat[path], jax.Array | np.ndarray)]
+    kinds = jax.Array | np.ndarray | quant.QuantizedArray
+    foreign = [path for path in flat if path not in shapes or not isinstance(flat[path], kinds)]
     if foreign:
         raise PeftJaxError(f"'{foreign[0]}' (of {len(foreign)} such leaves) is no plain weight of the model: merge "
                            "first, save_pretrained(folder, model, method.merge(params)), or save the adapter alone.")
@@ -91,7 +93,8 @@ def _write_weights(folder: Path, flat: dict[str, Any], places: dict[str, names.P
     if len(shards) == 1:
         parts = ["model.safetensors"]
     for file, shard in zip(parts, shards, strict=True):  # one shard in host memory at a time
-        save_file({name: _tensor(flat, places[name]) for name in shard}, folder / file, metadata={"format": "pt"})
+        tensors = {key: value for name in shard for key, value in _tensors(flat, name, places[name]).items()}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(parts, shards, strict=True) for name in shard}
         total = sum(leaf.nbytes for leaf in flat.values())
@@ -114,10 +117,11 @@ def _shards(flat: dict[str, Any], places: dict[str, names.Place], most: int) -> 
     return shards
 
 
-def _tensor(flat: dict[str, Any], place: names.Place) -> np.ndarray:
-    leaf = flat[place.path]
-    value = np.asarray(leaf if place.layer is None else leaf[place.layer])
-    return np.ascontiguousarray(value.T if place.transposed else value)
+def _tensors(flat: dict[str, Any], name: str, place: names.Place) -> dict[str, np.ndarray]:
+    leaf = jax.tree.map(lambda buffer: buffer if place.layer is None else buffer[place.layer], flat[place.path])
+    if quant.is_leaf(leaf):
+        return bnb.written(name, leaf)
+    return {name: np.ascontiguousarray(np.asarray(leaf).T if place.transposed else np.asarray(leaf))}
 
 
 def _torch_dtype(flat: dict[str, Any]) -> str:

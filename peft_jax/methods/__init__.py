@@ -42,7 +42,7 @@ from peft_jax.methods.pfeiffer import pfeiffer
 from peft_jax.methods.prefix import prefix, prefix_from_ids
 from peft_jax.methods.prompt import prompt
 from peft_jax.methods.ptuning import ptuning
-from peft_jax.methods.quantize import quantize
+from peft_jax.methods.quantize import quantize, requantize
 from peft_jax.methods.trainable_tokens import trainable_tokens
 from peft_jax.methods.vera import vera
 
@@ -119,6 +119,8 @@ __all__ = [
     "prefix_from_ids",
     "prompt",
     "ptuning",
+    "quantize",
+    "requantize",
     "trainable_tokens",
     "vera",
 ]

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
+
 from peft_jax import arguments, quant, targets, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import BASE, Method
@@ -102,6 +104,36 @@ def _convert(config, path: str, array, axes: targets.KernelAxes, names) -> Any:
     if not wanted or not any(map(meant, names)):
         return array
     return _quantized(config, Target(module, axes, tuple(names), leaf), path, array)
+
+
+def requantize(params: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[tree.Tree, dict[str, float]]:
+    """What ``base`` has quantised, quantised again in ``params``, which a merge made plain; and what that costs.
+
+    Args:
+      params: plain, of the same model, such as ``method.merge(...)`` gives.
+      base: the parameters with the quantised leaves that the merge began with.
+
+    Returns the new tree and, for each quantised leaf by path, the root mean square of the error over that of the plain
+    leaf. Codes can hold an adapter's update only where it is larger than their steps: look at the errors, and at the
+    loss. Raises ``PeftJaxError`` where ``params`` lack a leaf, or have it quantised.
+
+    >>> held = quantize("int8").init(None, {"up_proj": {"kernel": jnp.eye(64)}})
+    >>> requantize({"up_proj": {"kernel": jnp.eye(64)}}, held)[1]
+    {'up_proj/kernel': 0.0}
+    """
+    flat, errors = dict(tree.flatten(params)), {}
+    for path, leaf in tree.flatten(base).items():
+        if not quant.is_leaf(leaf):
+            continue
+        if path not in flat or quant.is_leaf(flat[path]):
+            raise PeftJaxError(f"requantize: params have no plain '{path}': give what method.merge(params) returns.")
+        plain = flat[path]
+        flat[path] = quant.quantize_array(plain, leaf.quant_type, block_size=leaf.block_size or None,
+                                          double_quant=leaf.double_quant, stack=leaf.stack, inputs=leaf.inputs,
+                                          outputs=leaf.outputs, by_rows=leaf.by_rows)
+        error = jnp.square(quant.dequantize(flat[path], jnp.float32) - plain.astype(jnp.float32)).mean()
+        errors[path] = float(jnp.sqrt(error / jnp.square(plain.astype(jnp.float32)).mean()))
+    return tree.unflatten(flat), errors
 
 
 def _merge(params: Mapping[str, Any]) -> tree.Tree:

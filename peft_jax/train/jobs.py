@@ -21,6 +21,7 @@ from peft_jax.generation import Sampling
 from peft_jax.hub import load_pretrained, load_tokenizer, save_pretrained
 from peft_jax.hub.adapters import is_stored, load_adapter, save_adapter
 from peft_jax.method import BASE, Method, bind
+from peft_jax.methods import requantize
 from peft_jax.train import plan, report, session, workdir
 from peft_jax.train.checkpoint import Checkpoints
 from peft_jax.train.loop import due, fit
@@ -200,9 +201,25 @@ def merge(command) -> int:
     if tuned.merge is None:
         raise PeftJaxError(f"{folder / 'adapter'} is of a method that cannot be folded into weights: use it as it is")
     merged = tree.map_paths(lambda _, leaf: quant.plain(leaf), tuned.merge(tuned.params))  # also what has no adapter
+    if command.requantize:
+        merged = _requantized(command, model, base, merged)
     save_pretrained(output, model, merged, tokenizer)
     print(f"merged model: {output} ({report.size(_bytes_in(output))})")
     return 0
+
+
+def _requantized(command, model, base: tree.Tree, merged: tree.Tree) -> tree.Tree:
+    """``merged`` in the base's codes again; prints what that costs, leaf by leaf and in the metrics of the task."""
+    again, errors = requantize(merged, base)
+    if not errors:
+        raise PeftJaxError("--requantize: the base of this run is not quantised: leave it out")
+    print("relative error that quantising adds again:")
+    for path, error in sorted(errors.items(), key=lambda item: -item[1]):
+        print(f"  {error:.4f}  {path}")
+    ready = session.load(command.config, command.probe)
+    run = make_evaluator(bind(BASE, model), model, ready.tokenizer, ready.held, command.config)
+    print(report.metrics_table({"merged": run(merged), "quantised": run(again)}), flush=True)
+    return again
 
 
 def generate(command) -> int:

@@ -8,6 +8,7 @@ import pytest
 import run
 from peft_jax import load_pretrained, tree
 from peft_jax.errors import PeftJaxError
+from peft_jax.quant import is_leaf
 from peft_jax.train.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compiles", "at_the_root")
@@ -136,3 +137,24 @@ def test_a_prompt_and_a_prefix_of_a_text_begin_as_that_text_in_front(arguments, 
         found[name] = json.loads((tmp_path / name / "results.json").read_text())
         assert found[name]["after"]["loss"] < found[name]["before"]["loss"]
     assert found["prompt"]["before"]["loss"] == pytest.approx(found["prefix"]["before"]["loss"], rel=1e-5)
+
+
+def test_a_run_on_a_quantised_base(arguments, tmp_path, capsys):
+    """Evaluated again it is the same, and merged it is plain weights, or with --requantize quantised ones."""
+    small = {"method.quantize.block_size": 16, "method.lora.r": 2, "model.dtype": "float32",
+             "model.param_dtype": "float32", "optim.epochs": 1}
+    command = [*arguments("qlora", **small), f"--workdir={tmp_path}"]
+    assert run.main(command) == 0 and run.main([*command, "--mode=eval"]) == 0
+    results, found = (json.loads((tmp_path / name).read_text()) for name in ("results.json", "eval.json"))
+    assert found["base"]["loss"] == pytest.approx(results["before"]["loss"], rel=1e-6)
+    assert found["adapter"]["loss"] == pytest.approx(results["after"]["loss"], rel=1e-5)
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert run.main([*command, "--mode=merge"]) == 0
+    assert not any(map(is_leaf, tree.flatten(load_pretrained(tmp_path / "merged")[1]).values()))
+    capsys.readouterr()
+    assert run.main([*command, "--mode=merge", "--requantize", f"--output={tmp_path / 'small'}"]) == 0
+    said = capsys.readouterr().out
+    assert "layers/mlp/up_proj/kernel" in said and "quantised" in said
+    assert any(map(is_leaf, tree.flatten(load_pretrained(tmp_path / "small")[1]).values()))
+    assert run.main([*arguments("lora"), f"--workdir={tmp_path / 'x'}", "--requantize"]) == 2
+    assert "--requantize is for --mode=merge" in capsys.readouterr().err
