@@ -30,7 +30,7 @@ RATES = {  # in the order in which they are tried
 }
 OTHERS = {  # what they have to change for a short budget
     "rslora": (), "pissa": (), "olora": (), "eva": (), "lorafa": (), "loraplus": (),
-    "adalora": ("--config.method.tinit=5", "--config.method.tfinal=10"), "vera": (), "loha": (), "lokr": (), "oft": (),
+    "adalora": ("--config.method.tinit=3", "--config.method.tfinal=5"), "vera": (), "loha": (), "lokr": (), "oft": (),
     "hra": (), "pfeiffer": (), "parallel_adapter": (), "compacter": (), "mam": (), "ptuning": (), "ln_tuning": (),
     "trainable_tokens": (),
 }
