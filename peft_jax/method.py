@@ -250,8 +250,9 @@ def _streams(rngs) -> frozenset[str]:
 
 
 def _in_context(intercept, rngs, params, notes, next_fun, args, kwargs, context):
-    whole = Context(context.module, context.method_name, context.orig_method, rngs, params, notes)
-    return intercept(partial(_intercepted, quant.read, next_fun, whole), args, kwargs, whole)
+    reading = partial(_intercepted, quant.read, next_fun, context)  # what the module's own method is to all methods
+    whole = Context(context.module, context.method_name, reading, rngs, params, notes)
+    return intercept(reading, args, kwargs, whole)
 
 
 def check_read(method: Method, forward: Callable[[Mapping], Any], params: Mapping) -> None:

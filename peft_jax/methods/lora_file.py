@@ -127,7 +127,7 @@ def fields(config, flat, naming) -> dict[str, Any]:
         if f"{path}/lora_a" in flat:  # peft scales a tied head's update by the head's own rank and alpha
             for name, (own, other) in _both(config, naming.modules(path, ())[0], head).items():
                 patterns[name] |= {head: own} if own != other else {}
-    return {**beside.selection(config), **patterns, "fan_in_fan_out": naming.fan_in_fan_out}
+    return {**beside.selection(config), **patterns, "fan_in_fan_out": naming.fan_in_fan_out, "loftq_config": {}}
 
 
 def _both(config, *names) -> dict[str, list]:

@@ -76,7 +76,7 @@ def _quantized(config, target: Target, path: str, leaf) -> quant.QuantizedArray:
                            f"'{left[0]}': name modules of all its layers, or of none.")
     if quant.is_leaf(leaf):
         _check_same(config, path, leaf)
-        return dataclasses.replace(leaf, product=config["product"])
+        return leaf if leaf.product == config["product"] else dataclasses.replace(leaf, product=config["product"])
     try:
         found = quant.quantize_array(leaf, config["quant_type"], block_size=config["block_size"],
                                      double_quant=config["double_quant"], stack=target.axes.stack,
