@@ -73,9 +73,9 @@ def parse_command(argv: list[str]) -> Command | None:
         raise PeftJaxError(f"unknown argument {unknown[0]}; {nearest(unknown[0].split('=')[0].lstrip('-'), values)}")
     if values.mode not in MODES:
         raise PeftJaxError(f"--mode={values.mode}: {nearest(values.mode, MODES)}")
-    for name in ("output", "requantize"):
-        if values[name].value and values.mode not in ("merge", "export"):
-            raise PeftJaxError(f"--{name} is for --mode=merge and export; this is --mode={values.mode}")
+    for flag in ("output", "requantize"):
+        if values[flag].value and values.mode not in ("merge", "export"):
+            raise PeftJaxError(f"--{flag} is for --mode=merge and export; this is --mode={values.mode}")
     check(tidy(config))
     probe = base.task_config(config.eval.probe) if config.eval.probe else None
     if values.adapters and values.mode != "generate":

@@ -286,3 +286,8 @@ def test_a_bug_keeps_its_traceback(arguments, monkeypatch, tmp_path):
     monkeypatch.setattr(Batches, "at", buggy)
     with pytest.raises(RuntimeError, match="a bug"):
         run.main([*arguments, f"--workdir={tmp_path}"])
+
+
+@pytest.mark.parametrize("experiment", ["lora", "full"])
+def test_a_run_is_kept_under_the_name_of_its_experiment(experiment):
+    assert run.parse_command([f"--config=experiments/{experiment}.py"]).workdir == f"runs/{experiment}"
