@@ -128,9 +128,10 @@ def requantize(params: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[tree
         if path not in flat or quant.is_leaf(flat[path]):
             raise PeftJaxError(f"requantize: params have no plain '{path}': give what method.merge(params) returns.")
         plain = flat[path]
-        flat[path] = quant.quantize_array(plain, leaf.quant_type, block_size=leaf.block_size or None,
-                                          double_quant=leaf.double_quant, stack=leaf.stack, inputs=leaf.inputs,
-                                          outputs=leaf.outputs, by_rows=leaf.by_rows)
+        again = quant.quantize_array(plain, leaf.quant_type, block_size=leaf.block_size or None,
+                                     double_quant=leaf.double_quant, stack=leaf.stack, inputs=leaf.inputs,
+                                     outputs=leaf.outputs, by_rows=leaf.by_rows)
+        flat[path] = dataclasses.replace(again, product=leaf.product)
         error = jnp.square(quant.dequantize(flat[path], jnp.float32) - plain.astype(jnp.float32)).mean()
         errors[path] = float(jnp.sqrt(error / jnp.square(plain.astype(jnp.float32)).mean()))
     return tree.unflatten(flat), errors

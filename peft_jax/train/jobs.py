@@ -195,29 +195,32 @@ def merge(command) -> int:
     output = Path(command.output).expanduser() if command.output else folder / "merged"
     if output.exists() and Path(source).expanduser().exists() and output.samefile(Path(source).expanduser()):
         raise PeftJaxError(f"--output={output} is the base model itself: choose another folder")
-    tokenizer = load_tokenizer(source)
-    model, base = session.load_model(command.config, session.trained_on(command.config))
+    changes, ready = session.trained_on(command.config), None
+    if command.requantize:
+        ready = session.load(command.config, command.probe, changes)
+        tokenizer, model, base = ready.tokenizer, ready.model, ready.base
+    else:
+        tokenizer, (model, base) = load_tokenizer(source), session.load_model(command.config, changes)
     tuned = _tuned(folder, command.config, model, base)
     if tuned.merge is None:
         raise PeftJaxError(f"{folder / 'adapter'} is of a method that cannot be folded into weights: use it as it is")
     merged = tree.map_paths(lambda _, leaf: quant.plain(leaf), tuned.merge(tuned.params))  # also what has no adapter
-    if command.requantize:
-        merged = _requantized(command, model, base, merged)
+    if ready:
+        merged = _requantized(command.config, ready, merged)
     save_pretrained(output, model, merged, tokenizer)
     print(f"merged model: {output} ({report.size(_bytes_in(output))})")
     return 0
 
 
-def _requantized(command, model, base: tree.Tree, merged: tree.Tree) -> tree.Tree:
+def _requantized(config, ready: Session, merged: tree.Tree) -> tree.Tree:
     """``merged`` in the base's codes again; prints what that costs, leaf by leaf and in the metrics of the task."""
-    again, errors = requantize(merged, base)
+    again, errors = requantize(merged, ready.base)
     if not errors:
         raise PeftJaxError("--requantize: the base of this run is not quantised: leave it out")
     print("relative error that quantising adds again:")
     for path, error in sorted(errors.items(), key=lambda item: -item[1]):
         print(f"  {error:.4f}  {path}")
-    ready = session.load(command.config, command.probe)
-    run = make_evaluator(bind(BASE, model), model, ready.tokenizer, ready.held, command.config)
+    run = make_evaluator(bind(BASE, ready.model), ready.model, ready.tokenizer, ready.held, config)
     print(report.metrics_table({"merged": run(merged), "quantised": run(again)}), flush=True)
     return again
 
