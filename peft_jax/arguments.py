@@ -16,6 +16,11 @@ def check_modules(name: str, given: Any) -> None:
     check_regexes([given] if isinstance(given, str) else [])
 
 
+def as_names(given: Any) -> Any:
+    """One name as a tuple of it; a list of names, or ``None``, as it is."""
+    return (given,) if isinstance(given, str) else given
+
+
 def check_regexes(given: Sequence[str]) -> None:
     for regex in given:
         try:
@@ -66,6 +71,16 @@ def check_pattern(name: str, given: Any) -> None:
     if not isinstance(given, Mapping | None) or not all(isinstance(key, str) for key in given or ()):
         raise PeftJaxError(f"{name}={given!r}: give a dict, such as {{'layers.0.self_attn.q_proj': 4}}.")
     check_regexes(list(given or ()))
+
+
+def check_settings(name: str, given: Any, defaults: Mapping[str, Any], example: str) -> dict[str, Any]:
+    """``defaults`` with the dict ``given`` in their place. Raises where it is none, or has a key that there is not."""
+    if not isinstance(given, Mapping | None):
+        raise PeftJaxError(f"{name}={given!r}: give a dict, such as {example}.")
+    for key in given or {}:
+        if key not in defaults:
+            raise PeftJaxError(f"{name}['{key}']: {nearest(key, defaults)}")
+    return {**defaults, **(given or {})}
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

@@ -29,7 +29,7 @@ def tidy(config: dict[str, Any], default: targets.Patterns = ("q_proj", "v_proj"
     """
     saved, wanted = config["modules_to_save"], config["target_modules"]
     config = {**config, "target_modules": default if wanted is None else wanted,
-              "modules_to_save": (saved,) if isinstance(saved, str) else saved}
+              "modules_to_save": arguments.as_names(saved)}
     for name in SELECTION:
         if name != "layers_to_transform":
             arguments.check_modules(name, config[name])
@@ -119,8 +119,12 @@ def check_saved(config, params, found) -> None:
 
 def trains(config, leaves: Sequence[str], path: str, flat: Mapping[str, Any]) -> bool:
     """Whether the leaf at ``path`` is one of the method's trained ``leaves`` or of a saved module."""
-    folder, _, name = path.rpartition("/")
-    return name in leaves or targets.saved(config["modules_to_save"], folder.replace("/", "."))
+    return path.rpartition("/")[2] in leaves or saved(config, path)
+
+
+def saved(config, path: str) -> bool:
+    """Whether the leaf at ``path`` is of a module that ``modules_to_save`` trains."""
+    return targets.saved(config["modules_to_save"], path.rpartition("/")[0].replace("/", "."))
 
 
 def labels(params: Mapping[str, Any], trained: Callable[[str, Mapping], bool]) -> tree.Tree:

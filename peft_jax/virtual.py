@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import arguments, beside, targets, tree
+from peft_jax import arguments, beside, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.stored import PREFIX, Slot, no_place
@@ -36,7 +36,7 @@ def tidy(config: Mapping[str, Any]) -> dict[str, Any]:
     saved = config["modules_to_save"]
     arguments.check_whole("num_virtual_tokens", config["num_virtual_tokens"])
     arguments.check_modules("modules_to_save", saved)
-    return {**config, "modules_to_save": (saved,) if isinstance(saved, str) else saved}
+    return {**config, "modules_to_save": arguments.as_names(saved)}
 
 
 def start(config: Mapping[str, Any], params: Mapping[str, Any], kind: str) -> dict[str, Any]:
@@ -50,11 +50,7 @@ def start(config: Mapping[str, Any], params: Mapping[str, Any], kind: str) -> di
         raise PeftJaxError(f"the parameters already hold virtual tokens ('{held[0]}'), and {kind} would add more: "
                            "start from the base's, and chain one such method only.")
     beside.check_saved(config, params, ())
-    return {path: leaf.astype(jnp.float32) if _saved(config, path) else leaf for path, leaf in flat.items()}
-
-
-def _saved(config, path: str) -> bool:
-    return targets.saved(config["modules_to_save"], path.rpartition("/")[0].replace("/", "."))
+    return {path: beside.trainable(path, leaf) if beside.saved(config, path) else leaf for path, leaf in flat.items()}
 
 
 def embedding(flat: Mapping[str, Any]) -> str:
@@ -77,7 +73,7 @@ def check_vocabulary(what: str, ids, flat: Mapping[str, Any]) -> None:
 
 def labels(config: Mapping[str, Any], params: Mapping[str, Any]) -> tree.Tree:
     """Every leaf of the virtual tokens and of modules_to_save trains, no other."""
-    return beside.labels(params, lambda path, _: OWN.fullmatch(path) is not None or _saved(config, path))
+    return beside.labels(params, lambda path, _: OWN.fullmatch(path) is not None or beside.saved(config, path))
 
 
 def prepared(make: Callable[..., Method], config: Mapping[str, Any], model, params,
@@ -240,7 +236,7 @@ def slots(path: str, slot: Slot, config, trained, naming, count: int) -> dict[st
 
     Raises ``PeftJaxError`` for other trained leaves.
     """
-    saved = [other for other in trained if other != path and _saved(config, other)]
+    saved = [other for other in trained if other != path and beside.saved(config, other)]
     if others := [other for other in trained if other != path and other not in saved]:
         raise no_place(others, config["peft_type"])
     if count != config["num_virtual_tokens"]:

@@ -111,7 +111,7 @@ def build(config: dict[str, Any], matrices: Matrices, stored: Format) -> Method:
     left, saved = config["leave_out"], config["modules_to_save"]
     left = (left,) if isinstance(left, int) else tuple(left or ())
     config = {"peft_type": matrices.kind, **config, "leave_out": left,
-              "modules_to_save": (saved,) if isinstance(saved, str) else saved}
+              "modules_to_save": arguments.as_names(saved)}
     _check(config)
     shared = tuple(jax.eval_shape(lambda: matrices.shared(config, jax.random.key(0))))
     own = (*matrices.keys, *EXTRAS)

@@ -18,7 +18,7 @@ import numpy as np
 from flax import linen as nn
 
 from peft_jax import arguments, contraction
-from peft_jax.errors import PeftJaxError, nearest
+from peft_jax.errors import PeftJaxError
 
 DEFAULTS = {"rho": 2.0, "tau": 0.99, "whiten": False, "adjust_scaling_factors": True}
 
@@ -34,17 +34,12 @@ class Components(NamedTuple):
 
 
 def settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """peft's ``EvaConfig`` with ``given`` in place of its defaults."""
-    return {**DEFAULTS, **(given or {})}
+    """peft's ``EvaConfig`` with ``given`` in place of its defaults; raises ``PeftJaxError`` for what is none."""
+    return arguments.check_settings("eva_config", given, DEFAULTS, "{'rho': 1.0}")
 
 
 def check(given: Mapping[str, Any] | None) -> None:
     """Raise ``PeftJaxError`` for a setting that there is not, or a value out of range."""
-    if not isinstance(given, Mapping | None):
-        raise PeftJaxError(f"eva_config={given!r}: give a dict, such as {{'rho': 1.0}}.")
-    for name in given or {}:
-        if name not in DEFAULTS:
-            raise PeftJaxError(f"eva_config['{name}']: {nearest(name, DEFAULTS)}")
     asked = settings(given)
     for name in ("rho", "tau"):
         arguments.check_number(f"eva_config['{name}']", asked[name])

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax import arguments, quant
-from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.lowrank import delta
 
 NAME = "loftq"
@@ -23,17 +22,13 @@ DEFAULTS = {"quant_type": "nf4", "block_size": 64, "double_quant": False, "loftq
 
 
 def settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The codec, as of :func:`peft_jax.quantize`, and the rounds, with ``given`` in place of defaults."""
-    return {**DEFAULTS, **(given or {})}
+    """The codec, as of :func:`peft_jax.quantize`, and the rounds, with ``given`` in place of defaults; raises
+    ``PeftJaxError`` for what is none."""
+    return arguments.check_settings("loftq_config", given, DEFAULTS, "{'loftq_iter': 5}")
 
 
 def check(given: Mapping[str, Any] | None) -> None:
     """Raise ``PeftJaxError`` for a setting that there is not, or a value out of range."""
-    if not isinstance(given, Mapping | None):
-        raise PeftJaxError(f"loftq_config={given!r}: give a dict, such as {{'loftq_iter': 5}}.")
-    for name in given or {}:
-        if name not in DEFAULTS:
-            raise PeftJaxError(f"loftq_config['{name}']: {nearest(name, DEFAULTS)}")
     asked = settings(given)
     arguments.check_whole("loftq_config['loftq_iter']", asked["loftq_iter"])
     quant.check(asked["quant_type"], asked["block_size"], asked["double_quant"])

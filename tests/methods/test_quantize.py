@@ -224,3 +224,10 @@ def test_what_cannot_be_is_an_error(tied):
     for make, said in cases:
         with pytest.raises(PeftJaxError, match=said):
             make()
+
+
+@pytest.mark.parametrize("make", [peft_jax.prompt, lora])
+def test_a_quantised_module_cannot_be_saved_as_a_whole(tied, make):
+    method = make(modules_to_save=("up_proj",))
+    with pytest.raises(PeftJaxError, match=r"up_proj/kernel' is quantised .nf4. and cannot train"):
+        method.init(jax.random.key(0), tied[2])
