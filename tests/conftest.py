@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import cache
 from pathlib import Path
 
 # Before jax is imported anywhere: it reads these once.
@@ -118,6 +119,14 @@ def peer_bases(tmp_path_factory):
     from tests.peer import make_bases
 
     return make_bases(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def encoder_bases(tmp_path_factory):
+    """``encoder_bases(torch class)``: (makes a fresh torch model, Flax model, params), tiny, made when asked for."""
+    from tests.peer import make_encoder
+
+    return cache(lambda name: make_encoder(name, tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture(scope="session")

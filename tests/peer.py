@@ -19,6 +19,14 @@ SIZES = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidd
 MODELS = {"llama": ("Llama", False), "tied": ("Llama", True), "qwen2": ("Qwen2", False)}  # Qwen2 has biases
 IDS = np.arange(20).reshape(2, 10) * 7 % SIZES["vocab_size"]
 
+# Of tiny encoders: DistilBERT has names of its own.
+ENCODERS = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "max_position_embeddings": 32, "num_labels": 3}
+DISTIL = {"vocab_size": 37, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 32,
+          "num_labels": 3}
+ENCODER_IDS = np.arange(20).reshape(2, 10) * 7 % 33 + 3
+SEQUENCE, TOKEN = "ForSequenceClassification", "ForTokenClassification"
+
 # Fields that say how training began, by which a loaded adapter does not begin again.
 STARTS = {"init_weights", "prefix_projection", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout",
           "encoder_reparameterization_type"}
@@ -43,6 +51,23 @@ def make_bases(tmp_path_factory):
         return (lambda: fresh(folder).eval()), *peft_jax.load_pretrained(folder)
 
     return {name: make(*options, tmp_path_factory.mktemp(name)) for name, options in MODELS.items()}
+
+
+def make_encoder(name, folder):
+    """(makes a fresh torch model, Flax model, params) of a tiny random encoder of the torch class ``name``."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    kind = name.split("For")[0].removesuffix("Model")
+    config = getattr(transformers, f"{kind}Config")(**(DISTIL if kind == "DistilBert" else ENCODERS))
+    theirs = getattr(transformers, name)(config)
+    with torch.no_grad():
+        for parameter_name, parameter in theirs.named_parameters():
+            parameter.normal_(1.0 if "norm.weight" in parameter_name.lower() else 0.0, 0.3)
+    theirs.save_pretrained(folder)
+    fresh = getattr(transformers, name).from_pretrained
+    return (lambda: fresh(folder).eval()), *peft_jax.load_pretrained(folder)
 
 
 def torch_logits(model):

@@ -125,7 +125,7 @@ def test_tokens_of_an_embedding_that_a_lora_changes_must_come_first(tied):
     np.testing.assert_allclose(forward(model, method.merge(tuned)), ours, atol=1e-4 * np.abs(ours).max())
 
 
-@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"bitfit", "quantize"}))  # they add none
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"bitfit", "quantize"}))  # as they are, these add none here
 def test_every_method_names_its_leaves(tied, name):
     """All that ``init`` adds, and nothing of the model's."""
     _, params = tied

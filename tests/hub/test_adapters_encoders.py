@@ -8,7 +8,7 @@ import pytest
 
 import peft_jax
 from peft_jax import Head, bind, flatten, ia3, load_adapter, load_pretrained, lora, partition, save_adapter
-from tests.peer import assert_close
+from tests.peer import ENCODER_IDS, SEQUENCE, TOKEN, assert_close
 from tests.properties import moved
 
 torch = pytest.importorskip("torch")
@@ -17,12 +17,7 @@ peft = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-SIZES = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "max_position_embeddings": 24, "num_labels": 3}
-DISTIL = {"vocab_size": 37, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 24,
-          "num_labels": 3}
-IDS = np.arange(20).reshape(2, 10) * 7 % 33 + 3
-SEQUENCE, TOKEN = "ForSequenceClassification", "ForTokenClassification"
+IDS = ENCODER_IDS
 
 # name: (torch class, method, its arguments, peft's config class and task type, trained modules as peft names them).
 CASES = {
@@ -45,25 +40,6 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    """{torch class: (makes a fresh torch model, Flax model, params)}."""
-
-    def make(name):
-        torch.manual_seed(0)
-        kind = name.split("For")[0].removesuffix("Model")
-        options = DISTIL if kind == "DistilBert" else SIZES
-        theirs = getattr(transformers, name)(getattr(transformers, f"{kind}Config")(**options))
-        with torch.no_grad():
-            for parameter_name, parameter in theirs.named_parameters():
-                parameter.normal_(1.0 if "norm.weight" in parameter_name.lower() else 0.0, 0.3)
-        folder = tmp_path_factory.mktemp(name)
-        theirs.save_pretrained(folder)
-        return lambda: getattr(transformers, name).from_pretrained(folder).eval(), *load_pretrained(folder)
-
-    return {name: make(name) for name in {case[0] for case in CASES.values()}}
-
-
 def torch_output(model):
     with torch.no_grad():
         return model.eval()(torch.tensor(IDS))[0].numpy()
@@ -74,9 +50,9 @@ def output(method, model, params):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_made_here_opens_in_peft(bases, case, tmp_path):
+def test_made_here_opens_in_peft(encoder_bases, case, tmp_path):
     name, make, arguments, task_type, saved = CASES[case]
-    fresh, model, base = bases[name]
+    fresh, model, base = encoder_bases(name)
     method = make(**arguments, modules_to_save=saved)
     params = moved(method, method.init(jax.random.key(0), base))
     save_adapter(tmp_path, method, params, model, base_model="org/base")
@@ -92,10 +68,10 @@ def test_made_here_opens_in_peft(bases, case, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_trained_by_peft_loads_here(bases, case, tmp_path):
+def test_trained_by_peft_loads_here(encoder_bases, case, tmp_path):
     """peft itself adds "classifier" and "score" to modules_to_save for a classification task."""
     name, make, arguments, task_type, saved = CASES[case]
-    fresh, model, base = bases[name]
+    fresh, model, base = encoder_bases(name)
     torch.manual_seed(1)
     config = (peft.LoraConfig if make is lora else peft.IA3Config)(
         **arguments, task_type=task_type, modules_to_save=[m for m in saved or () if m != "classifier"] or None)
@@ -117,16 +93,16 @@ def test_trained_by_peft_loads_here(bases, case, tmp_path):
     assert peft_jax.count(trainable) - method.padding(params) == count
 
 
-def test_an_adapter_of_another_family_is_refused(bases, tmp_path):
+def test_an_adapter_of_another_family_is_refused(encoder_bases, tmp_path):
     method = lora(target_modules=("q_lin",), modules_to_save=("classifier",))
-    _, model, base = bases[f"DistilBert{SEQUENCE}"]
+    _, model, base = encoder_bases(f"DistilBert{SEQUENCE}")
     save_adapter(tmp_path, method, method.init(jax.random.key(0), base), model)
     with pytest.raises(peft_jax.PeftJaxError, match="none of the adapter's target_modules"):
-        load_adapter(tmp_path, bases[f"Bert{SEQUENCE}"][2])
+        load_adapter(tmp_path, encoder_bases(f"Bert{SEQUENCE}")[2])
 
 
-def test_an_adapter_with_another_number_of_labels_is_refused(bases, tmp_path):
-    fresh, model, base = bases[f"Roberta{SEQUENCE}"]
+def test_an_adapter_with_another_number_of_labels_is_refused(encoder_bases, tmp_path):
+    fresh, model, base = encoder_bases(f"Roberta{SEQUENCE}")
     method = lora(target_modules=("query",), modules_to_save=("classifier",))
     save_adapter(tmp_path / "adapter", method, method.init(jax.random.key(0), base), model)
     fresh().base_model.save_pretrained(tmp_path / "base")

@@ -9,11 +9,11 @@ import pytest
 from flax import linen as nn
 
 import peft_jax
-from peft_jax import Head, PeftJaxError, bind, load_adapter, load_pretrained, prefix, prompt, ptuning, save_adapter
+from peft_jax import Head, PeftJaxError, bind, load_adapter, prefix, prompt, ptuning, save_adapter
 from peft_jax.data.batches import Batches
 from peft_jax.data.labelled import Labelled
 from peft_jax.loss import batch_loss
-from tests.peer import assert_close, check_same_bits
+from tests.peer import ENCODER_IDS, SEQUENCE, TOKEN, assert_close, check_same_bits
 from tests.properties import moved
 
 torch = pytest.importorskip("torch")
@@ -21,13 +21,8 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-SIZES = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "max_position_embeddings": 32, "num_labels": 3}
-DISTIL = {"vocab_size": 37, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 32,
-          "num_labels": 3}
-IDS = np.arange(20).reshape(2, 10) * 7 % 33 + 3
+IDS = ENCODER_IDS
 MASK = np.arange(10)[None] < np.array([[10], [6]])  # behind the text: in front of it peft counts padding too
-SEQUENCE, TOKEN = "ForSequenceClassification", "ForTokenClassification"
 METHODS = {
     "prefix": (prefix, {}, "PrefixTuningConfig"),
     "projection": (prefix, {"prefix_projection": True, "encoder_hidden_size": 5}, "PrefixTuningConfig"),
@@ -44,29 +39,6 @@ def pairs():
             yield from ((kind + ending, method) for method in METHODS
                         if kind != "DistilBert" or METHODS[method][0] is not prefix)
     yield from (("BertModel", method) for method in METHODS)
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    """{torch class: (makes a fresh torch model, Flax model, params)}, made when asked for."""
-    made = {}
-
-    def base(name):
-        if name not in made:
-            torch.manual_seed(0)
-            kind = name.split("For")[0].removesuffix("Model")
-            config = getattr(transformers, f"{kind}Config")(**(DISTIL if kind == "DistilBert" else SIZES))
-            theirs = getattr(transformers, name)(config)
-            with torch.no_grad():
-                for parameter_name, parameter in theirs.named_parameters():
-                    parameter.normal_(1.0 if "norm.weight" in parameter_name.lower() else 0.0, 0.3)
-            folder = tmp_path_factory.mktemp(name)
-            theirs.save_pretrained(folder)
-            fresh = getattr(transformers, name).from_pretrained
-            made[name] = lambda: fresh(folder).eval(), *load_pretrained(folder)
-        return made[name]
-
-    return base
 
 
 def torch_output(model, **given):
@@ -86,8 +58,8 @@ def saved(name):
 
 
 @pytest.mark.parametrize(("name", "case"), pairs())
-def test_made_here_opens_in_peft(bases, name, case, tmp_path):
-    (fresh, model, base), (make, options, _) = bases(name), METHODS[case]
+def test_made_here_opens_in_peft(encoder_bases, name, case, tmp_path):
+    (fresh, model, base), (make, options, _) = encoder_bases(name), METHODS[case]
     method = make(4, **options, modules_to_save=saved(name))
     params = moved(method, method.init(jax.random.key(0), base))
     save_adapter(tmp_path, method, params, model)
@@ -99,9 +71,9 @@ def test_made_here_opens_in_peft(bases, name, case, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "case"), pairs())
-def test_trained_by_peft_loads_here(bases, name, case, tmp_path):
+def test_trained_by_peft_loads_here(encoder_bases, name, case, tmp_path):
     """peft itself adds "classifier" and "score" to modules_to_save for a classification task."""
-    (fresh, model, base), (make, options, kind) = bases(name), METHODS[case]
+    (fresh, model, base), (make, options, kind) = encoder_bases(name), METHODS[case]
     task = {SEQUENCE: "SEQ_CLS", TOKEN: "TOKEN_CLS"}.get(name[name.find("For"):], "FEATURE_EXTRACTION")
     sizes = {"token_dim": 16, "num_attention_heads": 4} if "Distil" in name else {}  # peft cannot tell them
     torch.manual_seed(1)
@@ -124,9 +96,9 @@ def test_trained_by_peft_loads_here(bases, name, case, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["prefix", "prompt"])
-def test_token_types_are_pefts(bases, case, tmp_path):
+def test_token_types_are_pefts(encoder_bases, case, tmp_path):
     """Virtual tokens are of type 0. peft reads the file of a classifier only with the classifier in it."""
-    (fresh, model, base), (make, _, _) = bases(f"Bert{SEQUENCE}"), METHODS[case]
+    (fresh, model, base), (make, _, _) = encoder_bases(f"Bert{SEQUENCE}"), METHODS[case]
     method, types = make(4, modules_to_save="classifier"), (np.arange(10) > 3).astype(int)[None].repeat(2, 0)
     params = moved(method, method.init(jax.random.key(0), base))
     save_adapter(tmp_path, method, params, model)
@@ -135,8 +107,8 @@ def test_token_types_are_pefts(bases, case, tmp_path):
     assert np.abs(output(method, model, params) - theirs).max() > 1e-2 * np.abs(theirs).max()
 
 
-def test_peft_has_no_prefix_for_distilbert(bases):
-    fresh, _, _ = bases(f"DistilBert{SEQUENCE}")
+def test_peft_has_no_prefix_for_distilbert(encoder_bases):
+    fresh, _, _ = encoder_bases(f"DistilBert{SEQUENCE}")
     theirs = peft.get_peft_model(fresh(), peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4,
                                                                   token_dim=16, num_attention_heads=4))
     with pytest.raises(ValueError, match="does not support past key values"):
@@ -144,9 +116,9 @@ def test_peft_has_no_prefix_for_distilbert(bases):
 
 
 @pytest.mark.parametrize("name", [f"DistilBert{SEQUENCE}", f"Bert{TOKEN}"])
-def test_the_equation_of_a_prefix_written_out(bases, name):
+def test_the_equation_of_a_prefix_written_out(encoder_bases, name):
     """Each layer's attention, from its queries, keys and values: every token sees the prefix and every token."""
-    _, model, base = bases(name)
+    _, model, base = encoder_bases(name)
     method = prefix(3)
     params = moved(method, method.init(jax.random.key(0), base))
     layers = []
@@ -174,9 +146,9 @@ def test_the_equation_of_a_prefix_written_out(bases, name):
 @pytest.mark.parametrize(("case", "pooling", "jitted"), [
     ("prefix", "first", True), ("prefix", "mean", True), ("prompt", "first", True), ("prompt", "mean", True),
     ("prompt", "first", False), ("ptuning", "first", True)])  # fmt: skip
-def test_texts_of_a_packed_row_do_not_see_one_another(bases, case, pooling, jitted):
+def test_texts_of_a_packed_row_do_not_see_one_another(encoder_bases, case, pooling, jitted):
     """Nor padding, on either side: each has the answer that it has alone."""
-    (make, options, _), (_, model, base) = METHODS[case], bases(f"Bert{SEQUENCE}")
+    (make, options, _), (_, model, base) = METHODS[case], encoder_bases(f"Bert{SEQUENCE}")
     model = model.clone(config=model.config.__class__(**{**vars(model.config), "head": Head("SEQ_CLS", 3, pooling)}))
     method = make(4, **options, **({} if make is prefix else {"packed_texts": 3}))
     params = moved(method, method.init(jax.random.key(0), base))
@@ -195,9 +167,9 @@ def test_texts_of_a_packed_row_do_not_see_one_another(bases, case, pooling, jitt
     assert_close(packed, alone, 1e-5)
 
 
-def test_more_texts_than_were_told_are_seen(bases):
+def test_more_texts_than_were_told_are_seen(encoder_bases):
     """Under jit nobody can count them: the states of those that have no virtual tokens are NaN, no others."""
-    _, model, base = bases(f"Bert{SEQUENCE}")
+    _, model, base = encoder_bases(f"Bert{SEQUENCE}")
     method = prompt(4)
     params, apply = method.init(jax.random.key(0), base), bind(method, model)
     segments = np.array([[1] * 4 + [2] * 6])
@@ -206,8 +178,8 @@ def test_more_texts_than_were_told_are_seen(bases):
 
 
 @pytest.mark.parametrize("case", ["prompt", "ptuning"])
-def test_the_mean_is_over_the_text_alone(bases, case):
-    (make, options, _), (_, bare, base) = METHODS[case], bases("BertModel")
+def test_the_mean_is_over_the_text_alone(encoder_bases, case):
+    (make, options, _), (_, bare, base) = METHODS[case], encoder_bases("BertModel")
     method = make(4, **options)
     params = moved(method, method.init(jax.random.key(0), base))
     states = np.asarray(bind(method, bare)({"params": params}, IDS, MASK))
@@ -219,11 +191,11 @@ def test_the_mean_is_over_the_text_alone(bases, case):
 
 @pytest.mark.parametrize(("case", "collate"), [("prefix", "pack"), ("prompt", "pack"), ("prompt", "pad"),
                                                ("ptuning", "pack")])
-def test_a_run_prepares_it_for_its_batches(bases, case, collate):
+def test_a_run_prepares_it_for_its_batches(encoder_bases, case, collate):
     """The loss of a batch is that of its texts one by one, under jit and remat, and every leaf has a gradient."""
     from ml_collections.config_dict import ConfigDict
 
-    (make, options, _), (_, model, base) = METHODS[case], bases(f"Roberta{SEQUENCE}")
+    (make, options, _), (_, model, base) = METHODS[case], encoder_bases(f"Roberta{SEQUENCE}")
     texts = [Labelled(row[:length].astype(np.int32), label) for row, length, label in
              zip(np.tile(IDS, (3, 1)), (3, 9, 5, 4, 10, 6), (0, 1, 2, 2, 1, 0), strict=True)]
     batches = Batches(texts, ConfigDict({"collate": collate, "batch_size": 6, "width_multiple": 4, "buckets": 2,
@@ -249,8 +221,8 @@ def test_a_run_prepares_it_for_its_batches(bases, case, collate):
         assert all(np.abs(leaf).max() > 0 for leaf in peft_jax.flatten(gradient).values())
 
 
-def test_what_an_encoder_cannot_do_is_an_error(bases, tmp_path):
-    _, model, base = bases(f"DistilBert{SEQUENCE}")
+def test_what_an_encoder_cannot_do_is_an_error(encoder_bases, tmp_path):
+    _, model, base = encoder_bases(f"DistilBert{SEQUENCE}")
     with pytest.raises(PeftJaxError, match="keys of a text can be had from a decoder"):
         prefix(4, prefix_init_ids=(3, 4)).prepare(model, base, ())
     method = prompt(4)
