@@ -181,7 +181,7 @@ def run_case(name: str, folder: str, args) -> None:
     if name == "task":
         ours_at, theirs_at = task_batches()
     else:
-        batch = random_batch(args.rows, args.length, 49152)
+        batch = batch_of(args)
         ours_at = theirs_at = lambda step: batch
     batches = [(ours_at(i), theirs_at(i)) for i in range(args.steps)]
     ours, facts = jax_step(our_lora(CASES[name]), batches[0][0])
@@ -191,12 +191,23 @@ def run_case(name: str, folder: str, args) -> None:
     compare(name, ours, torch_step(their_lora(CASES[name]), folder), batches)
 
 
-def peak_memory(side: str, name: str, folder: str, args) -> None:
-    """Run three steps of one library alone and print the most memory that this process ever held."""
-    batch = random_batch(args.rows, args.length, 49152)
-    ours = side == "peft_jax"
-    step = jax_step(our_lora(CASES[name]), batch)[0] if ours else torch_step(their_lora(CASES[name]), folder)
-    print(f"  {side:<9} peak resident {peak_of(step, batch):.0f} MiB ({name})", flush=True)
+def alone(case: str, args) -> Step:
+    """The step that ``--alone=side:case:folder`` names."""
+    side, name, folder = case.split(":", 2)
+    if side == "peft":
+        return torch_step(their_lora(CASES[name]), folder)
+    return jax_step(our_lora(CASES[name]), batch_of(args))[0]
+
+
+def batch_of(args) -> dict:
+    """The batch of random tokens that the command line asks for."""
+    return random_batch(args.rows, args.length, 49152)
+
+
+def peak_alone(file: str, case: str, args) -> float:
+    """MiB that one step alone held at most: ``file`` with ``--alone=case``, in a process of its own."""
+    command = [sys.executable, file, f"--alone={case}", f"--rows={args.rows}", f"--length={args.length}"]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 
 def peak_of(step: Step, batch: dict) -> float:
@@ -207,17 +218,22 @@ def peak_of(step: Step, batch: dict) -> float:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 2**10
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", default="qv,all-linear,task")
-    parser.add_argument("--steps", type=int, default=10)
+def command_line(docstring: str, steps: int) -> argparse.ArgumentParser:
+    """The arguments that all benchmarks of a step have."""
+    parser = argparse.ArgumentParser(description=docstring.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--alone", help=argparse.SUPPRESS)  # side:case:folder, for peak memory
+    parser.add_argument("--alone", help=argparse.SUPPRESS)  # what one process runs alone, for peak memory
+    return parser
+
+
+def main() -> None:
+    parser = command_line(__doc__, steps=10)
+    parser.add_argument("--cases", default="qv,all-linear,task")
     args = parser.parse_args()
     if args.alone:
-        side, name, folder = args.alone.split(":", 2)
-        return peak_memory(side, name, folder, args)
+        return print(peak_of(alone(args.alone, args), batch_of(args)))
 
     import peft_jax
 
@@ -225,8 +241,8 @@ def main() -> None:
         peft_jax.save_pretrained(folder, *peft_jax.load_pretrained(SOURCE))
         for name in args.cases.split(","):
             for side in ("peft_jax", "peft") if name != "task" else ():
-                subprocess.run([sys.executable, __file__, f"--alone={side}:{name}:{folder}", f"--rows={args.rows}",
-                                f"--length={args.length}"], check=True)
+                held = peak_alone(__file__, f"{side}:{name}:{folder}", args)
+                print(f"  {side:<9} peak resident {held:.0f} MiB ({name})", flush=True)
             run_case(name, folder, args)
 
 

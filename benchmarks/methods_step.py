@@ -8,8 +8,6 @@ peak resident memory of each library run alone. Clipping and AdamW are inside th
 Where peft has no such method its columns are empty; "full" is compared with plain torch.
 """
 
-import argparse
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.lora_step import SOURCE, jax_step, peak_of, random_batch, torch_step
+from benchmarks.lora_step import SOURCE, batch_of, command_line, jax_step, peak_alone, peak_of, torch_step
 
 QV = ["q_proj", "v_proj"]
 # name: (our arguments, peft's config class and its arguments; None: peft has no such method; () plain torch).
@@ -61,7 +59,7 @@ def theirs(name: str):
 
 def seconds(name: str, folder: str, args) -> list[float]:
     """Median step here and, where there is one, there."""
-    batch = random_batch(args.rows, args.length, 49152)
+    batch = batch_of(args)
     steps = [jax_step(ours(name), batch)[0]]
     if CASES[name][1] is not None:
         steps.append(torch_step(theirs(name), folder))
@@ -76,23 +74,16 @@ def seconds(name: str, folder: str, args) -> list[float]:
     return [float(np.median(times)) for times in taken]
 
 
-def peak(side: str, name: str, folder: str, args) -> float:
-    """MiB that one library alone held at most in three steps, in a process of its own."""
-    shape = (f"--rows={args.rows}", f"--length={args.length}")
-    command = [sys.executable, __file__, f"--alone={side}:{name}:{folder}", *shape]
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
-
-
-def alone(side: str, name: str, folder: str, args) -> None:
-    batch = random_batch(args.rows, args.length, 49152)
-    step = jax_step(ours(name), batch)[0] if side == "peft_jax" else torch_step(theirs(name), folder)
-    print(peak_of(step, batch))
+def alone(case: str, args):
+    """The step that ``--alone=side:method:folder`` names."""
+    side, name, folder = case.split(":", 2)
+    return jax_step(ours(name), batch_of(args))[0] if side == "peft_jax" else torch_step(theirs(name), folder)
 
 
 def row(name: str, folder: str, args) -> str:
     sides = ("peft_jax", "peft") if CASES[name][1] is not None else ("peft_jax",)
     took = seconds(name, folder, args)
-    held = [peak(side, name, folder, args) for side in sides]
+    held = [peak_alone(__file__, f"{side}:{name}:{folder}", args) for side in sides]
     if len(sides) == 1:
         return f"| {name} | {took[0]:.2f} | | | {held[0]:.0f} | | |"
     return (f"| {name} | {took[0]:.2f} | {took[1]:.2f} | {took[0] / took[1]:.2f} | {held[0]:.0f} | {held[1]:.0f} | "
@@ -100,15 +91,11 @@ def row(name: str, folder: str, args) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, steps=5)
     parser.add_argument("--methods", default=",".join(CASES))
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--alone", help=argparse.SUPPRESS)  # side:method:folder, for peak memory
     args = parser.parse_args()
     if args.alone:
-        return alone(*args.alone.split(":", 2), args)
+        return print(peak_of(alone(args.alone, args), batch_of(args)))
 
     import peft_jax
 

@@ -10,8 +10,6 @@ memory that each side ever held, run alone. On a CPU torch computes bfloat16 man
 it computes in float32, whatever ours does.
 """
 
-import argparse
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,7 +19,17 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.lora_step import SETTINGS, SOURCE, jax_step, peak_of, random_batch, their_lora, torch_step
+from benchmarks.lora_step import (
+    SETTINGS,
+    SOURCE,
+    batch_of,
+    command_line,
+    jax_step,
+    peak_alone,
+    peak_of,
+    their_lora,
+    torch_step,
+)
 
 TARGETS = "all-linear"
 SIDES = ("lora", "qlora", "peft+bnb")
@@ -75,25 +83,17 @@ def compiled(folder: str, batch: dict) -> None:
 
 def peaks(folder: str, args) -> None:
     for name in SIDES:
-        command = [sys.executable, __file__, f"--alone={name}:{folder}", f"--rows={args.rows}",
-                   f"--length={args.length}"]
-        said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        print(f"  {name:<9} peak resident {said.split()[-1]} MiB", flush=True)
+        print(f"  {name:<9} peak resident {peak_alone(__file__, f'{name}:{folder}', args):.0f} MiB", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, steps=5)
     parser.add_argument("--cases", default="fp32,bf16,compiled,peak")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--alone", help=argparse.SUPPRESS)  # side:folder, for peak memory
     args = parser.parse_args()
-    batch = random_batch(args.rows, args.length, 49152)
+    batch = batch_of(args)
     if args.alone:
         name, folder = args.alone.split(":", 1)
-        print(f"{peak_of(side(name, 'float32', folder, batch)[0], batch):.0f}")
-        return
+        return print(peak_of(side(name, "float32", folder, batch)[0], batch))
 
     import peft_jax
 

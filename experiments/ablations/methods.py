@@ -11,13 +11,13 @@ the best by accuracy among the five words. The rate is chosen on the sentences t
 compare within the table. Measured figures are in LOG.md.
 """
 
-import argparse
-import json
-import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from experiments.ablations import runs
+
 RATES = {  # in the order in which they are tried
     "full": (5e-5, 2e-4, 2e-5),
     "lora": (1e-3, 2e-3, 5e-4),
@@ -44,17 +44,9 @@ COLUMNS = {"exact": "exact", "among_choices": "among five", "spearman": "Spearma
 
 
 def run(method: str, rate: float | None, args) -> dict:
-    """The results of one run, from its workdir where it is finished; without a ``rate`` at the experiment's own."""
-    folder = Path(args.workdir) / (method if rate is None else f"{method}-{rate:g}")
+    """The results of one run; without a ``rate`` at the experiment's own."""
     own = OTHERS[method] if rate is None else (f"--config.optim.learning_rate={rate}",)
-    command = [sys.executable, "run.py", f"--config=experiments/{method}.py", f"--workdir={folder}",
-               f"--config.optim.steps={args.steps}", f"--config.eval.limit={args.limit}",
-               f"--config.eval.probe_limit={args.probe_limit}", *SAME, *own, *args.more]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        print(f"{folder.name} failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
-        return {}
-    return json.loads((folder / "results.json").read_text())
+    return runs.run(method, method if rate is None else f"{method}-{rate:g}", [*SAME, *own], args)
 
 
 def row(name: str, results: dict) -> str:
@@ -64,14 +56,9 @@ def row(name: str, results: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = runs.command_line(__doc__, "runs/methods")
     parser.add_argument("--methods", default=",".join(RATES), help="names, or others")
     parser.add_argument("--rates", type=int, default=3, help="how many of each method's rates")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--limit", type=int, default=100, help="held-out sentences")
-    parser.add_argument("--probe_limit", type=int, default=16, help="general texts")
-    parser.add_argument("--workdir", default="runs/methods")
-    parser.add_argument("more", nargs="*", help="further overrides, such as --config.seed=1, after --")
     args = parser.parse_args()
     head = f"| method, rate | trainable | {' | '.join(COLUMNS.values())} | training |"
     print(head + "\n|" + "---|" * (head.count("|") - 1), flush=True)

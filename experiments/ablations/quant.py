@@ -9,14 +9,13 @@ newspaper text) before training, and after the same LoRA on the same batches. "n
 is ``run.py`` on experiments/qlora.py or lora.py; a finished run is not run again. Measured figures are in LOG.md.
 """
 
-import argparse
-import json
-import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from experiments.ablations import runs
+
 # (data type, block, double quantisation): the paper's three, then what block and double quantisation change.
 CODECS = {
     "none": None, "nf4-64-dq": ("nf4", 64, True), "fp4-64": ("fp4", 64, False), "int4-64": ("int4", 64, False),
@@ -52,31 +51,18 @@ def sizes(codec) -> tuple[float, float, float]:
 
 
 def run(name: str, args) -> dict:
-    """The results of one run, from its workdir where it is finished."""
-    folder, codec = Path(args.workdir) / name, CODECS[name]
+    codec = CODECS[name]
     where = "method" if codec is None else "method.lora"
     own = [f"--config.{where}.{key}={value}" for key, value in LORA.items()]
     if codec is not None:
         own += [f"--config.method.quantize.{key}={value}" for key, value in
                 zip(("quant_type", "block_size", "double_quant"), codec, strict=True)]
-    command = [sys.executable, "run.py", f"--config=experiments/{'lora' if codec is None else 'qlora'}.py",
-               f"--workdir={folder}", f"--config.optim.steps={args.steps}", f"--config.eval.limit={args.limit}",
-               f"--config.eval.probe_limit={args.probe_limit}", *SAME, *own, *args.more]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        print(f"{name} failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
-        return {}
-    return json.loads((folder / "results.json").read_text())
+    return runs.run("lora" if codec is None else "qlora", name, [*SAME, *own], args)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = runs.command_line(__doc__, "runs/quant")
     parser.add_argument("--codecs", default=",".join(CODECS))
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--limit", type=int, default=100, help="held-out sentences")
-    parser.add_argument("--probe_limit", type=int, default=16, help="general texts")
-    parser.add_argument("--workdir", default="runs/quant")
-    parser.add_argument("more", nargs="*", help="further overrides, such as --config.seed=1, after --")
     args = parser.parse_args()
     print(f"| codec | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}", flush=True)
     for name in args.codecs.split(","):
