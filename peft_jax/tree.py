@@ -4,6 +4,7 @@ A parameter tree is nested dicts of arrays, as ``model.init(...)["params"]`` giv
 ``/``: ``layers/self_attn/q_proj/kernel``. Only dicts are walked: anything else, a quantised leaf too, is one leaf.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -94,5 +95,17 @@ def count(tree: Any) -> int:
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of all leaves' buffers."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    """Bytes of all leaves, of arrays or of their shapes; of a quantised one those of its packed buffers.
+
+    >>> nbytes({"a": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)}), nbytes(jax.eval_shape(jax.random.key, 0))
+    (12, 8)
+    """
+    return sum(map(_bytes, jax.tree.leaves(tree)))
+
+
+def _bytes(leaf) -> int:
+    if not hasattr(leaf, "dtype"):
+        return 0
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    return math.prod(leaf.shape) * leaf.dtype.itemsize

@@ -4,7 +4,6 @@ All of it works on shapes. Nothing is fused here, so an intermediate result coun
 write it to memory; and equations run in the order they were traced in, as no scheduler changed it.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,22 +11,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.interpreters.partial_eval import dce_jaxpr
 
-
-def nbytes(tree: Any) -> int:
-    """Bytes of all leaves, of arrays or of their shapes; packed buffers of quantised leaves count as they are.
-
-    >>> nbytes({"a": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)}), nbytes(jax.eval_shape(jax.random.key, 0))
-    (12, 8)
-    """
-    return sum(map(_bytes, jax.tree.leaves(tree)))
-
-
-def _bytes(leaf) -> int:
-    if not hasattr(leaf, "dtype"):
-        return 0
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    return math.prod(leaf.shape) * leaf.dtype.itemsize
+from peft_jax import tree
 
 
 def kept(function: Callable, wrt: Any, *rest: Any) -> int:
@@ -43,7 +27,7 @@ def kept(function: Callable, wrt: Any, *rest: Any) -> int:
 
     traced = jax.make_jaxpr(residuals)(wrt, *rest).jaxpr
     made = {one for one in traced.outvars if not isinstance(one, Literal)} - {*traced.invars, *traced.constvars}
-    return sum(_bytes(one.aval) for one in made)
+    return sum(tree.nbytes(one.aval) for one in made)
 
 
 def loops(function: Callable, *args: Any) -> list[int]:
@@ -101,7 +85,7 @@ def _roots(jaxpr) -> dict:
 
 
 def _sum(variables) -> int:
-    return sum(_bytes(one.aval) for one in variables)
+    return sum(tree.nbytes(one.aval) for one in variables)
 
 
 def _read(variables) -> set:

@@ -9,7 +9,7 @@ import numpy as np
 
 from peft_jax import quant, tree
 from peft_jax.loss import pick, summed_loss
-from peft_jax.planner.liveness import kept, loops, nbytes
+from peft_jax.planner.liveness import kept, loops
 
 
 class Part(NamedTuple):
@@ -50,20 +50,20 @@ def _arguments(trainable, frozen, opt_state, others) -> list[Part]:
     packed = {path: leaf for path, leaf in tree.flatten(frozen).items() if quant.is_leaf(leaf)}
     other = {path: leaf for path, leaf in tree.flatten(frozen).items() if path not in packed}
     trained = tree.count(trainable)
-    parts = [Part("quantised weights", nbytes(packed), _packed_recipe(packed))] if packed else []
+    parts = [Part("quantised weights", tree.nbytes(packed), _packed_recipe(packed))] if packed else []
     return [*parts,
-            Part("other frozen weights", nbytes(other), f"{tree.count(other):,} in {_dtypes(other)}"),
-            Part("trained parameters", nbytes(trainable), f"{trained:,} in {_dtypes(trainable)}"),
-            Part("optimiser state", nbytes(opt_state), f"{nbytes(opt_state) / max(trained, 1):.1f} bytes for each of "
-                                                       "them"),
-            Part("batch", nbytes(others), "token ids, positions, segments, answers; the step's number, a key")]
+            Part("other frozen weights", tree.nbytes(other), f"{tree.count(other):,} in {_dtypes(other)}"),
+            Part("trained parameters", tree.nbytes(trainable), f"{trained:,} in {_dtypes(trainable)}"),
+            Part("optimiser state", tree.nbytes(opt_state),
+                 f"{tree.nbytes(opt_state) / max(trained, 1):.1f} bytes for each of them"),
+            Part("batch", tree.nbytes(others), "token ids, positions, segments, answers; the step's number, a key")]
 
 
 def _packed_recipe(packed) -> str:
     kinds = {f"{leaf.quant_type}, blocks of {leaf.block_size or 'a row'}"
              f"{', scales in 8 bits' if leaf.double_quant else ''}" for leaf in packed.values()}
     weights = sum(leaf.size for leaf in packed.values())
-    return f"{weights:,} in {'; '.join(sorted(kinds))}: {8 * nbytes(packed) / weights:.3f} bits each"
+    return f"{weights:,} in {'; '.join(sorted(kinds))}: {8 * tree.nbytes(packed) / weights:.3f} bits each"
 
 
 def _dtypes(leaves) -> str:
@@ -73,7 +73,7 @@ def _dtypes(leaves) -> str:
 def _gradients(trainable, batch) -> list[Part]:
     several = batch["input_ids"].shape[0] > 1
     recipe = "as the trained parameters" + (", their sum and a micro-batch's" if several else "")
-    return [Part("gradients", nbytes(trainable) * (1 + several), recipe)]
+    return [Part("gradients", tree.nbytes(trainable) * (1 + several), recipe)]
 
 
 def _working(again: tuple[int, int], frozen, dtype, loss_chunk: int) -> list[Part]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax import tree
 from peft_jax.errors import PeftJaxError
 
 # Ways to multiply with a leaf: by decoding it first; in one kernel, where there is one; in that, interpreted.
@@ -82,7 +83,7 @@ class QuantizedArray:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers: codes, scales, nested, mean, offsets."""
-        return sum(child.size * jnp.dtype(child.dtype).itemsize for child in jax.tree.leaves(self))
+        return tree.nbytes(self)
 
     @property
     def double_quant(self) -> bool:
