@@ -101,6 +101,7 @@ def _check(config: Mapping[str, Any]) -> None:
     arguments.check_patterns(config, "r", "lora_alpha")
     arguments.check_probability("lora_dropout", config["lora_dropout"])
     arguments.check_choice("bias", config["bias"], biases.OF_LORA)
+    arguments.check_switches(config, "use_rslora")
     lora_init.check(config["init_lora_weights"])
     eva.check(config["eva_config"])
     loftq.check(config["loftq_config"])
