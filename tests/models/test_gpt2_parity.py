@@ -57,6 +57,16 @@ def test_logits_with_padding_and_packed(base):
         assert_close(packed[own], torch_logits(fresh(), ids[:1][own][None], mask[:1][own][None])[0])
 
 
+def test_more_tokens_than_positions_are_an_error(base):
+    _, model, params = base
+    ids = np.ones((1, 33), int)
+    for run in (model.apply, jax.jit(model.apply)):
+        with pytest.raises(PeftJaxError, match="a row of 33 tokens is longer than the model's 32 positions"):
+            run({"params": params}, ids)
+    assert np.isfinite(model.apply({"params": params}, ids, np.arange(33)[None] > 0)[:, 1:]).all()
+    assert np.isfinite(model.apply({"params": params}, ids, segment_ids=np.arange(33)[None] // 20 + 1)).all()
+
+
 def test_transformers_opens_what_is_saved_and_bare_checkpoints_are_read(base, tmp_path):
     fresh, model, params = base
     save_pretrained(tmp_path / "again", model, params)
