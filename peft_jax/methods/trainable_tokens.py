@@ -23,7 +23,6 @@ from peft_jax.stored import PREFIX, Format, Slot
 from peft_jax.targets import Patterns
 
 LEAVES = ("tokens", "token_indices")
-EMBEDDING, HEAD = "embed_tokens/embedding", "lm_head"
 
 
 def trainable_tokens(token_indices: Sequence[int] = (), target_modules: Patterns = None, *,
@@ -144,9 +143,7 @@ def _slots(config, flat, trained, naming) -> dict[str, Any]:
     found = {}
     for path in trained:
         folder = path.rpartition("/")[0]
-        names = [*naming.modules(folder, ())]
-        if naming.portable and f"{folder}/embedding" == EMBEDDING and f"{HEAD}/kernel" not in flat:
-            names.append(HEAD)
+        names = [*naming.modules(folder, ()), *([naming.tied[folder]] if folder in naming.tied else [])]
         found |= {f"{PREFIX}{name}.trainable_tokens_delta": Slot(path) for name in names}
     return found
 

@@ -19,22 +19,14 @@ peft = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-SIZES = {"vocab_size": 37, "n_embd": 16, "n_inner": 24, "n_layer": 3, "n_head": 4, "n_positions": 32}
 # IA3 as peft has it for GPT-2: the joint projection's outputs, and the inputs of the feed-forward block's second layer.
 FEED = {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(gpt2_base):
     """(makes a fresh torch model, Flax model, params)."""
-    torch.manual_seed(0)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES, bos_token_id=0, eos_token_id=0)).eval()
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            parameter.normal_(1.0 if "ln_" in name and "weight" in name else 0.0, 0.2)
-    folder = tmp_path_factory.mktemp("gpt2")
-    theirs.save_pretrained(folder)
-    return lambda: transformers.GPT2LMHeadModel.from_pretrained(folder).eval(), *load_pretrained(folder)
+    return gpt2_base
 
 
 def torch_logits(model, ids, mask):
