@@ -254,8 +254,9 @@ def _folder(source: str | os.PathLike) -> Path:
         folder = assets.from_hub(os.fspath(source), [CONFIG, WEIGHTS])
     absent = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     pickled = " (a .bin file is a pickle, which can run code: save it from peft as safetensors)"
+    inside = f"; '{folder / 'adapter'}' does" if (folder / "adapter" / CONFIG).is_file() else ""
     if absent:
-        raise PeftJaxError(f"{folder} has no {' and no '.join(absent)}: it holds no adapter that can be read"
+        raise PeftJaxError(f"{folder} has no {' and no '.join(absent)}: it holds no adapter that can be read{inside}"
                            f"{pickled if WEIGHTS in absent else ''}.")
     return folder
 

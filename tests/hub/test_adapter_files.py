@@ -144,6 +144,11 @@ def test_missing_damaged_and_pickled_files_are_errors(stored, tmp_path):
         load_adapter(folder, base)
 
 
+def test_the_folder_of_a_run_is_no_adapter_but_holds_one(stored):
+    with pytest.raises(PeftJaxError, match=r"it holds no adapter that can be read; '.*/adapter' does"):
+        load_adapter(stored[0].parent, stored[1])
+
+
 def test_a_hub_id_that_cannot_be_had_is_an_error(tiny_model):
     with pytest.raises(PeftJaxError, match="'org/no-such-adapter' is no local path and could not be had"):
         load_adapter("org/no-such-adapter", tiny_model[1])
