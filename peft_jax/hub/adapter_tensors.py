@@ -1,16 +1,37 @@
 """The tensors of an adapter's file against the leaves that they are to fill."""
 
 import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax import tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub import files
+from peft_jax.method import FROZEN, Method
 from peft_jax.stored import PREFIX
 
 TIED = (f"{PREFIX}lm_head.weight", f"{PREFIX}lm_head.base_layer.weight")  # which peft stores of a tied head as well
+
+
+MOST_LAYERS = 1000  # a leaf of a scanned stack is padded to its largest layer, and so larger than its tensors
+
+
+def check_sizes(method: Method, init: Callable[[], tree.Tree], folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raise ``PeftJaxError``, before ``init`` makes any, for leaves that are far too large for the file to fill."""
+    held = sum(tensor.size for tensor in tensors.values())
+    try:
+        made = jax.eval_shape(init)
+        labels, flat = tree.flatten(method.labels(made)), tree.flatten(made)
+        asked = sum(leaf.size for path, leaf in flat.items() if labels[path] != FROZEN)
+    except (MemoryError, OverflowError):
+        asked = np.inf
+    if asked > MOST_LAYERS * held:
+        raise PeftJaxError(f"the config of the adapter in {folder} asks for {asked:.0g} numbers to train, its file has "
+                           f"{held}: one of them is damaged; save the adapter again.")
 
 
 def check(folder, tensors, slots, flat, own, base) -> None:

@@ -143,7 +143,7 @@ def load_adapter(source: str | os.PathLike, base_params: Mapping[str, Any],
         owners = [ours for ours, _ in naming.owners]
         modules = [path.rpartition("/")[0].replace("/", ".") for path in flat]
         method = adapter_config.made(part, owners, modules)
-        params = _with_leaves(method, params, axes)
+        params = _with_leaves(method, params, axes, folder, tensors)
         flat = tree.flatten(params)
         slots |= part.format.slots(method.config, flat, _trained(method, params, flat), _naming(flat, axes, family))
         methods.append(method)
@@ -153,11 +153,13 @@ def load_adapter(source: str | os.PathLike, base_params: Mapping[str, Any],
     return methods[0] if len(methods) == 1 else chain(*methods), params
 
 
-def _with_leaves(method: Method, params, axes) -> dict[str, Any]:
+def _with_leaves(method: Method, params, axes, folder: Path, tensors) -> dict[str, Any]:
     """``method.init``; where that fails on a tree that is perhaps no plain model's, the error says so."""
     odd = [path for path in tree.flatten(params) if path.rpartition("/")[2] not in _PLAIN]
+    init = partial(method.init, jax.random.key(0), params, axes=axes)
     try:
-        return method.init(jax.random.key(0), params, axes=axes)
+        adapter_tensors.check_sizes(method, init, folder, tensors)
+        return init()
     except PeftJaxError as error:
         if not odd:
             raise

@@ -258,6 +258,15 @@ def test_a_chain_of_which_nothing_is_stored_is_not_saved(tiny_model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("rank", [10**6, 10**12, 10**30])
+def test_a_rank_that_no_file_can_hold_is_an_error_before_anything_is_made(stored, rank):
+    folder, base = stored
+    restore(folder, lambda tensors: dict(list(tensors.items())[:1]))
+    restate(folder, r=rank)
+    with pytest.raises(PeftJaxError, match=r"asks for .* numbers to train, its file has 64: one of them is damaged"):
+        load_adapter(folder, base)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_number_that_is_none_is_an_error_naming_its_tensor(stored, value):
     folder, base = stored
