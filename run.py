@@ -80,7 +80,8 @@ def parse_command(argv: list[str]) -> Command | None:
     probe = base.task_config(config.eval.probe) if config.eval.probe else None
     if values.adapters and values.mode != "generate":
         raise PeftJaxError(f"--adapters is for --mode=generate; this is --mode={values.mode}")
-    return Command(config, values.workdir or f"runs/{name}", values.mode, values.prompt, values.adapters,
+    return Command(config, values.workdir or f"runs/{name}", values.mode, values.prompt,
+                   [source for source in values.adapters if source.strip()],
                    values.overwrite, values.output, values.requantize, probe)
 
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -39,16 +39,29 @@ def check_whole(name: str, value: Any, least: int = 1) -> None:
         raise PeftJaxError(f"{name}={value!r}: give a whole number of at least {least}.")
 
 
+def is_id(one: Any) -> bool:
+    """Whether ``one`` can be a token id: True and False, which Python counts as integers, cannot."""
+    return isinstance(one, Integral) and not isinstance(one, bool) and one >= 0
+
+
 def check_ids(name: str, ids: Any) -> None:
     """Raise ``PeftJaxError`` where ``ids`` is neither ``None`` nor token ids, at least one."""
-    several = isinstance(ids, Iterable) and len(ids)
-    if ids is not None and not (several and all(isinstance(i, Integral) and i >= 0 for i in ids)):
+    found = ids.tolist() if hasattr(ids, "tolist") else ids  # arrays, whose numbers are no Integral in jax
+    several = isinstance(found, Collection) and len(found)
+    if ids is not None and not (several and all(map(is_id, found))):
         raise PeftJaxError(f"{name}={ids!r}: give token ids, at least one, such as (504, 3216).")
 
 
 def check_number(name: str, value: Any) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise PeftJaxError(f"{name}={value!r}: give a finite number.")
+
+
+def check_alpha(name: str, value: Any) -> None:
+    """Raise ``PeftJaxError`` where ``value`` is no number, or zero: then no update ever changes anything."""
+    check_number(name, value)
+    if value == 0:
+        raise PeftJaxError(f"{name}=0 leaves nothing to train: give another number.")
 
 
 def check_probability(name: str, value: Any) -> None:
@@ -59,7 +72,7 @@ def check_probability(name: str, value: Any) -> None:
 
 def check_patterns(config: Mapping[str, Any], rank: str, alpha: str) -> None:
     """Raise ``PeftJaxError`` where a rank or an alpha, by itself or in its pattern, is none."""
-    for name, pattern, check in ((rank, "rank_pattern", check_rank), (alpha, "alpha_pattern", check_number)):
+    for name, pattern, check in ((rank, "rank_pattern", check_rank), (alpha, "alpha_pattern", check_alpha)):
         check_pattern(pattern, config[pattern])
         check(name, config[name])
         for key, value in (config[pattern] or {}).items():
@@ -81,6 +94,12 @@ def check_settings(name: str, given: Any, defaults: Mapping[str, Any], example: 
         if key not in defaults:
             raise PeftJaxError(f"{name}['{key}']: {nearest(key, defaults)}")
     return {**defaults, **(given or {})}
+
+
+def check_switches(config: Mapping[str, Any], *names: str) -> None:
+    """Raise ``PeftJaxError`` where an argument is neither True nor False: the text "False" would count as true."""
+    for name in names:
+        check_choice(name, config[name], (True, False))
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

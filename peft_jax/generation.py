@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
+from numbers import Integral
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax import arguments
 from peft_jax.errors import PeftJaxError
 
 
@@ -86,24 +88,49 @@ def generate(apply: Callable, model, params, input_ids, attention_mask, *, max_n
       input_ids, attention_mask: int (batch, seq), padded on the left.
       stop_ids: tokens that end a row; rows are filled with the first of them afterwards.
 
-    Returns int32 (batch, max_new_tokens). Raises ``PeftJaxError`` for padding on the right, no stop token, a draw
-    without ``rng``, a ``sampling`` out of range, or more tokens than the model has positions.
+    Returns int32 (batch, max_new_tokens). Raises ``PeftJaxError`` for inputs of another type or shape, ids outside the
+    vocabulary, padding on the right, no stop token, a draw without ``rng``, a ``sampling`` out of range, more tokens
+    than the model has positions, or a model that has no cache.
     """
-    mask = np.asarray(attention_mask)
+    ids, mask = np.asarray(input_ids), np.asarray(attention_mask)
+    _check_inputs(model, ids, mask)
+    _check_length(model, mask.shape[1], max_new_tokens)
+    if stop_ids is None:
+        raise PeftJaxError("generate: stop_ids=None: give at least one token id, such as (tokenizer.eos_token_id,).")
+    arguments.check_ids("generate: stop_ids", stop_ids)
+    _check_sampling(sampling, rng)
+    rng = jax.random.key(0) if rng is None else rng
+    tokens = decode(apply, params, jnp.asarray(ids), jnp.asarray(mask), jnp.asarray(stop_ids), rng,
+                    max_new_tokens=max_new_tokens, sampling=sampling)
+    return np.asarray(tokens)
+
+
+def _check_inputs(model, ids: np.ndarray, mask: np.ndarray) -> None:
+    if not hasattr(model, "init_cache"):
+        raise PeftJaxError(f"generate: this {type(model).__name__} has no cache: only a decoder writes text.")
+    if ids.ndim != 2 or ids.shape != mask.shape or not np.issubdtype(ids.dtype, np.integer):
+        raise PeftJaxError(f"generate: input_ids are {ids.dtype} {ids.shape} and attention_mask {mask.shape}: give "
+                           "integers (batch, seq), and a mask of that shape.")
     if mask.size == 0 or not mask[:, -1].all():
         raise PeftJaxError("generate: prompts must be padded on the left, and none may be empty; attention_mask ends "
                            "in 0 in some row.")
-    if max_new_tokens < 1 or not stop_ids:
-        raise PeftJaxError(f"generate: max_new_tokens={max_new_tokens}, stop_ids={stop_ids}: at least one of each.")
+    last = model.config.vocab_size - 1
+    if odd := ids[(ids < 0) | (ids > last)].tolist():
+        raise PeftJaxError(f"generate: input_ids has {odd[0]}, the vocabulary is 0 to {last}: take the ids, of padding "
+                           "too, from the model's own tokenizer.")
+
+
+def _check_length(model, length: int, new) -> None:
+    most = model.config.max_position_embeddings
+    if not isinstance(new, Integral) or isinstance(new, bool) or new < 1:
+        raise PeftJaxError(f"generate: max_new_tokens={new!r}: give a whole number of at least 1.")
+    if length + new > most:
+        raise PeftJaxError(f"generate: {length} prompt tokens and {new} new ones are more than the model's {most} "
+                           "positions: shorten one of them.")
+
+
+def _check_sampling(sampling: Sampling, rng) -> None:
     if sampling.temperature < 0 or sampling.top_k < 0 or not 0 < sampling.top_p <= 1:
         raise PeftJaxError(f"generate: {sampling}: temperature and top_k are at least 0, top_p above 0 and at most 1.")
     if sampling.temperature and rng is None:
         raise PeftJaxError("generate: a temperature above 0 draws tokens: give rng=jax.random.key(seed).")
-    length = mask.shape[1]
-    if length + max_new_tokens > model.config.max_position_embeddings:
-        raise PeftJaxError(f"generate: {length} prompt tokens and {max_new_tokens} new ones are more than the model's "
-                           f"{model.config.max_position_embeddings} positions: shorten one of them.")
-    rng = jax.random.key(0) if rng is None else rng
-    tokens = decode(apply, params, jnp.asarray(input_ids), jnp.asarray(mask), jnp.asarray(stop_ids), rng,
-                    max_new_tokens=max_new_tokens, sampling=sampling)
-    return np.asarray(tokens)

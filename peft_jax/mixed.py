@@ -7,7 +7,7 @@ Beside each kernel that any adapter changes stand ``mixed_a`` (*stack, K + 1, *i
 leaf at the root, ``mixed_rows``, says which to use: int32 () for the whole batch, or (batch,).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from peft_jax import contraction, tree
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.lowrank import branch
 from peft_jax.method import FROZEN, Method
-from peft_jax.methods.lora_leaves import Leaves, on_base
+from peft_jax.methods.lora_leaves import Leaves, check_pair, on_base
 
 MIXED = ("mixed_a", "mixed_b", "mixed_scaling")
 ROWS = "mixed_rows"
@@ -40,6 +40,10 @@ def mix_adapters(adapters: Mapping[str, tuple[Method, Mapping[str, Any]]],
     """
     if not adapters:
         raise PeftJaxError("mix_adapters() was given no adapter: name at least one.")
+    if not isinstance(adapters, Mapping) or not all(isinstance(name, str) for name in adapters):
+        raise PeftJaxError("mix_adapters() was given no dict by name: {'one': (method, params), 'two': ...}.")
+    for name, pair in adapters.items():
+        check_pair(pair, f"mix_adapters: adapter '{name}'")
     flat = dict(tree.flatten(base_params))
     if ROWS in flat:
         raise PeftJaxError("the parameters already hold mixed adapters: start from the base's.")
@@ -60,17 +64,20 @@ def use_adapters(method: Method, params: Mapping[str, Any], names: str | Sequenc
     Raises ``PeftJaxError`` for an unknown name, naming the nearest, and for a method or params that are not
     ``mix_adapters``'s.
     """
-    if method.config["peft_type"] != "MIXED":
+    if not isinstance(method, Method) or method.config["peft_type"] != "MIXED":
         raise PeftJaxError("use_adapters: this method was not made by mix_adapters().")
-    if ROWS not in params:
+    if not isinstance(params, Mapping) or ROWS not in params:
         raise PeftJaxError(f"use_adapters: the params have no '{ROWS}': give those that mix_adapters() made.")
     known = method.config["adapters"]
-    chosen = (names,) if names is None or isinstance(names, str) else tuple(names)
+    single = names is None or isinstance(names, str)
+    chosen = (names,) if single else tuple(names) if isinstance(names, Iterable) else ()
+    if not chosen or not all(name is None or isinstance(name, str) for name in chosen):
+        raise PeftJaxError(f"use_adapters: names={names!r}: give the name of one adapter, or a list with one for each "
+                           f"row, None for the base: {', '.join(known)}.")
     for name in chosen:
         if name is not None and name not in known:
             raise PeftJaxError(f"use_adapters: there is no adapter '{name}': {nearest(str(name), known)}")
     numbers = np.array([0 if name is None else 1 + known.index(name) for name in chosen], np.int32)
-    single = names is None or isinstance(names, str)
     return {**params, ROWS: jnp.asarray(numbers[0] if single else numbers)}
 
 

@@ -93,7 +93,7 @@ def is_encoder(model) -> bool:
 
 
 def check_room(module, length: int, tokens: int) -> None:
-    """Raise ``PeftJaxError`` where a cache for ``length`` tokens and the virtual ones exceeds the model's positions."""
+    """Raise ``PeftJaxError`` where ``length`` tokens and the virtual ones exceed the model's positions."""
     most = module.config.max_position_embeddings
     if length + tokens > most:
         raise PeftJaxError(f"{length} tokens and {tokens} virtual ones are more than the model's {most} positions: "
@@ -216,6 +216,13 @@ def _pool(front, module, next_fun, x, seen):
     return next_fun(x, seen)
 
 
+def _check_length(front, module, next_fun, tokens):
+    """The virtual ones are counted with the others here; only models with learned positions ask."""
+    count = front.context.notes.get(MARK, 0)
+    check_room(module, tokens - count, count)
+    return next_fun(tokens)
+
+
 def _init_cache(front, module, next_fun, batch, length):
     """A cache that begins with the virtual tokens. To run them through the model, they are made its vocabulary."""
     n, params = front.count, module.variables["params"]
@@ -228,7 +235,8 @@ def _init_cache(front, module, next_fun, batch, length):
                        method="hidden", mutable=["cache"])[1]["cache"]
 
 
-HOOKS = {"hidden": _hidden, "embed": _embed, "visible": _visible, "pool": _pool, "init_cache": _init_cache}
+HOOKS = {"hidden": _hidden, "embed": _embed, "visible": _visible, "pool": _pool, "init_cache": _init_cache,
+         "check_length": _check_length}
 
 
 def slots(path: str, slot: Slot, config, trained, naming, count: int) -> dict[str, Slot]:

@@ -18,7 +18,7 @@ from peft_jax.method import Method
 from peft_jax.methods.lora import lora
 from peft_jax.methods.lora_file import LEAVES
 from peft_jax.methods.lora_init import ranks, scalings
-from peft_jax.methods.lora_leaves import on_base
+from peft_jax.methods.lora_leaves import check_pair, on_base
 
 Adapter = tuple[Method, Mapping[str, Any]]
 Combine = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (adapters, *shape), (adapters,) weights -> (*shape)
@@ -44,8 +44,7 @@ def weighted_adapter(adapters: Sequence[Adapter], weights: Sequence[float], base
     Raises ``PeftJaxError`` for unknown words, unequal ranks where they must be equal, numbers out of range, a missing
     density or rng, and adapters that are no plain LoRA or do not fit the base.
     """
-    if not adapters or len(adapters) != len(weights):
-        raise PeftJaxError(f"weighted_adapter: {len(adapters)} adapters and {len(weights)} weights: one for each.")
+    _check_given(adapters, weights)
     sizes = _finite(weights)
     if svd_rank is not None:
         arguments.check_rank("svd_rank", svd_rank)
@@ -61,6 +60,18 @@ def weighted_adapter(adapters: Sequence[Adapter], weights: Sequence[float], base
     return _as_method(joined, rank, adapters, base_params)
 
 
+def _check_given(adapters, weights) -> None:
+    """Raise ``PeftJaxError`` unless there is a list of pairs and one of as many weights."""
+    for name, given in {"adapters": adapters, "weights": weights}.items():
+        if not hasattr(given, "__len__") or isinstance(given, str | Mapping):
+            raise PeftJaxError(f"weighted_adapter: {name} is a {type(given).__name__}: give a list, one entry for each "
+                               "adapter.")
+    if not len(adapters) or len(adapters) != len(weights):
+        raise PeftJaxError(f"weighted_adapter: {len(adapters)} adapters and {len(weights)} weights: one for each.")
+    for number, pair in enumerate(adapters):
+        check_pair(pair, f"weighted_adapter: adapter {number}")
+
+
 def _finite(weights) -> np.ndarray:
     try:
         numbers = np.array([float(weight) for weight in weights if not isinstance(weight, str | bool)], np.float32)
@@ -72,6 +83,9 @@ def _finite(weights) -> np.ndarray:
 
 
 def _combination(kind: str, density, sign_method: str, rng) -> Combine:
+    if not isinstance(kind, str) or not isinstance(sign_method, str):
+        raise PeftJaxError(f"combination_type={kind!r}, majority_sign_method={sign_method!r}: give two words, such as "
+                           "'svd' and 'total'.")
     if sign_method not in ("total", "frequency"):
         raise PeftJaxError(f"majority_sign_method='{sign_method}': {nearest(sign_method, ('total', 'frequency'))}")
     if kind not in KINDS:

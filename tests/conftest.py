@@ -122,6 +122,14 @@ def peer_bases(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def gpt2_base(tmp_path_factory):
+    """(makes a fresh torch model, Flax model, params) of a tiny GPT-2."""
+    from tests.peer import make_gpt2
+
+    return make_gpt2(tmp_path_factory.mktemp("gpt2"))
+
+
+@pytest.fixture(scope="session")
 def encoder_bases(tmp_path_factory):
     """``encoder_bases(torch class)``: (makes a fresh torch model, Flax model, params), tiny, made when asked for."""
     from tests.peer import make_encoder

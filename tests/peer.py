@@ -17,6 +17,7 @@ from tests.properties import moved, trained
 SIZES = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 32}
 MODELS = {"llama": ("Llama", False), "tied": ("Llama", True), "qwen2": ("Qwen2", False)}  # Qwen2 has biases
+GPT2 = {"vocab_size": 37, "n_embd": 16, "n_inner": 24, "n_layer": 3, "n_head": 4, "n_positions": 32}
 IDS = np.arange(20).reshape(2, 10) * 7 % SIZES["vocab_size"]
 
 # Of tiny encoders: DistilBERT has names of its own.
@@ -68,6 +69,20 @@ def make_encoder(name, folder):
     theirs.save_pretrained(folder)
     fresh = getattr(transformers, name).from_pretrained
     return (lambda: fresh(folder).eval()), *peft_jax.load_pretrained(folder)
+
+
+def make_gpt2(folder):
+    """The same of a tiny GPT-2, whose head is tied to an embedding called ``wte``."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2, bos_token_id=0, eos_token_id=0)).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.normal_(1.0 if "ln_" in name and "weight" in name else 0.0, 0.2)
+    theirs.save_pretrained(folder)
+    return lambda: transformers.GPT2LMHeadModel.from_pretrained(folder).eval(), *peft_jax.load_pretrained(folder)
 
 
 def torch_logits(model):

@@ -3,7 +3,20 @@
 import jax
 import pytest
 
-from peft_jax import PeftJaxError, adalora, full, houlsby, ia3, lora, prompt, trainable_tokens
+from peft_jax import (
+    PeftJaxError,
+    adalora,
+    full,
+    houlsby,
+    ia3,
+    loha,
+    lokr,
+    lora,
+    oft,
+    prompt,
+    ptuning,
+    trainable_tokens,
+)
 
 WRONG = {
     "adalora pattern": lambda: adalora(rank_pattern={"layers.0.self_attn.q_proj.lora_E": 4}),
@@ -20,6 +33,15 @@ WRONG = {
     "prompt": lambda: prompt(3, "TEXT", prompt_tuning_init_ids=5),
     "rank_pattern": lambda: lora(rank_pattern={"(": 1}),
     "rank_pattern key": lambda: lora(rank_pattern={5: 1}),
+    "rslora": lambda: lora(use_rslora="False"),
+    "packed": lambda: prompt(3, packed_texts="x"),
+    "packed none": lambda: ptuning(3, packed_texts=0),
+    "prompt of True": lambda: prompt(3, "TEXT", prompt_tuning_init_ids=[True]),
+    "lokr": lambda: lokr(decompose_both="False"),
+    "oft": lambda: oft(oft_block_size=4, coft="False"),
+    "alpha": lambda: lora(lora_alpha=0),
+    "loha alpha": lambda: loha(alpha=0),
+    "tokens of True": lambda: trainable_tokens([True]),
     "tokens": lambda: trainable_tokens(5),
     "tokens none": lambda: trainable_tokens(None),
     "tokens of": lambda: trainable_tokens([5], 3),
@@ -31,6 +53,13 @@ def test_values_of_the_wrong_type_are_errors_of_one_line(name):
     with pytest.raises(PeftJaxError) as error:
         WRONG[name]()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("make", [lambda: adalora(deltaT=0), lambda: full(last_n_layers=0),
+                                  lambda: houlsby(bottleneck_size=0)])
+def test_what_is_no_rank_is_not_called_one(make):
+    with pytest.raises(PeftJaxError, match=r"=0: give a whole number of at least 1\."):
+        make()
 
 
 MISSED = [

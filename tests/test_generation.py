@@ -153,6 +153,12 @@ def test_sampling_follows_its_key(tiny_model):
     ({"sampling": Sampling(1.0, top_p=0.0), "rng": jax.random.key(0)}, r"top_p=0\.0"),
     ({"sampling": Sampling(-1.0), "rng": jax.random.key(0)}, r"temperature=-1\.0"),
     ({"sampling": Sampling(1.0)}, r"rng=jax\.random\.key"),
+    ({"input_ids": np.array([[1, 320, 3]])}, "input_ids has 320, the vocabulary is 0 to 319"),
+    ({"input_ids": np.array([[-1, 2, 3]])}, "input_ids has -1"), ({"input_ids": np.array([[0.5, 2, 3]])}, "float64"),
+    ({"input_ids": np.arange(3), "attention_mask": np.ones(3, int)}, r"int64 \(3,\) and .*integers \(batch, seq\)"),
+    ({"input_ids": np.ones((1, 2), int)}, r"\(1, 2\) and attention_mask \(1, 3\)"),
+    ({"max_new_tokens": 2.5}, r"max_new_tokens=2\.5"), ({"stop_ids": 1}, "stop_ids=1: give token ids"),
+    ({"stop_ids": None}, "stop_ids=None"), ({"stop_ids": (None,)}, r"stop_ids=\(None,\)"),
 ])  # fmt: skip
 def test_arguments_that_cannot_work_are_errors(tiny_model, changes, message):
     model, params = tiny_model
@@ -160,6 +166,13 @@ def test_arguments_that_cannot_work_are_errors(tiny_model, changes, message):
                "stop_ids": (0,), **changes}  # fmt: skip
     with pytest.raises(PeftJaxError, match=message):
         generate(model.apply, model, params, **options)
+
+
+def test_an_encoder_writes_no_text(encoder_bases):
+    _, model, params = encoder_bases("BertModel")
+    with pytest.raises(PeftJaxError, match="this Encoder has no cache: only a decoder writes text"):
+        generate(model.apply, model, params, np.ones((1, 3), int), np.ones((1, 3), int), max_new_tokens=2,
+                 stop_ids=(0,))
 
 
 def test_a_cache_that_is_too_short_is_an_error(tiny_model):

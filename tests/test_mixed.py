@@ -188,6 +188,24 @@ def test_heads_are_mixed_too(tiny_model):
     np.testing.assert_array_equal(found[1], model.apply({"params": whole}, IDS)[1])
 
 
+@pytest.mark.parametrize("names", [0, [0, 1], [], [["small"]], (1.5,)])
+def test_names_of_the_wrong_type_are_errors(mixed, names):
+    with pytest.raises(PeftJaxError, match=r"use_adapters: names=.*: small, wide, one layer"):
+        use_adapters(*mixed[:2], names)
+
+
+def test_adapters_of_the_wrong_type_are_errors(tiny_model, adapters, mixed):
+    pair = adapters["small"]
+    for given in ([pair], {1: pair}):
+        with pytest.raises(PeftJaxError, match="was given no dict by name"):
+            mix_adapters(given, tiny_model[1])
+    for odd in (pair[0], (pair[1], pair[0]), pair[1], None):
+        with pytest.raises(PeftJaxError, match=r"adapter 'odd' is no \(method, params\)"):
+            mix_adapters({"odd": odd}, tiny_model[1])
+    with pytest.raises(PeftJaxError, match="the params have no 'mixed_rows'"):
+        use_adapters(mixed[0], None, "small")
+
+
 def test_params_without_the_leaves_are_an_error(tiny_model, adapters, mixed):
     base, (method, params) = tiny_model[1], adapters["small"]
     with pytest.raises(PeftJaxError, match="adapter 'plain' has params without 'lora_a' leaves"):

@@ -291,3 +291,8 @@ def test_a_bug_keeps_its_traceback(arguments, monkeypatch, tmp_path):
 @pytest.mark.parametrize("experiment", ["lora", "full"])
 def test_a_run_is_kept_under_the_name_of_its_experiment(experiment):
     assert run.parse_command([f"--config=experiments/{experiment}.py"]).workdir == f"runs/{experiment}"
+
+
+def test_empty_entries_of_a_list_of_adapters_are_none():
+    argv = ["--config=experiments/lora.py", "--mode=generate", "--adapters=runs/a/adapter,"]
+    assert run.parse_command(argv).adapters == ["runs/a/adapter"]

@@ -135,6 +135,18 @@ def test_what_cannot_be_combined_is_an_error(peer_bases, adapters):
     assert set(KINDS) >= {*EQUAL, *UNEQUAL}
 
 
+@pytest.mark.parametrize(("given", "weights", "kind", "why"), [
+    (lambda one: {"a": one}, [1], "svd", "adapters is a dict: give a list"),
+    (lambda one: [one, one], 1.0, "svd", "weights is a float: give a list"),
+    (lambda one: [one[::-1]], [1], "svd", r"adapter 0 is no \(method, params\)"),
+    (lambda one: [one[0]], [1], "svd", r"adapter 0 is no \(method, params\)"),
+    (lambda one: [one], [1], None, "combination_type=None, .*give two words"),
+])  # fmt: skip
+def test_what_is_of_the_wrong_type_is_an_error(peer_bases, adapters, given, weights, kind, why):
+    with pytest.raises(PeftJaxError, match=why):
+        weighted_adapter(given(adapters["one"]), weights, peer_bases["llama"][2], kind)
+
+
 @pytest.mark.parametrize("weights", [[1, np.nan], [1, np.inf], [1, 1e300], ["1", "1"], [1, None], [1, [1]]])
 def test_weights_that_are_no_finite_numbers_are_errors(peer_bases, adapters, weights):
     with pytest.raises(PeftJaxError, match=r"the weights are .*: give a finite number for each"):

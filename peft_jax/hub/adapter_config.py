@@ -16,6 +16,7 @@ from peft_jax.stored import Format, Naming
 # Fields of every kind of adapter that change nothing about what a stored one computes.
 _SILENT = ("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
            "peft_version")
+TIES = ("embed_tokens", "lm_head")
 _EMPTY = (None, False, {}, [], "")
 
 
@@ -61,7 +62,18 @@ def _stated(path: Path, given: dict[str, Any], formats: Sequence[Format]) -> Sta
     with _naming_the_file(path, found):
         arguments = form.read({name: tuple(value) if isinstance(value, list) else value
                                for name, value in found.items()}, str(path))
-    return Stated(path, form, arguments, bool(given.get("ensure_weight_tying")))
+    return Stated(path, form, arguments, bool(given.get("ensure_weight_tying")) and _keeps_tie(form, given))
+
+
+def _keeps_tie(form: Format, stated: Mapping[str, Any]) -> bool:
+    """Whether a head stays tied to an embedding that the file trains, where the file asks for it: peft goes by these
+    names, and so never does for GPT-2's ``wte``. Files that it cannot read are ours to understand."""
+    if "ensure_weight_tying" in form.silent:
+        return True
+    saved, wanted = (stated.get(name) or () for name in ("modules_to_save", "target_modules"))
+    named = {entry.rpartition(".")[2] for part in (saved, wanted) if not isinstance(part, str) for entry in part}
+    meant = [name for name in TIES if name in named or (isinstance(wanted, str) and re.fullmatch(wanted, name))]
+    return "ensure_weight_tying" in form.arguments and bool(meant)
 
 
 def made(part: Stated, names: Sequence[str], modules: Sequence[str]) -> Method:
@@ -114,10 +126,14 @@ def _present(stated: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def write(form: Format, config: Mapping[str, Any], flat: Mapping[str, Any], naming: Naming, *, tied: bool,
+def write(form: Format, config: Mapping[str, Any], flat: Mapping[str, Any], naming: Naming, *, tied: str,
           base_model: str | None, task_type: str | None) -> dict[str, Any]:
-    """The file's content for a method's ``config``; ``tied``: a saved embedding is the head as well."""
-    everything = {**config, **form.fields(config, flat, naming), "ensure_weight_tying": tied}
+    """The file's content for a method's ``config``; ``tied``: an embedding that it changes and that is the head as
+    well. Raises ``PeftJaxError`` where peft would change the embedding alone."""
+    everything = {**config, **form.fields(config, flat, naming), "ensure_weight_tying": bool(tied)}
+    if tied and not _keeps_tie(form, everything):
+        raise PeftJaxError(f"save_adapter: {form.kind} changes '{tied}', which is the head as well; in peft's file it "
+                           "would be the embedding alone: peft_jax.untie(params) first.")
     stated = {name: everything[name] for name in (*form.arguments, *form.silent) if name in everything}
     return {
         "auto_mapping": None,

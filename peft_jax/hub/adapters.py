@@ -14,21 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import targets, tree
+from peft_jax import targets, tree, virtual
 from peft_jax.errors import PeftJaxError
-from peft_jax.hub import adapter_config, assets, families, files, names, weights
+from peft_jax.hub import adapter_config, adapter_tensors, assets, families, files, names, weights
 from peft_jax.hub.family import Family, table_of
-from peft_jax.method import FROZEN, Method, chain, check_held
+from peft_jax.method import FROZEN, Method, chain, check_held, owns
 from peft_jax.methods import FORMATS
 from peft_jax.models import untie
 from peft_jax.stored import PREFIX, Naming, Slot
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_OF_HEADS = ("embedding", "lora_a", "lora_b")  # which change a tied head with the embedding
 _PLAIN = ("kernel", "bias", "scale", "embedding")  # what Flax's own modules call their leaves
-_TIED = (f"{PREFIX}lm_head.weight", f"{PREFIX}lm_head.base_layer.weight")
 
 
 def save_adapter(folder: str | os.PathLike, method: Method, params: Mapping[str, Any], model: Any,
@@ -44,11 +43,12 @@ def save_adapter(folder: str | os.PathLike, method: Method, params: Mapping[str,
       base_model: Hub id or path of the base model, which peft's AutoPeftModel and others look for.
 
     Raises:
-      PeftJaxError: a method that is not stored, leaves that are not its own, trained leaves that the file has no place
-        for, or a folder that cannot be written.
+      PeftJaxError: a method that is not stored, leaves that are neither its own nor the model's (of models that are
+        not ours nobody can tell, and other methods' frozen leaves are left out), trained leaves that the file has no
+        place for, a tied embedding that peft would not keep tied, or a folder that cannot be written.
     """
     check_held(method, params)
-    parts = method.parts or (method,)
+    parts, family = method.parts or (method,), _family_of(model)
     for part in parts:
         if part.stored is None and (part is method or _trained(part, params, tree.flatten(params))):
             raise PeftJaxError(f"save_adapter: {part.config['peft_type']} has no adapter file: save the whole model "
@@ -56,7 +56,7 @@ def save_adapter(folder: str | os.PathLike, method: Method, params: Mapping[str,
     if why := _refused(parts, params):
         raise PeftJaxError(f"save_adapter: {why}: save the whole model with save_pretrained(folder, model, "
                            "method.merge(params)) instead.")
-    family = _family_of(model)
+    _check_own(method, params, family)
     stated, tensors = [], {}
     for part in [part for part in parts if part.stored is not None]:
         config, flat = part.stored.plain(part.config, tree.flatten(params))
@@ -65,10 +65,24 @@ def save_adapter(folder: str | os.PathLike, method: Method, params: Mapping[str,
         if double := slots.keys() & tensors.keys():
             raise PeftJaxError(f"save_adapter: two methods of the chain both store '{min(double)}'.")
         tensors |= _tensors(slots, flat)
-        tied = bool(naming.tied) and any(slot.path.rpartition("/")[0] in naming.tied for slot in slots.values())
-        stated.append(adapter_config.write(part.stored, config, flat, naming, tied=tied, base_model=base_model,
-                                           task_type=_task_type(family, model)))
+        stated.append(adapter_config.write(part.stored, config, flat, naming, tied=_tied(slots, naming),
+                                           base_model=base_model, task_type=_task_type(family, model, config, slots)))
+    if not stated:
+        raise PeftJaxError("save_adapter: no method of the chain has an adapter file, and none of its leaves trains: "
+                           "there is nothing to save.")
     _write(Path(folder), tensors, stated[0] if len(stated) == 1 else {"peft_type": "CHAIN", "methods": stated})
+
+
+def _check_own(method: Method, params, family: Family | None) -> None:
+    """Of a model whose leaves are known, the error for a leaf that is neither one of them nor the method's own."""
+    flat = tree.flatten(params)
+    table = family and table_of(family, flat)
+    odd = [path for path in flat if family and not owns(method.leaves, path) and
+           not (path.rpartition("/")[0] in table and path.rpartition("/")[2] in _PLAIN)]
+    if odd:
+        raise PeftJaxError(f"save_adapter: '{odd[0]}' (of {len(odd)} such leaves) is neither the model's nor of "
+                           f"{method.config['peft_type']}, and would be lost: save with the method that made the "
+                           "parameters.")
 
 
 def is_stored(method: Method, params: Mapping[str, Any]) -> bool:
@@ -87,6 +101,12 @@ def _trained(method: Method, params, flat) -> list[str]:
     """The trained leaves among those to be stored; what ``plain`` put in the place of others counts as trained."""
     labels = tree.flatten(method.labels(params))
     return [path for path in flat if path not in labels or labels[path] != FROZEN]
+
+
+def _tied(slots: Mapping[str, Slot], naming: Naming) -> str:
+    """The embedding that is the head as well, where it trains or has a LoRA; "" where there is no such."""
+    changed = (slot.path.rpartition("/") for slot in slots.values())
+    return next((folder for folder, _, leaf in changed if folder in naming.tied and leaf in _OF_HEADS), "")
 
 
 def _tensors(slots: Mapping[str, Slot], flat) -> dict[str, np.ndarray]:
@@ -123,21 +143,23 @@ def load_adapter(source: str | os.PathLike, base_params: Mapping[str, Any],
         owners = [ours for ours, _ in naming.owners]
         modules = [path.rpartition("/")[0].replace("/", ".") for path in flat]
         method = adapter_config.made(part, owners, modules)
-        params = _with_leaves(method, params, axes)
+        params = _with_leaves(method, params, axes, folder, tensors)
         flat = tree.flatten(params)
         slots |= part.format.slots(method.config, flat, _trained(method, params, flat), _naming(flat, axes, family))
         methods.append(method)
     base = tree.flatten(base_params)
-    _check_tensors(folder, tensors, slots, flat, _named(family, base), base)
-    params = tree.unflatten(flat | _filled(tensors, slots, flat))
+    adapter_tensors.check(folder, tensors, slots, flat, _named(family, base), base)
+    params = tree.unflatten(flat | adapter_tensors.filled(tensors, slots, flat))
     return methods[0] if len(methods) == 1 else chain(*methods), params
 
 
-def _with_leaves(method: Method, params, axes) -> dict[str, Any]:
+def _with_leaves(method: Method, params, axes, folder: Path, tensors) -> dict[str, Any]:
     """``method.init``; where that fails on a tree that is perhaps no plain model's, the error says so."""
     odd = [path for path in tree.flatten(params) if path.rpartition("/")[2] not in _PLAIN]
+    init = partial(method.init, jax.random.key(0), params, axes=axes)
     try:
-        return method.init(jax.random.key(0), params, axes=axes)
+        adapter_tensors.check_sizes(method, init, folder, tensors)
+        return init()
     except PeftJaxError as error:
         if not odd:
             raise
@@ -152,11 +174,15 @@ def _family_of(model: Any) -> Family | None:
     return family if family and isinstance(model, family.model) else None
 
 
-def _task_type(family: Family | None, model: Any) -> str | None:
-    """What peft calls the model's task, by which it chooses the class around it."""
+def _task_type(family: Family | None, model: Any, config, slots) -> str | None:
+    """What peft calls the model's task, by which it chooses the class around it. That of a classifier wants the head
+    in the file; the one for no task opens what has none, and would leave virtual tokens out, which it must not."""
     if family is None or not family.heads:
         return family and "CAUSAL_LM"
-    return model.config.head.task_type if model.config.head else "FEATURE_EXTRACTION"
+    if model.config.head is None:
+        return "FEATURE_EXTRACTION"
+    whole = all(targets.saved(config.get("modules_to_save"), head) for head in family.heads)
+    return model.config.head.task_type if whole or virtual.KEY in slots else None
 
 
 def _family_with(params, tensors) -> Family | None:
@@ -230,8 +256,9 @@ def _folder(source: str | os.PathLike) -> Path:
         folder = assets.from_hub(os.fspath(source), [CONFIG, WEIGHTS])
     absent = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     pickled = " (a .bin file is a pickle, which can run code: save it from peft as safetensors)"
+    inside = f"; '{folder / 'adapter'}' does" if (folder / "adapter" / CONFIG).is_file() else ""
     if absent:
-        raise PeftJaxError(f"{folder} has no {' and no '.join(absent)}: it holds no adapter that can be read"
+        raise PeftJaxError(f"{folder} has no {' and no '.join(absent)}: it holds no adapter that can be read{inside}"
                            f"{pickled if WEIGHTS in absent else ''}.")
     return folder
 
@@ -243,50 +270,6 @@ def _unties(family: Family | None, parts, tensors) -> bool:
     embedding, head = family.tied.rpartition("/")[0], f"{PREFIX}lm_head."
     followed = f"{PREFIX}{family.modules[embedding].name}."
     own = [key for key in tensors if key.startswith(f"{followed}lora_embedding_") or (
-        key.startswith(head) and key not in _TIED and key.replace(head, followed) not in tensors)]
+        key.startswith(head) and key not in adapter_tensors.TIED and key.replace(head, followed) not in tensors)]
     return bool(own) or any(targets.saved(part.stated.get("modules_to_save"), name) for part in parts
                             for name in ("lm_head", embedding))
-
-
-def _check_tensors(folder, tensors, slots, flat, own, base) -> None:
-    """One error that lists every tensor that is missing, unexpected or of another shape."""
-    if bare := [key for key in tensors if not key.startswith(PREFIX) and key not in slots]:
-        raise PeftJaxError(f"{folder / WEIGHTS} has {len(bare)} tensors without peft's '{PREFIX}' in front, the first "
-                           f"is '{bare[0]}': save it with peft's save_pretrained.")
-    shapes = {key: slot.tensor(np.broadcast_to(np.int8(0), flat[slot.path].shape)).shape for key, slot in slots.items()}
-    faults = {
-        "missing": sorted(shapes.keys() - tensors.keys()),
-        "unexpected": [key for key in sorted(tensors.keys() - shapes.keys())
-                       if not _says_nothing_new(key, tensors[key], slots, own, base)],
-        "of another shape": [f"{key} is {list(tensors[key].shape)}, the model needs {list(shape)}"
-                             for key, shape in sorted(shapes.items())
-                             if key in tensors and tensors[key].shape != shape],
-        "of no floating-point type": [f"{key} is {tensors[key].dtype}" for key in sorted(shapes.keys() & tensors.keys())
-                                      if not jnp.issubdtype(tensors[key].dtype, jnp.floating)],
-    }
-    if said := files.faults_text(faults):
-        raise PeftJaxError(f"the adapter in {folder} does not fit the model or its own config. {said}.")
-
-
-def _says_nothing_new(key: str, tensor, slots, own, base) -> bool:
-    """peft also stores biases of saved modules twice more, and an adapted head's or resized embedding's base weight.
-
-    The latter may stand in the file as long as it is the base model's own.
-    """
-    if re.sub(r"\.(original_module|modules_to_save)\.", ".", key) in slots:
-        return True
-    name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-    embedding = next((name for name, slot in own.items() if slot.path.endswith("/embedding")), "")
-    slot = own.get(name) or (own.get(embedding) if key in _TIED else None)
-    if slot is None:
-        return False
-    held = slot.tensor(np.asarray(base[slot.path]))
-    return held.shape == tensor.shape and bool((held == tensor.astype(held.dtype)).all())
-
-
-def _filled(tensors, slots, flat) -> dict[str, jax.Array]:
-    """The leaves that the file holds; what it does not say of them is as the method starts it."""
-    leaves = {slot.path: np.array(flat[slot.path], np.float32) for slot in slots.values()}
-    for key, slot in slots.items():
-        slot.fill(leaves[slot.path], tensors[key])
-    return {path: jnp.asarray(leaf) for path, leaf in leaves.items()}

@@ -70,8 +70,9 @@ def adalora(target_r: int = 8, init_r: int = 12, lora_alpha: float = 8,
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    for name in ("target_r", "init_r", "deltaT"):
+    for name in ("target_r", "init_r"):
         arguments.check_rank(name, config[name])
+    arguments.check_whole("deltaT", config["deltaT"])
     if config["target_r"] > config["init_r"]:
         raise PeftJaxError(f"target_r={config['target_r']} is above init_r={config['init_r']}: ranks only fall.")
     for name in ("lora_alpha", "orth_reg_weight"):

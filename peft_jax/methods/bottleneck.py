@@ -134,7 +134,7 @@ def _check(config) -> None:
         raise PeftJaxError(f"leave_out={config['leave_out']!r}: give the numbers of layers.")
     for name in ("bottleneck_size", "hidden_size"):
         if config[name] is not None:
-            arguments.check_rank(name, config[name])
+            arguments.check_whole(name, config[name])
     if config["scaling"] not in ("learned", "channel"):
         arguments.check_number("scaling", config["scaling"])
     if config["scaling"] == 0:

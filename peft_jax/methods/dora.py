@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from peft_jax import beside, contraction
-from peft_jax.errors import PeftJaxError
 from peft_jax.kept import keep
 from peft_jax.lowrank import branch, delta
 from peft_jax.method import Method
@@ -35,11 +34,9 @@ def dora(*args, **kwargs) -> Method:
     >>> {name: leaf.shape for name, leaf in params["up_proj"].items()}
     {'kernel': (6, 8), 'lora_a': (6, 4), 'lora_b': (4, 8), 'lora_scaling': (), 'lora_magnitude': (8,)}
 
-    Raises ``PeftJaxError`` as ``lora`` does, and for a lora_alpha of zero.
+    Raises ``PeftJaxError`` as ``lora`` does.
     """
     config = {**lora(*args, **kwargs).config, "use_dora": True}
-    if not all([config["lora_alpha"], *(config["alpha_pattern"] or {}).values()]):
-        raise PeftJaxError("lora_alpha=0 leaves nothing of DoRA's direction to train: give another number.")
     return _method(config)
 
 

@@ -48,7 +48,7 @@ def full(patterns: str | Sequence[str] = (".*",), *, exclude: str | Sequence[str
     config = {"peft_type": "FULL", **locals(), "patterns": _listed(patterns), "exclude": _listed(exclude)}
     arguments.check_regexes([*config["patterns"], *config["exclude"]])
     if last_n_layers is not None:
-        arguments.check_rank("last_n_layers", last_n_layers)
+        arguments.check_whole("last_n_layers", last_n_layers)
     arguments.check_choice("embeddings", embeddings, (None, True, False))
     arguments.check_choice("head", head, (True, False))
     everything = config["patterns"] == (".*",) and not (exclude or last_n_layers or embeddings is False or not head)

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 from peft_jax import beside, targets, tree, whole
-from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.stored import Format
 from peft_jax.targets import Patterns
@@ -57,9 +56,6 @@ def _wanted(config, chosen, path, module) -> bool:
 
 
 def _slots(config, flat, trained, naming) -> dict[str, Any]:
-    if naming.portable and "embed_tokens/embedding" in trained and "lm_head/kernel" not in flat:
-        raise PeftJaxError("ln_tuning trains 'embed_tokens', which is the head as well; in peft's file it would be the "
-                           "embedding alone: peft_jax.untie(params) first.")
     return whole.slots(NAME, flat, trained, naming, partial(_key, config))
 
 

@@ -17,7 +17,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from peft_jax import beside, contraction, tree
+from peft_jax import arguments, beside, contraction, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method, check_leaves
 from peft_jax.methods import lycoris
@@ -60,6 +60,7 @@ def lokr(r: int = 8, alpha: float = 8, target_modules: Patterns = ("q_proj", "v_
     which some call for factors and others, in the same stack, do not.
     """
     config = lycoris.tidy(locals(), "LOKR", (True, False, "lycoris"))
+    arguments.check_switches(config, "decompose_both", "rank_dropout_scale")
     if not isinstance(decompose_factor, int) or (decompose_factor < 1 and decompose_factor != -1):
         raise PeftJaxError(f"decompose_factor={decompose_factor!r}: a whole number of at least 1, or -1.")
     trains = partial(beside.trains, config, FACTORS)

@@ -52,7 +52,7 @@ def lora(r: int = 8, lora_alpha: float = 8, target_modules: Patterns = ("q_proj"
       target_modules: a list of module names or their endings, a regex for whole names, or ``"all-linear"`` (every
         kernel but the output head). peft's ``None`` is its default for the model's family; here that is q and v. A
         list or regex may name embeddings: a tied head then changes with it (peft's ensure_weight_tying); after
-        ``peft_jax.untie`` it does not (peft's default).
+        ``peft_jax.untie`` it does not (peft's default). peft never keeps GPT-2's ``wte`` tied: untie it to save it.
       lora_dropout: probability that an input element of the branch is dropped; needs ``rngs={"dropout": key}``.
       exclude_modules: as target_modules, taken out again.
       layers_to_transform: layer numbers; layers_pattern: the word in front of the number, any where absent.
@@ -101,6 +101,7 @@ def _check(config: Mapping[str, Any]) -> None:
     arguments.check_patterns(config, "r", "lora_alpha")
     arguments.check_probability("lora_dropout", config["lora_dropout"])
     arguments.check_choice("bias", config["bias"], biases.OF_LORA)
+    arguments.check_switches(config, "use_rslora")
     lora_init.check(config["init_lora_weights"])
     eva.check(config["eva_config"])
     loftq.check(config["loftq_config"])

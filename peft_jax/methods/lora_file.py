@@ -1,5 +1,6 @@
 """How a LoRA lies in Hugging Face peft's two files, and what its config says there; see lora.py and stored.py."""
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -125,9 +126,15 @@ def fields(config, flat, naming) -> dict[str, Any]:
     patterns = {name: dict(config[name] or {}) for name in DEFAULTS}
     for path, head in naming.tied.items():
         if f"{path}/lora_a" in flat:  # peft scales a tied head's update by the head's own rank and alpha
+            config["target_modules"] = _naming_bare(config["target_modules"], path)
             for name, (own, other) in _both(config, naming.modules(path, ())[0], head).items():
                 patterns[name] |= {head: own} if own != other else {}
     return {**beside.selection(config), **patterns, "fan_in_fan_out": naming.fan_in_fan_out, "loftq_config": {}}
+
+
+def _naming_bare(wanted, embedding: str):
+    """peft keeps a head tied where a regex means the embedding's name without what stands in front, too."""
+    return f"{wanted}|{embedding}" if isinstance(wanted, str) and not re.fullmatch(wanted, embedding) else wanted
 
 
 def _both(config, *names) -> dict[str, list]:

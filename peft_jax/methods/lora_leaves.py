@@ -14,6 +14,13 @@ from peft_jax.targets import HOLDERS
 Leaves = dict[str, list[np.ndarray]]
 
 
+def check_pair(given: Any, what: str) -> None:
+    """Raise ``PeftJaxError``, about ``what``, where ``given`` is no (method, params)."""
+    pair = isinstance(given, tuple | list) and not isinstance(given, Method) and len(given) == 2
+    if not pair or not isinstance(given[0], Method) or not isinstance(given[1], Mapping):
+        raise PeftJaxError(f"{what} is no (method, params): give what load_adapter or method and method.init made.")
+
+
 def on_base(method: Method, params: Mapping[str, Any], base: Mapping[str, Any], what: str) -> tuple[dict, Leaves]:
     """The config and ``{folder of a module: [a, b, scaling]}`` of ``params`` as a plain LoRA on the base as it was.
 

@@ -77,8 +77,8 @@ def _check(config) -> None:
     arguments.check_probability("module_dropout", config["module_dropout"])
     arguments.check_number("eps", config["eps"])
     arguments.check_choice("bias", config["bias"], BIASES)
-    arguments.check_choice("init_weights", config["init_weights"], (True, False))
-    arguments.check_rank("num_cayley_neumann_terms", config["num_cayley_neumann_terms"])
+    arguments.check_switches(config, "init_weights", "coft", "block_share", "use_cayley_neumann")
+    arguments.check_whole("num_cayley_neumann_terms", config["num_cayley_neumann_terms"])
 
 
 def _leaves(config, key, target, kernel) -> dict[str, jax.Array]:

@@ -186,6 +186,11 @@ def _place(n, shifted, module, next_fun, positions):
     return next_fun(positions) + (n if shifted else 0)
 
 
+def _check_length(n, shifted, module, next_fun, tokens):
+    virtual.check_room(module, tokens, n if shifted else 0)
+    return next_fun(tokens)
+
+
 def _visible(n, shifted, module, next_fun, key_mask, positions, index, segment_ids):
     """The masks with n keys more in front, which every query sees, or in a window those near enough."""
     full, windowed = (None if mask is None else jnp.pad(mask, [(0, 0)] * 3 + [(n, 0)], constant_values=True)
@@ -202,7 +207,7 @@ def _init_cache(n, shifted, module, next_fun, batch, length):
     return next_fun(batch, length)
 
 
-HOOKS = {"place": _place, "visible": _visible, "init_cache": _init_cache}
+HOOKS = {"place": _place, "visible": _visible, "init_cache": _init_cache, "check_length": _check_length}
 
 
 def prefix_from_ids(method: Method, model, params, input_ids) -> tree.Tree:

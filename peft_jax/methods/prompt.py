@@ -53,6 +53,7 @@ def prompt(num_virtual_tokens: int = 20, prompt_tuning_init: str = "RANDOM", *,
     config = virtual.tidy({"peft_type": "PROMPT_TUNING", **locals()})
     arguments.check_choice("prompt_tuning_init", prompt_tuning_init, INITS)
     _check_ids(prompt_tuning_init, prompt_tuning_init_ids)
+    arguments.check_whole("packed_texts", packed_texts)
     return Method(partial(_init, config), partial(virtual.intercept, "prompt", table, packed_texts),
                   partial(virtual.labels, config), None, config, stored=FORMAT, leaves=virtual.LEAVES,
                   prepare=partial(virtual.prepared, prompt, config))

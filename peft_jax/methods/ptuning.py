@@ -51,7 +51,8 @@ def ptuning(num_virtual_tokens: int = 20, encoder_reparameterization_type: str |
     """
     config = virtual.tidy({"peft_type": "P_TUNING", **locals()})
     arguments.check_whole("encoder_hidden_size", 1 if encoder_hidden_size is None else encoder_hidden_size)
-    arguments.check_whole("encoder_num_layers", encoder_num_layers)
+    for name in ("encoder_num_layers", "packed_texts"):
+        arguments.check_whole(name, config[name])
     arguments.check_choice("encoder_reparameterization_type", encoder_reparameterization_type, ENCODERS)
     arguments.check_probability("encoder_dropout", encoder_dropout)
     if encoder_reparameterization_type == "MLP" and (encoder_num_layers != 2 or encoder_dropout):

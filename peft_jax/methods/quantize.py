@@ -14,7 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from peft_jax import arguments, quant, targets, tree
+from peft_jax import arguments, quant, targets, tree, whole
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import BASE, Method
 from peft_jax.targets import Patterns, Target
@@ -47,7 +47,7 @@ def quantize(quant_type: str = "nf4", block_size: int | None = 64, double_quant:
     ((8, 32), 288)
 
     Raises ``PeftJaxError`` for no such codec, and from ``init`` for patterns that match nothing, layers of one stack of
-    which only some are meant, weights that are quantised otherwise already, or hold infinite values or NaN.
+    which only some are meant, weights that train, are quantised otherwise already, or hold infinite values or NaN.
     """
     config = {"peft_type": "QUANTIZE", **locals()}
     quant.check(quant_type, block_size, double_quant)
@@ -63,9 +63,12 @@ def _selection(config) -> dict[str, Any]:
 
 def _init(config, rng, params, axes=None):
     flat = tree.flatten(params)
+    trains = whole.marks_of(flat)
     for target in targets.find(params, axes, _selection(config), targets.HOLDERS):
         path = f"{target.path}/{target.leaf}".lstrip("/")
         flat[path] = _quantized(config, target, path, flat[path])
+        if path in trains:  # in some of its layers perhaps: then no label of the leaf itself would tell
+            raise quant.cannot_train(path, flat[path])
     return tree.unflatten(flat)
 
 

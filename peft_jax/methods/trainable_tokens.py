@@ -23,7 +23,6 @@ from peft_jax.stored import PREFIX, Format, Slot
 from peft_jax.targets import Patterns
 
 LEAVES = ("tokens", "token_indices")
-EMBEDDING, HEAD = "embed_tokens/embedding", "lm_head"
 
 
 def trainable_tokens(token_indices: Sequence[int] = (), target_modules: Patterns = None, *,
@@ -48,10 +47,10 @@ def trainable_tokens(token_indices: Sequence[int] = (), target_modules: Patterns
     vocabulary and names that match no embedding.
     """
     indices = tuple(token_indices) if isinstance(token_indices, Iterable) else ()
-    if not indices or not all(isinstance(i, int) and i >= 0 for i in indices) or len(set(indices)) < len(indices):
+    if not indices or not all(map(arguments.is_id, indices)) or len(set(indices)) < len(indices):
         raise PeftJaxError(f"token_indices={token_indices!r}: give at least one token id, each once, none negative.")
-    config = {"peft_type": "TRAINABLE_TOKENS", "token_indices": indices, "target_modules": target_modules,
-              "init_weights": init_weights}
+    config = {"peft_type": "TRAINABLE_TOKENS", "token_indices": tuple(map(int, indices)),
+              "target_modules": target_modules, "init_weights": init_weights}
     arguments.check_choice("init_weights", init_weights, (True, False))
     arguments.check_modules("target_modules", target_modules)
     return Method(partial(_init, config), _intercept, partial(beside.labels, trained=_is_tokens), _merge, config,
@@ -144,9 +143,7 @@ def _slots(config, flat, trained, naming) -> dict[str, Any]:
     found = {}
     for path in trained:
         folder = path.rpartition("/")[0]
-        names = [*naming.modules(folder, ())]
-        if naming.portable and f"{folder}/embedding" == EMBEDDING and f"{HEAD}/kernel" not in flat:
-            names.append(HEAD)
+        names = [*naming.modules(folder, ()), *([naming.tied[folder]] if folder in naming.tied else [])]
         found |= {f"{PREFIX}{name}.trainable_tokens_delta": Slot(path) for name in names}
     return found
 

@@ -9,14 +9,13 @@ S tokens, D hidden, N heads, H head size.
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from peft_jax.errors import PeftJaxError
 from peft_jax.kept import POLICY, keep
 from peft_jax.models import masks
-from peft_jax.models.heads import Head
+from peft_jax.models.heads import Head, mean_of_seen
 from peft_jax.models.llama import AttentionCore
 
 
@@ -246,6 +245,8 @@ class Encoder(nn.Module):
         """The states (batch, seq, hidden) that :meth:`head` reads, arguments as of ``__call__``: see :meth:`pool`."""
         masks.check_inputs(input_ids, attention_mask, positions, segment_ids)
         real = masks.real_tokens(input_ids, attention_mask, segment_ids)
+        if positions is None and segment_ids is None:
+            self.check_length(masks.longest(input_ids, attention_mask))
         if positions is None:
             positions = masks.count_positions(real, segment_ids, None, None)
         types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
@@ -253,6 +254,10 @@ class Encoder(nn.Module):
         seen, _ = self.visible(real, positions, None, segment_ids)
         x = layers(self.embeddings(self.embed(input_ids), self.place(positions), types), seen)
         return self.pool(x, masks.same_text(real, segment_ids))
+
+    def check_length(self, tokens: int) -> None:
+        """Raise ``PeftJaxError`` where rows of ``tokens`` have more than there are positions."""
+        masks.check_length(self.config, tokens)
 
     def place(self, positions):
         """The positions that are embedded, int (batch, seq), of tokens at ``positions``: the same ones."""
@@ -286,10 +291,3 @@ class Encoder(nn.Module):
             first = self.pooler if self.config.model_type == "bert" else lambda x: nn.relu(self.pre_classifier(x))
             states = first(states)
         return self.classifier(states)
-
-
-def mean_of_seen(x, seen):
-    """The mean, in float32, over the tokens that each token may see: (B, S, D), bool (B, S, S) -> (B, S, D)."""
-    weights = seen.astype(jnp.float32) / jnp.maximum(seen.sum(-1, keepdims=True), 1)
-    return jnp.einsum("bts,bsd->btd", weights, x.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST).astype(
-        x.dtype)

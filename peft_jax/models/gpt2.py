@@ -111,11 +111,18 @@ class GPT2(nn.Module):
 
     def hidden(self, input_ids, attention_mask=None, *, positions=None, segment_ids=None):
         """The normed last hidden states (batch, seq, hidden), arguments as of ``__call__``."""
+        counted = positions is None and segment_ids is None
         positions, key_mask, index = cache.arrived(self, input_ids, attention_mask, positions, segment_ids)
+        if counted and index is None:
+            self.check_length(masks.longest(input_ids, attention_mask))
         seen, _ = self.visible(key_mask, positions, index, segment_ids)
         x = self.embed(input_ids) + self.wpe(self.place(positions))
         x, _ = self.h(cache.spoiled(x, index, positions.shape[1], key_mask.shape[1]), seen, index)
         return self.ln_f(x)
+
+    def check_length(self, tokens: int) -> None:
+        """Raise ``PeftJaxError`` where rows of ``tokens`` have more than there are positions."""
+        masks.check_length(self.config, tokens)
 
     def place(self, positions):
         """The positions that are embedded, int (batch, seq), of tokens at ``positions``: the same ones."""

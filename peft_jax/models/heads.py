@@ -2,6 +2,9 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+
 
 @dataclasses.dataclass(frozen=True)
 class Head:
@@ -22,3 +25,10 @@ class Head:
 
 TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS")
 POOLINGS = ("first", "mean")
+
+
+def mean_of_seen(x, seen):
+    """The mean, in float32, over the tokens that each token may see: (B, S, D), bool (B, S, S) -> (B, S, D)."""
+    weights = seen.astype(jnp.float32) / jnp.maximum(seen.sum(-1, keepdims=True), 1)
+    return jnp.einsum("bts,bsd->btd", weights, x.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST).astype(
+        x.dtype)

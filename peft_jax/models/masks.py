@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from peft_jax.errors import PeftJaxError
 
@@ -14,6 +15,20 @@ def check_inputs(input_ids, attention_mask, positions, segment_ids) -> None:
     for name, array in given.items():
         if array is not None and array.shape != input_ids.shape:
             raise PeftJaxError(f"{name} has shape {array.shape}, input_ids {input_ids.shape}: they must be equal.")
+
+
+def check_length(config, tokens: int) -> None:
+    """Raise ``PeftJaxError`` where there are more ``tokens`` than learned positions: the others' would be NaN."""
+    if tokens > config.max_position_embeddings:
+        raise PeftJaxError(f"a row of {tokens} tokens is longer than the model's {config.max_position_embeddings} "
+                           "positions: shorten it.")
+
+
+def longest(input_ids, attention_mask) -> int:
+    """How many tokens, counted from 0, the longest row has; 0 where a traced mask does not tell."""
+    if attention_mask is None or isinstance(attention_mask, jax.core.Tracer):
+        return input_ids.shape[1] if attention_mask is None else 0
+    return int(np.sum(np.asarray(attention_mask) != 0, axis=1).max(initial=0))
 
 
 def check_room(index, new: int, slots: int, segment_ids) -> None:

@@ -193,8 +193,7 @@ def merge(command) -> int:
     """Fold the workdir's adapter into the weights: a folder that transformers loads."""
     folder, source = _trained(command), command.config.model.source
     output = Path(command.output).expanduser() if command.output else folder / "merged"
-    if output.exists() and Path(source).expanduser().exists() and output.samefile(Path(source).expanduser()):
-        raise PeftJaxError(f"--output={output} is the base model itself: choose another folder")
+    workdir.check_output(output, folder, source)
     changes, ready = session.trained_on(command.config), None
     if command.requantize:
         ready = session.load(command.config, command.probe, changes)

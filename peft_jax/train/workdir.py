@@ -26,6 +26,7 @@ WRITTEN = (
     "results.json", "config.json", "checkpoints", "metrics.jsonl", "tensorboard", "before.json", "adapter", "model",
     "merged", "eval.json",
 )  # fmt: skip
+KEPT = tuple(name for name in WRITTEN if name != "merged")  # which merge does not write
 MATTERS = ("seed", "model", "method", "task", "data", "optim")  # sections that a resumed run may not change
 ADAPTER_MATTERS = ("model.source",)  # what its adapter needs; the method is in the adapter's own files
 
@@ -42,6 +43,28 @@ def check_writable(folder: Path) -> None:
         for path in missing:
             with contextlib.suppress(OSError):  # never made
                 path.rmdir()
+
+
+def check_output(output: Path, folder: Path, source: str) -> None:
+    """Raise ``PeftJaxError`` where a model written to ``output`` would overwrite what is not its own: the base model
+    ``source``, the run in ``folder``, another one, or what either keeps."""
+    base, place = Path(source).expanduser(), output.resolve()
+    if output.exists() and base.exists() and output.samefile(base):
+        raise PeftJaxError(f"--output={output} is the base model itself: choose another folder")
+    for run in (place, *place.parents):
+        inside = place.relative_to(run).parts
+        if (not inside or inside[0] in KEPT) and (run == folder.resolve() or _is_run(run)):
+            what = f"'{inside[0]}' of the run in {run}" if inside else "the folder of a run"
+            raise PeftJaxError(f"--output={output} is {what}, which the model would overwrite: choose another folder, "
+                               f"such as {run / 'merged'}")
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether the folder's ``config.json`` is a run's configuration, and not a model's."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).keys() >= set(MATTERS)
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _unwritable(folder: Path, error: OSError) -> PeftJaxError:

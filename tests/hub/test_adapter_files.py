@@ -10,7 +10,20 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from peft_jax import PeftJaxError, chain, load_adapter, load_pretrained, lora, partition, save_adapter, save_pretrained
+from peft_jax import (
+    PeftJaxError,
+    chain,
+    dora,
+    full,
+    load_adapter,
+    load_pretrained,
+    lora,
+    partition,
+    prefix,
+    quantize,
+    save_adapter,
+    save_pretrained,
+)
 
 METHOD = lora(r=2, init_lora_weights=False)
 
@@ -131,6 +144,11 @@ def test_missing_damaged_and_pickled_files_are_errors(stored, tmp_path):
         load_adapter(folder, base)
 
 
+def test_the_folder_of_a_run_is_no_adapter_but_holds_one(stored):
+    with pytest.raises(PeftJaxError, match=r"it holds no adapter that can be read; '.*/adapter' does"):
+        load_adapter(stored[0].parent, stored[1])
+
+
 def test_a_hub_id_that_cannot_be_had_is_an_error(tiny_model):
     with pytest.raises(PeftJaxError, match="'org/no-such-adapter' is no local path and could not be had"):
         load_adapter("org/no-such-adapter", tiny_model[1])
@@ -218,6 +236,44 @@ def test_what_a_file_cannot_hold_is_not_saved(tiny_model, tuned, tmp_path):
     with pytest.raises(PeftJaxError, match="two methods of the chain both store 'base_model"):
         save_adapter(tmp_path / "a", chain(METHOD, METHOD), tuned, model)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("made", "leaf"), [
+    (dora(r=2), "layers/self_attn/q_proj/lora_magnitude"),
+    (chain(METHOD, prefix(3)), "layers/self_attn/core/prefix"), (chain(METHOD, full("norm/.*")), "full/norm.scale"),
+])  # fmt: skip
+def test_leaves_of_another_method_are_not_dropped(tiny_model, tmp_path, made, leaf):
+    model, base = tiny_model
+    params = made.init(jax.random.key(0), base)
+    with pytest.raises(PeftJaxError, match=f"'{leaf}' .* is neither the model's nor of LORA, and would be lost"):
+        save_adapter(tmp_path / "a", METHOD, params, model)
+    assert not list(tmp_path.iterdir())
+    save_adapter(tmp_path / "a", made, params, model)
+
+
+def test_a_chain_of_which_nothing_is_stored_is_not_saved(tiny_model, tmp_path):
+    method = chain(quantize(block_size=16), quantize(block_size=16))
+    with pytest.raises(PeftJaxError, match="no method of the chain has an adapter file"):
+        save_adapter(tmp_path / "a", method, method.init(jax.random.key(0), tiny_model[1]), tiny_model[0])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rank", [10**6, 10**12, 10**30])
+def test_a_rank_that_no_file_can_hold_is_an_error_before_anything_is_made(stored, rank):
+    folder, base = stored
+    restore(folder, lambda tensors: dict(list(tensors.items())[:1]))
+    restate(folder, r=rank)
+    with pytest.raises(PeftJaxError, match=r"asks for .* numbers to train, its file has 64: one of them is damaged"):
+        load_adapter(folder, base)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_number_that_is_none_is_an_error_naming_its_tensor(stored, value):
+    folder, base = stored
+    key = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    restore(folder, lambda tensors: {**tensors, key: np.full_like(tensors[key], value)})
+    with pytest.raises(PeftJaxError, match=f"1 with NaN or infinite values: {key}"):
+        load_adapter(folder, base)
 
 
 def test_an_adapter_is_not_loaded_onto_another(stored, tuned):

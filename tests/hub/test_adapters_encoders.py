@@ -35,6 +35,11 @@ CASES = {
     "bert alone": ("BertModel", lora, {"target_modules": ["query"], "r": 2}, "FEATURE_EXTRACTION", None),
     "roberta": (f"Roberta{SEQUENCE}", lora, {"target_modules": ["query", "value"], "r": 2}, "SEQ_CLS", ["classifier"]),
     "roberta tokens": (f"Roberta{TOKEN}", lora, {"target_modules": ["query"], "r": 2}, "TOKEN_CLS", ["classifier"]),
+    "bert without its head": (f"Bert{SEQUENCE}", lora, {"target_modules": ["query"], "r": 2}, None, None),
+    "roberta without its head": (f"Roberta{TOKEN}", ia3, {"target_modules": ["key"], "feedforward_modules": []}, None,
+                                 None),
+    "distilbert with a part of it": (f"DistilBert{SEQUENCE}", lora, {"target_modules": ["q_lin"], "r": 2}, None,
+                                     ["pre_classifier"]),
     "distilbert": (f"DistilBert{SEQUENCE}", lora, {"target_modules": ["q_lin", "lin1"], "r": 2}, "SEQ_CLS",
                    ["pre_classifier", "classifier"]),
 }  # fmt: skip

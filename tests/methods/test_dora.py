@@ -153,7 +153,7 @@ def test_counts_are_the_closed_form():
 
 def test_what_cannot_be_meant_is_an_error(peer_bases):
     base = peer_bases["llama"][2]
-    with pytest.raises(PeftJaxError, match="lora_alpha=0 leaves nothing"):
+    with pytest.raises(PeftJaxError, match=r"alpha_pattern\['q_proj'\]=0 leaves nothing"):
         dora(alpha_pattern={"q_proj": 0})
     with pytest.raises(PeftJaxError, match="'embed_tokens', which matches no kernel"):
         dora(target_modules=("embed_tokens",)).init(jax.random.key(0), base)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import peft_jax
-from peft_jax import PeftJaxError, chain, flatten, ln_tuning, lora
+from peft_jax import PeftJaxError, chain, flatten, ln_tuning, lora, save_adapter, untie
 from tests import peer, properties
 
 peft = pytest.importorskip("peft")
@@ -35,6 +35,15 @@ def test_moved_here_opens_in_peft(peer_bases, case, tmp_path):
 def test_trained_by_peft_loads_here(peer_bases, case, tmp_path):
     name, options = CASES[case]
     peer.check_loads_from_peft(peer_bases[name], peft.LNTuningConfig(task_type="CAUSAL_LM", **options), tmp_path)
+
+
+def test_an_embedding_that_is_the_head_is_untied_first(peer_bases, gpt2_base, tmp_path):
+    for name, (_, model, base) in {"wte": gpt2_base, "embed_tokens": peer_bases["tied"]}.items():
+        method = ln_tuning([name])
+        with pytest.raises(PeftJaxError, match=f"LN_TUNING changes '{name}', .* would be the embedding alone"):
+            save_adapter(tmp_path, method, method.init(jax.random.key(0), base), model)
+    fresh, model, base = gpt2_base
+    peer.check_opens_in_peft((fresh, model, untie(base)), ln_tuning(["wte"]), tmp_path / "untied")
 
 
 def test_the_promises_of_a_method(peer_bases):

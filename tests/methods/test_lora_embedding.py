@@ -58,6 +58,40 @@ def test_trained_by_peft_loads_here(peer_bases, case, tmp_path):
         np.testing.assert_array_equal(merged["lm_head"]["kernel"], head)
 
 
+def test_a_regex_that_keeps_the_tie_in_peft(peer_bases, tmp_path):
+    """peft ties where the regex means the bare name: ours is written so, and theirs that does not is read untied."""
+    regex = r"model\.(embed_tokens|layers\.[02]\.self_attn\.q_proj)"
+    peer.check_opens_in_peft(peer_bases["tied"], lora(r=2, target_modules=regex), tmp_path / "ours")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=regex, ensure_weight_tying=True)
+    _, params = peer.check_loads_from_peft(peer_bases["tied"], config, tmp_path / "theirs")
+    assert "lm_head" in params
+
+
+# Embeddings that peft does not keep tied, whatever its file asks for.
+LEFT = {"adapted": {"target_modules": ["wte"]}, "by regex": {"target_modules": r"transformer\.(wte|h\.0\.mlp\.c_fc)"},
+        "saved": {"target_modules": ["c_attn"], "modules_to_save": ["wte"]}}
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_a_head_that_peft_leaves_alone_is_untied(gpt2_base, case, tmp_path):
+    fresh, model, base = gpt2_base
+    method = lora(r=2, **LEFT[case])
+    with pytest.raises(PeftJaxError, match=r"LORA changes 'wte', .* would be the embedding alone: peft_jax.untie"):
+        save_adapter(tmp_path / "ours", method, method.init(jax.random.key(0), base), model)
+    peer.check_opens_in_peft((fresh, model, untie(base)), method, tmp_path / "ours")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, ensure_weight_tying=True, fan_in_fan_out=True, **LEFT[case])
+    _, params = peer.check_loads_from_peft(gpt2_base, config, tmp_path / "theirs")
+    assert "lm_head" in params
+
+
+@pytest.mark.parametrize("make", [peft_jax.ia3, peft_jax.loha, peft_jax.prefix])
+def test_methods_of_which_peft_keeps_no_tie(peer_bases, make, tmp_path):
+    _, model, base = peer_bases["tied"]
+    method = make(modules_to_save=("embed_tokens",))
+    with pytest.raises(PeftJaxError, match=r"changes 'embed_tokens', .* would be the embedding alone: peft_jax.untie"):
+        save_adapter(tmp_path, method, method.init(jax.random.key(0), base), model)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_promises_of_a_method(peer_bases, tied):
     _, model, base = peer_bases["tied"]

@@ -216,6 +216,7 @@ def test_what_cannot_be_is_an_error(tied):
         (lambda: quantize(block_size=32).init(None, held), "is quantised already, with quant_type='nf4', b"),
         (lambda: peft_jax.full().init(key, held), "quantised .nf4. and cannot train"),
         (lambda: chain(peft_jax.full(), quantize(**SMALL)).init(key, base), "quantised .nf4. and cannot train"),
+        (lambda: chain(peft_jax.full(last_n_layers=1), quantize(**SMALL)).init(key, base), "and cannot train: leave"),
         (lambda: chain(quantize(**SMALL), lora(modules_to_save=("up_proj",))).init(key, base), "cannot train"),
         (lambda: lora(init_lora_weights="pissa").init(key, held), "put the LoRA in front"),
         (lambda: lora(init_lora_weights="loftq", loftq_config={"rounds": 2}), "loftq_config..rounds.."),

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import peft_jax
 from peft_jax import PeftJaxError, chain, flatten, lora, trainable_tokens, untie
@@ -36,6 +37,16 @@ def test_trained_by_peft_loads_here(peer_bases, case, tmp_path):
     config = peft.TrainableTokensConfig(token_indices=TOKENS, task_type="CAUSAL_LM", **options)
     method, _ = peer.check_loads_from_peft(peer_bases[name], config, tmp_path)
     assert method.config["token_indices"] == tuple(TOKENS)
+
+
+def test_a_head_that_is_tied_under_another_name(gpt2_base, tmp_path):
+    """peft stores the rows under both names for any model, GPT-2 too."""
+    peer.check_opens_in_peft(gpt2_base, trainable_tokens(TOKENS), tmp_path / "ours")
+    config = peft.TrainableTokensConfig(token_indices=TOKENS, task_type="CAUSAL_LM")
+    _, params = peer.check_loads_from_peft(gpt2_base, config, tmp_path / "theirs")
+    assert "lm_head" not in params
+    names = [set(load_file(tmp_path / one / "adapter_model.safetensors")) for one in ("ours", "theirs")]
+    assert names[0] == names[1] and len(names[0]) == 2
 
 
 def test_a_head_that_peft_takes_from_its_embedding(peer_bases, tmp_path):

@@ -139,11 +139,15 @@ def test_a_saved_module_is_exchanged_with_peft(gpt2, make, tmp_path):
 
 
 @pytest.mark.parametrize("make", [prefix, prompt])
-def test_more_tokens_than_positions_are_seen(gpt2, make):
+def test_more_tokens_than_positions_are_an_error(gpt2, make):
+    """Padding is not counted, nor are positions that are given: of those that there are not the states are NaN."""
     _, model, base = gpt2
-    method = make(4)
+    method, ids = make(4), np.ones((1, 30), np.int32)
     params, apply = method.init(jax.random.key(0), base), bind(method, model)
-    with pytest.raises(PeftJaxError, match="30 tokens and 4 virtual ones are more than the model's 32 positions"):
-        apply({"params": params}, 1, 30, method="init_cache")
-    assert np.isnan(apply({"params": params}, np.ones((1, 30), np.int32))[:, 28:]).all()
-    assert not np.isnan(apply({"params": params}, np.ones((1, 28), np.int32))).any()
+    for run in (lambda: apply({"params": params}, 1, 30, method="init_cache"), lambda: apply({"params": params}, ids),
+                lambda: jax.jit(apply)({"params": params}, ids), lambda: apply({"params": params}, ids, ids)):
+        with pytest.raises(PeftJaxError, match="30 tokens and 4 virtual ones are more than the model's 32 positions"):
+            run()
+    assert np.isnan(apply({"params": params}, ids, positions=np.arange(30)[None])[:, 28:]).all()
+    assert not np.isnan(apply({"params": params}, ids, np.arange(30)[None] > 1)).any()
+    assert not np.isnan(apply({"params": params}, ids[:, :28])).any()

@@ -233,5 +233,6 @@ def test_what_an_encoder_cannot_do_is_an_error(encoder_bases, tmp_path):
     stated = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (stated["task_type"], stated["token_dim"], stated["num_attention_heads"]) == ("SEQ_CLS", 16, 4)
     wide = np.ones((1, 30), np.int32)
-    assert np.isnan(bind(method, model)({"params": params}, wide)).all() and jnp.isfinite(
-        bind(method, model)({"params": params}, wide[:, :28])).all()
+    with pytest.raises(PeftJaxError, match="30 tokens and 4 virtual ones are more than the model's 32 positions"):
+        bind(method, model)({"params": params}, wide)
+    assert jnp.isfinite(bind(method, model)({"params": params}, wide[:, :28])).all()

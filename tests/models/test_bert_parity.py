@@ -9,7 +9,7 @@ import peft_jax
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub import load_config, load_pretrained, load_tokenizer, save_pretrained
 from peft_jax.models import Head
-from peft_jax.models.bert import mean_of_seen
+from peft_jax.models.heads import mean_of_seen
 from tests.peer import assert_close
 
 torch = pytest.importorskip("torch")
@@ -57,6 +57,16 @@ def torch_output(name, model, ids, mask, types=None):
     with torch.no_grad():
         return model(torch.tensor(ids), attention_mask=torch.tensor(mask), position_ids=torch.tensor(positions),
                      **given)[0].numpy()
+
+
+@pytest.mark.parametrize("name", ["BertModel", "RobertaModel", "DistilBertModel"])
+def test_more_tokens_than_positions_are_an_error(encoder_bases, name):
+    _, model, params = encoder_bases(name)
+    most = model.config.max_position_embeddings
+    for run in (model.apply, jax.jit(model.apply)):
+        with pytest.raises(PeftJaxError, match=f"a row of {most + 1} tokens is longer than the model's {most} pos"):
+            run({"params": params}, np.ones((1, most + 1), int))
+    assert np.isfinite(model.apply({"params": params}, np.ones((1, most), int))).all()
 
 
 def test_outputs_with_padding(pair):

@@ -19,22 +19,14 @@ peft = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-SIZES = {"vocab_size": 37, "n_embd": 16, "n_inner": 24, "n_layer": 3, "n_head": 4, "n_positions": 32}
 # IA3 as peft has it for GPT-2: the joint projection's outputs, and the inputs of the feed-forward block's second layer.
 FEED = {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(gpt2_base):
     """(makes a fresh torch model, Flax model, params)."""
-    torch.manual_seed(0)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES, bos_token_id=0, eos_token_id=0)).eval()
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            parameter.normal_(1.0 if "ln_" in name and "weight" in name else 0.0, 0.2)
-    folder = tmp_path_factory.mktemp("gpt2")
-    theirs.save_pretrained(folder)
-    return lambda: transformers.GPT2LMHeadModel.from_pretrained(folder).eval(), *load_pretrained(folder)
+    return gpt2_base
 
 
 def torch_logits(model, ids, mask):
@@ -55,6 +47,16 @@ def test_logits_with_padding_and_packed(base):
     for segment in (1, 2):
         own = segments == segment
         assert_close(packed[own], torch_logits(fresh(), ids[:1][own][None], mask[:1][own][None])[0])
+
+
+def test_more_tokens_than_positions_are_an_error(base):
+    _, model, params = base
+    ids = np.ones((1, 33), int)
+    for run in (model.apply, jax.jit(model.apply)):
+        with pytest.raises(PeftJaxError, match="a row of 33 tokens is longer than the model's 32 positions"):
+            run({"params": params}, ids)
+    assert np.isfinite(model.apply({"params": params}, ids, np.arange(33)[None] > 0)[:, 1:]).all()
+    assert np.isfinite(model.apply({"params": params}, ids, segment_ids=np.arange(33)[None] // 20 + 1)).all()
 
 
 def test_transformers_opens_what_is_saved_and_bare_checkpoints_are_read(base, tmp_path):
