@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.linen.module import InterceptorContext
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from peft_jax import quant, tree
+from peft_jax import contraction, quant, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.stored import Format
 
@@ -252,6 +252,7 @@ def _streams(rngs) -> frozenset[str]:
 def _in_context(intercept, rngs, params, notes, next_fun, args, kwargs, context):
     reading = partial(_intercepted, quant.read, next_fun, context)  # what the module's own method is to all methods
     whole = Context(context.module, context.method_name, reading, rngs, params, notes)
+    args, kwargs = contraction.input_first(context.module, context.method_name, args, kwargs)
     return intercept(reading, args, kwargs, whole)
 
 

@@ -66,6 +66,11 @@ def test_a_config_without_weights_is_enough(asked, tiny_folder, tmp_path, capsys
     assert [device["fits"] for device in written["devices"]] == [True, True] and compiled["estimate"]
 
 
+def test_a_base_quantised_from_float32_is_computed_with_in_bfloat16(asked):
+    found = plan_config(asked("qlora", "--config.model.param_dtype=float32", "--config.data.row_length=32").config)
+    assert found.assumed["computing in"] == "bfloat16"
+
+
 @pytest.mark.parametrize("options, shape, words", [
     ([], (1, 256), "set --config.data.rows and --config.data.row_length"),
     (["--config.data.rows=3"], (3, 256), "set --config.data.row_length"),
