@@ -49,6 +49,7 @@ def test_an_embedding_is_looked_up_and_multiplied(quant_type, hidden):
     close(attend(x, table), x @ dense.T)
     close(jax.grad(lambda x: attend(x, table).sum())(x), jax.grad(lambda x: (x @ dense.T).sum())(x))
     close(attend(x, dense), x @ dense.T)
+    close(dot(x, table.T), x @ dense.T)
     close(dot(normal(2, 11) * 0 + 1, table), np.ones((2, 11)) @ dense)
 
 
@@ -139,6 +140,7 @@ def test_what_does_not_fit_is_told():
     leaf = quantize_array(normal(2, 64, 8))
     layer = jax.tree.map(lambda a: a[0], leaf)
     for product, words in {
+        lambda: leaf.T: "has 3 axes, and only of two",
         lambda: dot(normal(3, 64), leaf): r"stack of \(2,\)",
         lambda: dot(normal(3, 32), layer): r"does not end in the kernel's inputs \(64,\)",
         lambda: dot(normal(3, 32), dequantize(layer)): r"does not end in the kernel's inputs \(64,\)",
