@@ -6,9 +6,9 @@
 
 Modes: train (evaluates before and after; the same command again resumes), eval (the base and the adapter of a workdir),
 merge, or export, which is the same (the workdir's adapter into the weights: a folder that transformers loads,
-workdir/merged or --output; with --requantize what was quantised is so again, and what that costs is said), generate
-(base and adapter side by side; or the adapters of --adapters=runs/a/adapter,owner/name, folders or Hub ids), plan (what
-memory the training step needs, from shapes alone).
+workdir/merged or --output; with --requantize what was quantised, as nf4 or fp4 in blocks, is so again, and what that
+costs is said), generate (base and adapter side by side; or the adapters of --adapters=runs/a/adapter,owner/name,
+folders or Hub ids), plan (what memory the training step needs, from shapes alone).
 """
 
 import sys
@@ -49,8 +49,8 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_list("adapters", [], "adapters to compare in mode generate; default the workdir's", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "train again from the start, whatever the workdir holds", flag_values=values)
     flags.DEFINE_string("output", None, "folder that merge writes; default workdir/merged", flag_values=values)
-    flags.DEFINE_bool("requantize", False, "merge into a quantised base again, not into plain weights",
-                      flag_values=values)
+    flags.DEFINE_bool("requantize", False, "merge into a quantised base (nf4 or fp4, in blocks) again, not into plain "
+                      "weights", flag_values=values)
     flags.DEFINE_bool("help", False, "show this text and every key of the configuration", flag_values=values)
     return values
 

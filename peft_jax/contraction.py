@@ -1,5 +1,8 @@
 """Which axes a module contracts: of its kernel, and of its input."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -8,7 +11,7 @@ from flax import linen as nn
 def input_count(module: nn.Module) -> int:
     """How many leading axes of a module's kernel are inputs; 0 where that is not known."""
     if isinstance(module, nn.Einsum) and module.einsum_str:
-        return _einsum_inputs(module.einsum_str.replace(" ", "").replace("...", ""))
+        return _einsum_inputs(module.einsum_str.replace(" ", ""))
     if isinstance(module, nn.Dense | nn.Embed):
         return 1
     if isinstance(module, nn.DenseGeneral) and not module.batch_dims:
@@ -17,9 +20,9 @@ def input_count(module: nn.Module) -> int:
 
 
 def input_axes(module: nn.Module, ndim: int) -> tuple[int, ...]:
-    """The axes of a Dense or DenseGeneral module's input that its kernel contracts."""
+    """The axes of a Dense or DenseGeneral module's input that its kernel contracts, sorted, as flax contracts them."""
     axis = getattr(module, "axis", -1)
-    return tuple(i % ndim for i in (axis if isinstance(axis, (tuple, list)) else (axis,)))
+    return tuple(sorted(i % ndim for i in (axis if isinstance(axis, (tuple, list)) else (axis,))))
 
 
 def inputs_last(module: nn.Module, x: jax.Array) -> jax.Array:
@@ -34,14 +37,38 @@ def inputs_back(module: nn.Module, x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x, range(-len(axis), 0), axis)
 
 
+def runs_as_flax_has_it(module: nn.Module, method: str) -> bool:
+    """Whether a module's ``method`` is flax's, and not of a subclass; nn.remat and the like make no difference."""
+    owners = [kind for kind in type(module).__mro__ if method in vars(kind)]
+    return all(kind.__module__.startswith("flax.") for kind in owners)
+
+
+def input_first(module: nn.Module, method: str, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a call, with the input of a module that has a kernel or an embedding as the first of ``args``,
+    if it was given by its name."""
+    name = "query" if method == "attend" else "inputs"
+    if args or name not in kwargs or not isinstance(module, nn.Dense | nn.DenseGeneral | nn.Einsum | nn.Embed):
+        return args, dict(kwargs)
+    rest = {key: value for key, value in kwargs.items() if key != name}
+    return (kwargs[name],), rest
+
+
 def _einsum_inputs(formula: str) -> int:
-    """Of ``x,kernel->result``: the kernel's contracted axes, where they stand in front and no axis is in all three.
+    """Of ``x,kernel->result``: the kernel's contracted axes, where they stand in front and it is such a product.
+
+    That is: no letter stands twice on one side or on all three, none of x is summed alone, and axes of an ellipsis
+    stand in front of x and of the result.
 
     >>> _einsum_inputs("bnh,nhd->bd"), _einsum_inputs("bd,ndh->bnh"), _einsum_inputs("bnh,nhd->bnd")
     (2, 0, 0)
+    >>> _einsum_inputs("btd,dh->bh"), _einsum_inputs("...d,dh->...h"), _einsum_inputs("b...d,dh->b...h")
+    (0, 1, 0)
     """
     sides, result = formula.split("->")
     x, kernel = sides.split(",")
+    if x.startswith("...") and result.startswith("..."):
+        x, result = x[3:], result[3:]
     contracted = "".join(letter for letter in kernel if letter not in result)
-    plain = kernel.startswith(contracted) and set(contracted) <= set(x) and not set(kernel) & set(x) & set(result)
-    return len(contracted) if plain else 0
+    plain = kernel.startswith(contracted) and set(contracted) <= set(x) <= {*contracted, *result}
+    alone = all(len(set(side)) == len(side) and "." not in side for side in (x, kernel, result))
+    return len(contracted) if plain and alone and not set(kernel) & set(x) & set(result) else 0

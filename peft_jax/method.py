@@ -1,6 +1,7 @@
 """What a fine-tuning method is, how two become one, and how one is bound to a model."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from flax import linen as nn
 from flax.linen.module import InterceptorContext
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from peft_jax import quant, tree
+from peft_jax import contraction, quant, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.stored import Format
 
@@ -51,6 +52,8 @@ class Method(NamedTuple):
         all the names of the leaf's module. ``init`` leaves alone what was converted.
       leaves: the names of all leaves that the method itself adds, trained and frozen; one that ends in a slash is a
         folder of such leaves. Empty where the method adds none, or does not say.
+      stands_on: what changes the types of a base as a stored adapter of the method needs it, a method with ``convert``,
+        where ``init`` itself does that to a plain base.
     """
 
     init: Callable[..., tree.Tree]
@@ -66,6 +69,7 @@ class Method(NamedTuple):
     prepare: Callable[..., "Method"] | None = None
     leaves: tuple[str, ...] = ()
     convert: Callable[..., Any] | None = None
+    stands_on: "Method | None" = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +157,21 @@ def chain(*methods: Method) -> Method:
                      penalty=penalty if any(m.penalty for m in methods) else None,
                      prepare=prepare if any(m.prepare for m in methods) else None, parts=methods,
                      leaves=tuple(dict.fromkeys(name for m in methods for name in m.leaves)),
-                     convert=methods[0].convert)  # a later one would not see what those before it do to plain weights
+                     convert=_conversion(methods))
     return chained
+
+
+def _conversion(methods: Sequence[Method]) -> Callable[..., Any] | None:
+    """Those of the first methods one by one; what stands behind another would not see what that does to plain weights.
+    """
+    first = [one.convert for one in itertools.takewhile(lambda one: one.convert, methods)]
+
+    def convert(path, array, axes, names):
+        for one in first:
+            array = one(path, array, axes, names)
+        return array
+
+    return convert if first else None
 
 
 def _intercepted(intercept, next_fun, context, *args, **kwargs):
@@ -252,6 +269,7 @@ def _streams(rngs) -> frozenset[str]:
 def _in_context(intercept, rngs, params, notes, next_fun, args, kwargs, context):
     reading = partial(_intercepted, quant.read, next_fun, context)  # what the module's own method is to all methods
     whole = Context(context.module, context.method_name, reading, rngs, params, notes)
+    args, kwargs = contraction.input_first(context.module, context.method_name, args, kwargs)
     return intercept(reading, args, kwargs, whole)
 
 

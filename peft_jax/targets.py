@@ -215,6 +215,7 @@ def find(params: Mapping[str, Any], axes: Mapping[str, KernelAxes] | None, selec
     found = [_understood(target) for target in everything if any(map(chosen, target.names))]
     if not found:
         given = ", ".join(f"{name}={value!r}" for name, value in selection.items() if value is not None)
+        given = given or "target_modules=None"
         raise PeftJaxError(f"{given} leaves no module to adapt.")
     return found
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from peft_jax import PeftJaxError, kernel_axes, targets
+from peft_jax import PeftJaxError, contraction, kernel_axes, targets
 from peft_jax.targets import KernelAxes
 
 NAME = "layers.3.self_attn.q_proj"
@@ -133,3 +133,14 @@ def test_a_leaf_that_is_no_stack_of_its_kernel_is_an_error():
     params = jax.eval_shape(stack.init, jax.random.key(0), x, None)["params"]
     with pytest.raises(PeftJaxError, match=r"'inner/kernel' is .* only stacks in front are understood"):
         kernel_axes(stack, params, x, None)
+
+
+@pytest.mark.parametrize("formula, count", [
+    ("btd,dnh->bnth", 1), ("...nh,nhd->...d", 2), ("b t d, d h -> b t h", 1), ("btd,dh->bh", 0), ("bdd,dh->bh", 0),
+    ("btd,dhh->bth", 0), ("btd,hd->bth", 0), ("btd,tdh->bth", 0), ("...d,dh->h", 0), ("b...d,dh->b...h", 0)])
+def test_a_formula_is_a_product_with_the_kernel_s_inputs_in_front_or_of_unknown_axes(formula, count):
+    assert contraction.input_count(nn.Einsum((2, 3), formula)) == count
+
+
+def test_a_module_contracts_the_axes_of_its_input_in_their_order():
+    assert contraction.input_axes(nn.DenseGeneral(4, axis=(-1, -3)), 4) == (1, 3)

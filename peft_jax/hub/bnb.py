@@ -15,6 +15,8 @@ import numpy as np
 
 from peft_jax import quant
 from peft_jax.errors import PeftJaxError
+from peft_jax.method import Method
+from peft_jax.methods.quantize import quantize
 from peft_jax.quant import codes
 from peft_jax.quant.codecs import BLOCK_SIZES
 from peft_jax.quant.decode import GROUP
@@ -51,6 +53,10 @@ class Packed(NamedTuple):
         return quant.QuantizedArray(packed, scales, nested, mean, quant_type=kind, block_size=block, inputs=(inputs,),
                                     outputs=(outputs,))
 
+    def unread(self, why: str) -> PeftJaxError:
+        """What to raise where this weight is not read."""
+        return PeftJaxError(f"the quantised weight '{self.name}' {why}: {_INSTEAD}.")
+
     def _nested(self, count):
         self._check_table("nested_quant_map", codes.dynamic())
         if self.state.get("nested_blocksize") != GROUP or not _is_number(self.state.get("nested_offset")):
@@ -67,6 +73,8 @@ class Packed(NamedTuple):
             value = value.view(np.uint8)
         if value.dtype != dtype or value.size != size:
             raise self._damaged(f"{part or 'codes'} of {value.size} {value.dtype} instead of {size} {np.dtype(dtype)}")
+        if value.dtype == np.float32 and not np.isfinite(value).all():
+            raise self._damaged(f"NaN or infinite values in {part}")
         return value
 
     def _check_table(self, part, table) -> None:
@@ -122,7 +130,7 @@ def _state(name, found, settings) -> dict[str, Any]:
         state = json.loads(found[name].read().astype(np.uint8, casting="no").tobytes().decode("utf-8"))
         shape, block, kind = state["shape"], state["blocksize"], state["quant_type"]
         whole = len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise PeftJaxError(f"'{name}' holds no quant_state as bitsandbytes writes it: fetch it again.") from error
     wanted = settings.get("bnb_4bit_quant_type", kind)
     if not whole or type(block) is not int or block not in BLOCK_SIZES or kind not in ("nf4", "fp4"):
@@ -133,8 +141,21 @@ def _state(name, found, settings) -> dict[str, Any]:
     return state
 
 
+def planned(folder: Path, given: Mapping[str, Any]) -> Method | None:
+    """What transformers makes of all kernels by the config dict, as a method; ``None`` where it says nothing of that.
+
+    Blocks, of which it does not speak, are of 64 values. Raises ``PeftJaxError`` as :func:`gather` does.
+    """
+    settings = _settings(folder, given)
+    if not settings.get("load_in_4bit"):
+        return None
+    return quantize(settings.get("bnb_4bit_quant_type", "fp4"), 64, settings.get("bnb_4bit_use_double_quant", False),
+                    exclude_modules=tuple(settings.get("llm_int8_skip_modules") or ()))
+
+
 def _is_number(value) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    """Whether it is one in float32, too."""
+    return type(value) in (int, float) and abs(value) <= float(np.finfo(np.float32).max)
 
 
 def written(name: str, entry: quant.QuantizedArray) -> dict[str, np.ndarray]:

@@ -1,10 +1,10 @@
 """Weights in Hugging Face's layout, in and out."""
 
 import dataclasses
+import itertools
 import os
 import re
 import zlib
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,13 @@ def load_config(source: str | os.PathLike) -> Any:
     """
     path = assets.resolve(source, weights=False)
     return hub_config.from_hf(gguf.read_config(path) if path.is_file() else hub_config.read(path))
+
+
+def quantised_as(source: str | os.PathLike) -> Method | None:
+    """How the weights of a checkpoint that stay quantised by default are, by its config alone: a method that would make
+    such ones of plain weights; ``None`` where they are plain. ``source`` and errors as of :func:`load_pretrained`."""
+    path = assets.resolve(source, weights=False)
+    return None if path.is_file() else bnb.planned(path, hub_config.read(path))
 
 
 def load_pretrained(source: str | os.PathLike, dtype: Any = jnp.float32, remat: bool = False, *,
@@ -102,10 +109,9 @@ def _check_method(method: Method | None, shapes: dict[str, tuple[int, ...]], dty
     """Raise at once what ``init`` of a method that converts would, on shapes."""
     if not _conversion(method):
         return
-    while method.parts:
-        method = method.parts[0]
-    leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()}
-    jax.eval_shape(partial(method.init, None), tree.unflatten(leaves))
+    leaves = tree.unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()})
+    for part in itertools.takewhile(lambda one: one.convert, method.parts or (method,)):
+        leaves = jax.eval_shape(part.init, jax.random.key(0), leaves)
 
 
 def with_head(config: Any, head: Head | None) -> Any:
@@ -160,7 +166,11 @@ def _read_params(path: Path, config: Any, shapes: dict[str, tuple[int, ...]], dt
 
 def _placed(place: names.Place, tensor: Any) -> names.Place:
     """bitsandbytes keeps (outputs, inputs) of every weight, those that are (inputs, outputs) in plain files too."""
-    return place._replace(transposed=True) if isinstance(tensor, bnb.Packed) else place
+    if not isinstance(tensor, bnb.Packed):
+        return place
+    if not place.path.endswith("/kernel"):
+        raise tensor.unread(f"is the '{place.path}', and of what bitsandbytes quantised only kernels are read")
+    return place._replace(transposed=True)
 
 
 def _expected(name: str, places, family: Family) -> str:

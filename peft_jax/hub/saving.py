@@ -50,15 +50,27 @@ def save_pretrained(
         config = dataclasses.replace(config, tie_word_embeddings=False)
     places = _checked_places(flat, config)
     packed = {path: leaf for path, leaf in flat.items() if quant.is_leaf(leaf)}
-    plain = {name.rpartition(".")[0].rpartition(".")[2] for name, place in places.items()
-             if place.path.endswith("/kernel") and place.path not in packed}
-    described = {"quantization_config": bnb.described(packed, plain | {"lm_head"})} if packed else {}
+    described = {"quantization_config": bnb.described(packed, _left_out(config, places, packed))} if packed else {}
     with files.written_aside(folder, "model", last="config.json", stale=("model*.safetensors", _INDEX)) as scratch:
         _write_weights(scratch, flat, places, max_shard_bytes)
         if tokenizer is not None:
             _write_tokenizer(scratch, tokenizer)
         given = hub_config.to_hf(config, _torch_dtype(flat), _token_ids(tokenizer)) | described
         Path(scratch, "config.json").write_text(json.dumps(given, indent=2) + "\n", encoding="utf-8")
+
+
+def _left_out(config: Any, places: dict[str, names.Place], packed: Mapping[str, Any]) -> set[str]:
+    """What transformers calls the modules beside quantised ones: each by its last name, which stands for all that end
+    so, or where one of those is quantised by its whole name; where one ends in that, too, by a regex."""
+    modules = {name.rpartition(".")[0]: place.path in packed for name, place in places.items()
+               if place.path.endswith("/kernel")}
+    quantised = tuple(name for name, held in modules.items() if held)
+    theirs = {"lm_head", "pooler.dense"} if families.of(config).heads else {"lm_head"}  # there even if in no file
+    found = {name for name in theirs if not any(other.endswith(name) for other in quantised)}
+    for name in modules.keys() - set(quantised):
+        forms = (name.rpartition(".")[2], name, f"^{name}$")
+        found.add(next(form for form in forms if not any(other.endswith(form) for other in quantised)))
+    return found
 
 
 def _write_tokenizer(folder: Path, tokenizer: Any) -> None:

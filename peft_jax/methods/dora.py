@@ -17,6 +17,7 @@ from peft_jax import beside, contraction
 from peft_jax.kept import keep
 from peft_jax.lowrank import branch, delta
 from peft_jax.method import Method
+from peft_jax.methods import loftq
 from peft_jax.methods.lora import FORMAT as LORA
 from peft_jax.methods.lora import init, labels, leaves, lora, needs_data, padding, prepared, trains
 from peft_jax.methods.lora_file import KEYS as LORA_KEYS
@@ -52,7 +53,7 @@ def _method(config, given=None) -> Method:
                           first="dora"),
                   partial(_intercept, config["lora_dropout"]), partial(labels, trained), _merge, config,
                   partial(_padding, config), FORMAT, leaves=(*LEAVES, *START),
-                  prepare=prepare if needs_data(config, given) else None)
+                  prepare=prepare if needs_data(config, given) else None, stands_on=loftq.base(config))
 
 
 def _trains(config, path, flat) -> bool:

@@ -82,7 +82,8 @@ def _inputs(model, params, batch, found):
     def note(next_fun, args, kwargs, context):
         path = "/".join(context.module.path)
         if context.method_name == "__call__" and path in paths:
-            x = contraction.inputs_last(context.module, args[0])
+            (x, *_), _ = contraction.input_first(context.module, "__call__", args, kwargs)
+            x = contraction.inputs_last(context.module, x)
             flat = x.astype(jnp.float32).reshape(-1, math.prod(paths[path].inputs))
             context.module.sow("intermediates", "seen", flat)
         return next_fun(*args, **kwargs)

@@ -3,8 +3,9 @@
     repeat  Q = quantise(W - s A B),  A B = the r largest singular values of (W - Q) / s
 
 so that Q + s A B is nearer to W at the start than Q alone. With one round Q is what ``quantize`` makes of W: such an
-adapter is a plain LoRA on that base, here or in peft. More rounds give a base of its own; no adapter file has room for
-it, and the whole model is saved instead.
+adapter is a plain LoRA on that base, here or in peft, and needs it quantised likewise: on the plain W it would be wrong
+by what quantising takes away, as in peft, where nothing says so either. More rounds give a base of its own; no adapter
+file has room for it, and the whole model is saved instead.
 """
 
 from collections.abc import Mapping
@@ -14,8 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import arguments, quant
+from peft_jax import arguments, beside, quant
+from peft_jax.errors import PeftJaxError
 from peft_jax.lowrank import delta
+from peft_jax.method import Method
+from peft_jax.methods.quantize import conversion
 
 NAME = "loftq"
 DEFAULTS = {"quant_type": "nf4", "block_size": 64, "double_quant": False, "loftq_iter": 1}
@@ -39,10 +43,21 @@ def keeps_base(how: Any, given: Mapping[str, Any] | None) -> bool:
     return how != NAME or settings(given)["loftq_iter"] == 1
 
 
+def base(config: Mapping[str, Any]) -> Method | None:
+    """What quantises a base as an adapter of a LoRA's ``config`` needs it; ``None`` where it needs nothing of it."""
+    if config["init_lora_weights"] != NAME or not keeps_base(NAME, config["loftq_config"]):
+        return None
+    codec = {name: value for name, value in settings(config["loftq_config"]).items() if name != "loftq_iter"}
+    return conversion({**codec, **beside.selection(config), "product": "plain"}, holders=("kernel",))
+
+
 def start(given, target, kernel, ranks, scaling) -> tuple[jax.Array, jax.Array, quant.QuantizedArray]:
     """A (*stack, in, r), B (*stack, r, out) and the quantised kernel of a target; zero beyond each layer's own rank."""
     asked = settings(given)
     _, stack, inputs, outputs = target.axes
+    if left := [name for name, rank in zip(target.names, ranks.reshape(-1)) if not rank]:
+        raise PeftJaxError(f"init_lora_weights='loftq' quantises all {len(target.names)} layers of '{target.path}', "
+                           f"one leaf, and '{left[0]}' gets no LoRA to correct that: adapt all of them, or none.")
     matrix = kernel.astype(jnp.float32).reshape(*stack, int(np.prod(inputs)), int(np.prod(outputs)))
     most, rest = int(ranks.max()), matrix
     inside = np.arange(most) < ranks[..., None]

@@ -90,7 +90,7 @@ def _method(config, given=None) -> Method:
     return Method(partial(init, config, partial(leaves, config, given=given), trained),
                   partial(_intercept, config["lora_dropout"]), partial(labels, trained), _merge, config,
                   partial(padding, config), FORMAT, leaves=(*LEAVES, *START),
-                  prepare=prepare if needs_data(config, given) else None)
+                  prepare=prepare if needs_data(config, given) else None, stands_on=loftq.base(config))
 
 
 def needs_data(config, given) -> bool:

@@ -8,13 +8,13 @@ sees the plain weights: ``chain(lora(init_lora_weights="pissa"), quantize())`` q
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 
-from peft_jax import arguments, quant, targets, tree, whole
+from peft_jax import arguments, beside, quant, targets, tree, whole
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import BASE, Method
 from peft_jax.targets import Patterns, Target
@@ -46,25 +46,33 @@ def quantize(quant_type: str = "nf4", block_size: int | None = 64, double_quant:
     >>> params["up_proj"]["kernel"].codes.shape, params["up_proj"]["kernel"].nbytes
     ((8, 32), 288)
 
-    Raises ``PeftJaxError`` for no such codec, and from ``init`` for patterns that match nothing, layers of one stack of
-    which only some are meant, weights that train, are quantised otherwise already, or hold infinite values or NaN.
+    Raises ``PeftJaxError`` for no such codec, and from ``init`` for target_modules that match nothing, layers of one
+    stack of which only some are meant, weights that train, are quantised otherwise already, or hold infinite values
+    or NaN.
     """
     config = {"peft_type": "QUANTIZE", **locals()}
     quant.check(quant_type, block_size, double_quant)
     arguments.check_choice("product", product, quant.PRODUCTS)
     for name in SELECTION:
         arguments.check_modules(name, config[name])
-    return BASE._replace(init=partial(_init, config), merge=_merge, config=config, convert=partial(_convert, config))
+    return conversion(config)
+
+
+def conversion(config: Mapping[str, Any], holders: Sequence[str] = targets.HOLDERS) -> Method:
+    """:func:`quantize` of a config that may also have ``layers_to_transform``, ``layers_pattern`` and
+    ``modules_to_save``, as of a LoRA; leaves of other names than ``holders`` stay as they are."""
+    return BASE._replace(init=partial(_init, config, holders), merge=_merge, config=config,
+                         convert=partial(_convert, config, holders))
 
 
 def _selection(config) -> dict[str, Any]:
-    return {name: config.get(name) for name in (*SELECTION, "layers_to_transform", "layers_pattern")}
+    return {name: config.get(name) for name in beside.SELECTION}
 
 
-def _init(config, rng, params, axes=None):
+def _init(config, holders, rng, params, axes=None):
     flat = tree.flatten(params)
     trains = whole.marks_of(flat)
-    for target in targets.find(params, axes, _selection(config), targets.HOLDERS):
+    for target in targets.find(params, axes, _selection(config), holders):
         path = f"{target.path}/{target.leaf}".lstrip("/")
         flat[path] = _quantized(config, target, path, flat[path])
         if path in trains:  # in some of its layers perhaps: then no label of the leaf itself would tell
@@ -80,12 +88,15 @@ def _quantized(config, target: Target, path: str, leaf) -> quant.QuantizedArray:
     if quant.is_leaf(leaf):
         _check_same(config, path, leaf)
         return leaf if leaf.product == config["product"] else dataclasses.replace(leaf, product=config["product"])
+    return _encoded(path, leaf, config["product"], config["quant_type"], block_size=config["block_size"],
+                    double_quant=config["double_quant"], stack=target.axes.stack, inputs=target.axes.inputs,
+                    outputs=target.axes.outputs, by_rows=target.leaf == "embedding")
+
+
+def _encoded(path: str, array, product: str, *codec, **options) -> quant.QuantizedArray:
+    """:func:`peft_jax.quantize_array`, whose errors say where."""
     try:
-        found = quant.quantize_array(leaf, config["quant_type"], block_size=config["block_size"],
-                                     double_quant=config["double_quant"], stack=target.axes.stack,
-                                     inputs=target.axes.inputs, outputs=target.axes.outputs,
-                                     by_rows=target.leaf == "embedding")
-        return dataclasses.replace(found, product=config["product"])
+        return dataclasses.replace(quant.quantize_array(array, *codec, **options), product=product)
     except PeftJaxError as error:
         raise PeftJaxError(f"'{path}': {error}") from error
 
@@ -99,12 +110,11 @@ def _check_same(config, path, leaf) -> None:
                            "or start from plain weights, load_pretrained(keep_quantised=False).")
 
 
-def _convert(config, path: str, array, axes: targets.KernelAxes, names) -> Any:
+def _convert(config, holders, path: str, array, axes: targets.KernelAxes, names) -> Any:
     """One entry of a leaf's stack while it is read from a file, quantised if it is meant; see ``Method.convert``."""
     module, _, leaf = path.rpartition("/")
     meant = targets.chooser(**_selection(config))
-    wanted = leaf == "kernel" or (leaf == "embedding" and config["target_modules"] != "all-linear")
-    if not wanted or not any(map(meant, names)):
+    if leaf not in (("kernel",) if config["target_modules"] == "all-linear" else holders) or not any(map(meant, names)):
         return array
     return _quantized(config, Target(module, axes, tuple(names), leaf), path, array)
 
@@ -118,7 +128,7 @@ def requantize(params: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[tree
 
     Returns the new tree and, for each quantised leaf by path, the root mean square of the error over that of the plain
     leaf. Codes can hold an adapter's update only where it is larger than their steps: look at the errors, and at the
-    loss. Raises ``PeftJaxError`` where ``params`` lack a leaf, or have it quantised.
+    loss. Raises ``PeftJaxError`` where ``params`` lack a leaf, have it quantised or of another shape, or not finite.
 
     >>> held = quantize("int8").init(None, {"up_proj": {"kernel": jnp.eye(64)}})
     >>> requantize({"up_proj": {"kernel": jnp.eye(64)}}, held)[1]
@@ -130,13 +140,12 @@ def requantize(params: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[tree
             continue
         if path not in flat or quant.is_leaf(flat[path]):
             raise PeftJaxError(f"requantize: params have no plain '{path}': give what method.merge(params) returns.")
-        plain = flat[path]
-        again = quant.quantize_array(plain, leaf.quant_type, block_size=leaf.block_size or None,
-                                     double_quant=leaf.double_quant, stack=leaf.stack, inputs=leaf.inputs,
-                                     outputs=leaf.outputs, by_rows=leaf.by_rows)
-        flat[path] = dataclasses.replace(again, product=leaf.product)
-        error = jnp.square(quant.dequantize(flat[path], jnp.float32) - plain.astype(jnp.float32)).mean()
-        errors[path] = float(jnp.sqrt(error / jnp.square(plain.astype(jnp.float32)).mean()))
+        plain = jnp.asarray(flat[path], jnp.float32)
+        flat[path] = _encoded(path, flat[path], leaf.product, leaf.quant_type, block_size=leaf.block_size or None,
+                              double_quant=leaf.double_quant, stack=leaf.stack, inputs=leaf.inputs,
+                              outputs=leaf.outputs, by_rows=leaf.by_rows)
+        error = jnp.square(quant.dequantize(flat[path], jnp.float32) - plain).mean()
+        errors[path] = float(jnp.sqrt(error / jnp.square(plain).mean())) if error else 0.0  # of zeros it is 0, not 0/0
     return tree.unflatten(flat), errors
 
 

@@ -4,6 +4,7 @@ QLoRA, arXiv:2305.14314, equations 1 to 6. What each code stands for is in ``cod
 """
 
 from functools import partial
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +31,14 @@ def quantize_array(array, quant_type: str = "nf4", *, block_size: int | None = 6
 
     quant_type:
       "nf4", "fp4"   the nearest of sixteen values times the block's largest magnitude, as in bitsandbytes: codes,
-                     scales and what they decode to equal its CPU's bit by bit.
+                     scales and what they decode to equal its CPU's bit by bit, without double_quant; with it some
+                     scales differ: those midway between two codes, and all in the last bits of their mean.
       "int4"         w = scale * code, codes from -7 to 7: the scale is absmax / 7. -8 is left out, so that quantising
                      -w gives minus the codes of w and no bias; leaves read from GGUF's Q4_0 use it.
       "int4_affine"  w = offset + scale * code, codes from 0 to 15: offset is the smallest of the block and scale a
                      15th of its range.
       "int8"         w = scale * code, codes from -127 to 127: the scale is absmax / 127.
-    block_size: 16, 32, ..., 4096 values along the inputs; ``None`` or 0 is per channel, one block an output.
+    block_size: 16, 32, ..., 4096 values along the inputs; ``None`` is per channel, one block an output.
     double_quant: keep the scales in 8 bits, in groups of 256 (not the offsets of "int4_affine", which stay float32).
 
     Raises ``PeftJaxError`` for an unknown type or block size, arrays that are not floats, sizes that do not fit, and,
@@ -49,12 +51,13 @@ def quantize_array(array, quant_type: str = "nf4", *, block_size: int | None = 6
     check(quant_type, block_size, double_quant)
     _check(array)
     stack, inputs, outputs = _sizes(array, stack, inputs, outputs)
-    children = _encode(array, quant_type, block_size or 0, bool(double_quant), stack, inputs, outputs, bool(by_rows))
+    block_size = int(block_size or 0)
+    children = _encode(array, quant_type, block_size, bool(double_quant), stack, inputs, outputs, bool(by_rows))
     finite = children.pop("finite")
     if not isinstance(finite, jax.core.Tracer) and not finite:
         _raise_not_finite(array)
-    return QuantizedArray(**children, quant_type=quant_type, block_size=block_size or 0, inputs=inputs,
-                          outputs=outputs, by_rows=bool(by_rows), plain_dtype=str(_float_dtype(array)))
+    return QuantizedArray(**children, quant_type=quant_type, block_size=block_size, inputs=inputs, outputs=outputs,
+                          by_rows=bool(by_rows), plain_dtype=str(_float_dtype(array)))
 
 
 @partial(jax.jit, static_argnums=range(1, 8))
@@ -175,7 +178,8 @@ def check(quant_type: str, block_size: int | None, double_quant: bool) -> None:
     """Raise ``PeftJaxError`` for what is no codec; see :func:`quantize_array`."""
     if quant_type not in QUANT_TYPES:
         raise PeftJaxError(f"quant_type={quant_type!r} is no data type: {nearest(str(quant_type), QUANT_TYPES)}")
-    if (block_size and block_size not in BLOCK_SIZES) or isinstance(block_size, bool):
+    whole = isinstance(block_size, Integral) and not isinstance(block_size, bool)
+    if block_size is not None and not (whole and block_size in BLOCK_SIZES):
         raise PeftJaxError(f"block_size={block_size!r} is none of {', '.join(map(str, BLOCK_SIZES))}, or None, which "
                            "is per channel.")
     arguments.check_choice("double_quant", double_quant, (True, False))
@@ -198,10 +202,10 @@ def _sizes(array, stack, inputs, outputs):
     if inputs is None or outputs is None:
         raise PeftJaxError(f"the axes of an array of shape {shape} are not known: give the sizes of its inputs and "
                            "outputs (peft_jax.kernel_axes finds them).")
-    sizes = tuple(stack or ()), tuple(inputs), tuple(outputs)
-    if sum(sizes, ()) != shape:
+    sizes = tuple(axes if isinstance(axes, Integral) else tuple(axes) for axes in (stack or (), inputs, outputs))
+    if any(isinstance(axes, Integral) for axes in sizes) or sum(sizes, ()) != shape:
         raise PeftJaxError(f"stack={sizes[0]}, inputs={sizes[1]}, outputs={sizes[2]} together are not the shape "
-                           f"{shape}: give the sizes of all axes, in order.")
+                           f"{shape}: give the sizes of all axes, in order, such as inputs=(64,).")
     return sizes
 
 

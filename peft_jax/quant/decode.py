@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from peft_jax.errors import PeftJaxError
 from peft_jax.quant.codes import byte_table, dynamic
 from peft_jax.quant.leaf import QuantizedArray
 
@@ -12,13 +13,17 @@ SMALLEST = float(jnp.finfo(jnp.float32).min)
 def dequantize(leaf: QuantizedArray, dtype=None):
     """The array (*stack, *inputs, *outputs) that a leaf stands for, in ``dtype``, by default the one it came in.
 
-    Computed in float32 and rounded once: equal to bitsandbytes' on the CPU to the bit.
+    Computed in float32 and rounded once: equal to bitsandbytes' on the CPU to the bit. Raises ``PeftJaxError`` for
+    what is not quantised.
 
     >>> from peft_jax import dequantize, quantize_array
     >>> kernel = jnp.array([[3.5], [-7.0], [1.2], [0.0]])
     >>> dequantize(quantize_array(kernel, "int4"))[:, 0].tolist()
     [4.0, -7.0, 1.0, 0.0]
     """
+    if not isinstance(leaf, QuantizedArray):
+        raise PeftJaxError(f"dequantize was given a {type(leaf).__name__}, which is not quantised: take it as it is; "
+                           "of a whole tree, quantize().merge(params) makes plain what is quantised.")
     values = matrices(leaf, leaf.dtype if dtype is None else dtype)
     values = values if leaf.by_rows else jnp.swapaxes(values, -1, -2)
     return values.reshape(leaf.shape)

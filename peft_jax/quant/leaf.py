@@ -1,7 +1,7 @@
 """The quantised leaf: what stands in a parameter tree where a kernel or an embedding was."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -89,6 +89,13 @@ class QuantizedArray:
     def double_quant(self) -> bool:
         """Whether the scales are quantised again."""
         return self.nested is not None
+
+    @property
+    def T(self) -> "QuantizedArray":
+        """The transpose of a leaf with two axes, the same codes: an embedding's is the kernel of a head, and back."""
+        if self.ndim != 2:
+            raise PeftJaxError(f"{self} has {self.ndim} axes, and only of two there is a transpose.")
+        return replace(self, inputs=self.outputs, outputs=self.inputs, by_rows=not self.by_rows)
 
     @property
     def matrix(self) -> tuple[int, int]:

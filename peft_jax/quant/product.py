@@ -59,14 +59,19 @@ def take(embedding, ids, dtype=None):
     """Rows ``ids`` (...) of an embedding (vocab, *features), as (..., *features); decodes those rows only.
 
     As ``jnp.take``: ids from -vocab to -1 count from the end, others out of range give NaN. Raises ``PeftJaxError`` for
-    a leaf not made with ``by_rows``.
+    ids that are no integers, and for a leaf not made with ``by_rows``.
     """
+    ids = jnp.asarray(ids)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise PeftJaxError(f"rows of an embedding are looked up by whole numbers, and the ids are {ids.dtype}.")
     dtype = embedding.dtype if dtype is None else dtype
     if not isinstance(embedding, QuantizedArray):
         return jnp.take(embedding, ids, axis=0).astype(dtype)
     if not embedding.by_rows or len(embedding.inputs) != 1:
         raise PeftJaxError(f"{embedding} is no embedding: quantise it with inputs=(vocab,) and by_rows=True.")
     count = _without_stack(embedding).matrix[0]
+    most = min(jnp.iinfo(ids.dtype).max, 2**31 - 1)
+    ids = jnp.minimum(ids, most).astype(jnp.int32)  # -count does not fit unsigned ones, count not those of eight bits
     known = (ids >= -count) & (ids < count)
     places = jnp.where(known, jnp.where(ids < 0, ids + count, ids), 0)
     values = (_flat_rows if embedding.flat else _whole_rows)(embedding, places)

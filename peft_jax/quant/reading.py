@@ -21,18 +21,14 @@ def read(next_fun, args, kwargs, context) -> Any:
     leaf = _held(module)
     if leaf is None or name not in ("__call__", "attend", "setup"):
         return next_fun(*args, **kwargs)
+    _check(module, name)
     if name == "setup":  # flax would compare the leaf's shape with the array's that the module would make
         return None
-    where = "/".join(module.path)
     if len(leaf.stack):
-        raise PeftJaxError(f"'{where}' has one weight, and its quantised leaf is a stack of {leaf.stack}: give init "
-                           "axes=peft_jax.kernel_axes(model, params, *inputs).")
+        raise PeftJaxError(f"{_where(module)} has one weight, and its quantised leaf is a stack of {leaf.stack}: give "
+                           "init axes=peft_jax.kernel_axes(model, params, *inputs).")
     if isinstance(module, nn.Embed):
-        dtype = module.dtype or leaf.dtype
-        return take(leaf, args[0], dtype) if name == "__call__" else attend(args[0].astype(dtype), leaf)
-    if not isinstance(module, nn.Dense | nn.DenseGeneral | nn.Einsum) or _own_product(module):
-        raise PeftJaxError(f"'{where}' is a {type(module).__name__} whose product is its own, and its weight is "
-                           "quantised: name it in quantize(exclude_modules=...).")
+        return take(leaf, args[0], module.dtype) if name == "__call__" else attend(args[0], leaf, module.dtype)
     return _product(module, leaf, args[0])
 
 
@@ -44,17 +40,29 @@ def _held(module: nn.Module) -> QuantizedArray | None:
     return None
 
 
-def _own_product(module) -> bool:
-    return any(getattr(module, field, None) is not None for field in ("dot_general", "dot_general_cls"))
+def _where(module) -> str:
+    return f"'{'/'.join(module.path)}'"
+
+
+def _check(module, name) -> None:
+    """Raise ``PeftJaxError`` for a module that does anything else with its weight than what is done here."""
+    own = any(getattr(module, field, None) is not None for field in ("dot_general", "dot_general_cls"))
+    read_here = isinstance(module, nn.Dense | nn.DenseGeneral | nn.Einsum | nn.Embed)
+    if own or not read_here or not contraction.runs_as_flax_has_it(module, name):
+        raise PeftJaxError(f"{_where(module)} is a {type(module).__name__} whose product is its own, and its weight is "
+                           "quantised: name it in quantize(exclude_modules=...).")
+    if not contraction.input_count(module):
+        raise PeftJaxError(f"{_where(module)} is a {type(module).__name__} of which the input and output axes are not "
+                           "known, and its weight is quantised: name it in quantize(exclude_modules=...), or, of an "
+                           "Einsum, give it a formula of one product, such as '...d,dh->...h', when it is made.")
 
 
 def _product(module, leaf, x):
     bias = module.get_variable("params", "bias") if module.use_bias else None
     given = [array.dtype for array in (x, bias) if array is not None]
-    dtype = module.dtype or jnp.result_type(leaf.dtype, *given)
+    dtype = module.dtype or jnp.result_type(leaf.dtype, *given)  # as flax promotes
     einsum = isinstance(module, nn.Einsum)
-    x = (_contracted_last(module, x) if einsum else contraction.inputs_last(module, x)).astype(dtype)
-    y = dot(x, leaf)
+    y = dot(_contracted_last(module, x) if einsum else contraction.inputs_last(module, x), leaf, dtype)
     if einsum:
         y, bias = _in_order(module, y), _spread(module, bias)
     return y if bias is None else y + bias.astype(dtype)

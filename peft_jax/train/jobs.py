@@ -198,6 +198,7 @@ def merge(command) -> int:
     if command.requantize:
         ready = session.load(command.config, command.probe, changes)
         tokenizer, model, base = ready.tokenizer, ready.model, ready.base
+        session.check_codes(base)
     else:
         tokenizer, (model, base) = load_tokenizer(source), session.load_model(command.config, changes)
     tuned = _tuned(folder, command.config, model, base)
@@ -214,8 +215,6 @@ def merge(command) -> int:
 def _requantized(config, ready: Session, merged: tree.Tree) -> tree.Tree:
     """``merged`` in the base's codes again; prints what that costs, leaf by leaf and in the metrics of the task."""
     again, errors = requantize(merged, ready.base)
-    if not errors:
-        raise PeftJaxError("--requantize: the base of this run is not quantised: leave it out")
     print("relative error that quantising adds again:")
     for path, error in sorted(errors.items(), key=lambda item: -item[1]):
         print(f"  {error:.4f}  {path}")

@@ -13,7 +13,7 @@ from peft_jax.errors import PeftJaxError
 from peft_jax.evaluation.objectives import objective_of
 from peft_jax.hub import config as hub_config
 from peft_jax.hub import families, load_config
-from peft_jax.hub.pretrained import with_head
+from peft_jax.hub.pretrained import quantised_as, with_head
 from peft_jax.loss import cross_entropy, squared_error
 from peft_jax.method import Method, bind
 from peft_jax.planner import Plan, Target, compile_step, describe, h100, sum_of_parts
@@ -134,11 +134,14 @@ def plan_config(config, target: Target | None = None) -> Plan:
     model = families.of(sizes).model(sizes, **kinds, remat=config.model.remat)
     base = tree.unflatten({path: jax.ShapeDtypeStruct(shape, kinds["param_dtype"])
                            for path, shape in hub_config.param_shapes(sizes).items()})
+    held = quantised_as(config.model.source)
+    base = jax.eval_shape(held.init, jax.random.key(0), base) if held else base
     method = session.build_method(config)
     rows, row_length, words = _sizes(config.data, sizes)
     params = base if method.prepare else jax.eval_shape(method.init, jax.random.key(0), base)
     optimizer = make_optimizer(config.optim, config.optim.steps or STEPS, method.labels(params))
-    assumed = {"model": config.model.source, "method": method.config["peft_type"], "rows are": words,
+    source = f"{config.model.source}{', quantised as its config.json says, in blocks of 64' if held else ''}"
+    assumed = {"model": source, "method": method.config["peft_type"], "rows are": words,
                "optimiser": "AdamW, two moments in the type of what trains"}
     return plan(model, method, optimizer, rows=rows, row_length=row_length, answers=None if objective.writes else 1,
                 accumulate_steps=config.optim.accumulate_steps, loss_chunk=config.optim.loss_chunk,

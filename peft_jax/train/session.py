@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from peft_jax import tree
+from peft_jax import quant, tree
 from peft_jax.data import load_examples
 from peft_jax.data.batches import One
 from peft_jax.data.sources import Example, sample_by_hash
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.evaluation.evaluate import HeldOut, hold_out
 from peft_jax.evaluation.objectives import objective_of
-from peft_jax.hub import families, load_config, load_pretrained, load_tokenizer
+from peft_jax.hub import bnb, families, load_config, load_pretrained, load_tokenizer
 from peft_jax.hub.pretrained import with_head
 from peft_jax.method import BASE, Method, chain
 from peft_jax.methods import METHODS
@@ -100,8 +100,19 @@ def load_model(config, method: Method = BASE) -> tuple[Any, tree.Tree]:
 def trained_on(config) -> Method:
     """What an adapter of this configuration's method stands on: its changes of types alone."""
     method = build_method(config)
-    changes = [part for part in method.parts or (method,) if part.convert]
+    changes = [one for part in method.parts or (method,) if (one := part.stands_on or part).convert]
     return chain(*changes) if changes else BASE
+
+
+def check_codes(base: tree.Tree) -> None:
+    """Raise ``PeftJaxError`` where what is quantised in the base could not be saved so, before any work is done."""
+    packed = {path: leaf for path, leaf in tree.flatten(base).items() if quant.is_leaf(leaf)}
+    if not packed:
+        raise PeftJaxError("--requantize: the base of this run is not quantised: leave it out")
+    try:
+        bnb.described(packed, ())
+    except PeftJaxError as error:
+        raise PeftJaxError(f"--requantize: {error} Or leave --requantize out.") from error
 
 
 def build_method(config) -> Method:

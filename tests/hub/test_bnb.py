@@ -8,19 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from peft_jax import (
-    bind,
-    chain,
-    load_pretrained,
-    lora,
-    quant,
-    quantize,
-    requantize,
-    save_adapter,
-    save_pretrained,
-    tree,
-)
+from peft_jax import bind, chain, lora, quant, quantize, requantize, save_adapter, tree
 from peft_jax.errors import PeftJaxError
+from peft_jax.hub import bnb, load_pretrained, save_pretrained
 from peft_jax.hub.names import hf_module
 from peft_jax.hub.pretrained import families
 from tests.properties import moved, trained
@@ -159,6 +149,7 @@ def edited(folder, target, change, config=None):
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
 STATE = f"{UP}.quant_state.bitsandbytes__nf4"
 
 
@@ -191,6 +182,11 @@ def restate(**changes):
     (restate(blocksize=128), {}, "has absmax of 128 uint8 instead of 64 uint8"),
     (restate(nested_blocksize=128), {}, "scales in blocks of 128"),
     (restate(nested_offset=None), {}, "with the mean None"),
+    (restate(nested_offset=1e39), {}, "with the mean 1e"),
+    (put(f"{UP}.nested_absmax", np.full(1, np.nan, np.float32)), {}, "has NaN or infinite values in nested_absmax"),
+    (put(STATE, np.frombuffer(b"[" * 100_000, np.uint8)), {}, "holds no quant_state as bitsandbytes writes it"),
+    (lambda tensors: tensors.update(bnb.written(EMBEDDING, quant.quantize_array(np.ones((64, 61), np.float32)))), {},
+     "'model.embed_tokens.weight' is the 'embed_tokens/embedding', and of what bitsandbytes quantised only kernels"),
     (restate(quant_type="fp4"), {}, "up_proj.weight.quant_state.bitsandbytes__nf4' says fp4, and config.json nf4"),
     (restate(), {"bnb_4bit_quant_type": "fp4"}, "says nf4, and config.json fp4"),
     (restate(), {"quant_method": "gptq"}, "is quantised by 'gptq', which is not read"),

@@ -212,6 +212,7 @@ def test_what_cannot_be_is_an_error(tied):
         (lambda: quantize(block_size=48), "block_size=48 is none of 16, 32"),
         (lambda: quantize(double_quant="yes"), "double_quant=.yes."),
         (lambda: quantize(target_modules=("up_prj",)).init(None, base), "up_proj"),
+        (lambda: quantize(target_modules=None).init(None, base), "target_modules=None leaves no module to adapt"),
         (lambda: quantize("nf4", 16, exclude_modules=("layers.0.mlp.up_proj",)).init(None, base), "one leaf for 3"),
         (lambda: quantize(block_size=32).init(None, held), "is quantised already, with quant_type='nf4', b"),
         (lambda: peft_jax.full().init(key, held), "quantised .nf4. and cannot train"),
@@ -220,11 +221,33 @@ def test_what_cannot_be_is_an_error(tied):
         (lambda: chain(quantize(**SMALL), lora(modules_to_save=("up_proj",))).init(key, base), "cannot train"),
         (lambda: lora(init_lora_weights="pissa").init(key, held), "put the LoRA in front"),
         (lambda: lora(init_lora_weights="loftq", loftq_config={"rounds": 2}), "loftq_config..rounds.."),
+        (lambda: lora(init_lora_weights="loftq", layers_to_transform=0).init(key, base), "'layers.1.*' gets no LoRA"),
         (lambda: quantize().init(None, {"up_proj": {"kernel": jnp.full((64, 2), jnp.nan)}}), "'up_proj/kernel'.*NaN"),
     ]
     for make, said in cases:
         with pytest.raises(PeftJaxError, match=said):
             make()
+
+
+def test_quantised_again():
+    """Zeros cost nothing, and errors say where."""
+    method, ones = quantize(target_modules=("up_proj",)), {"up_proj": {"kernel": jnp.ones((64, 2))}}
+    held = method.init(None, ones)
+    zeros = {"up_proj": {"kernel": jnp.zeros((64, 2))}}
+    assert peft_jax.requantize(zeros, held)[1] == {"up_proj/kernel": 0.0}
+    for wrong, words in ((jnp.ones((64, 3)), "not the shape"), (jnp.full((64, 2), jnp.nan), "NaN")):
+        with pytest.raises(PeftJaxError, match=f"'up_proj/kernel': .*{words}"):
+            peft_jax.requantize({"up_proj": {"kernel": wrong}}, held)
+
+
+def test_a_head_that_is_untied_from_a_quantised_embedding_has_its_codes(tied):
+    model, base, _, _ = tied
+    method = quantize("int8", 16, target_modules=("embed_tokens",))
+    held = method.init(None, base)
+    untied = peft_jax.untie(held)
+    assert untied["lm_head"]["kernel"].codes is held["embed_tokens"]["embedding"].codes
+    ours, expected = (jax.jit(bind(method, model))({"params": params}, IDS) for params in (untied, held))
+    np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("make", [peft_jax.prompt, lora])

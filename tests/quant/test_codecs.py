@@ -112,6 +112,9 @@ def test_a_leaf_is_a_pytree_of_anything_and_knows_its_shape_when_sliced():
     ({"block_size": 8192}, "block_size=8192"),
     ({"block_size": -64}, "block_size=-64"),
     ({"block_size": True}, "block_size=True"),
+    ({"block_size": 64.0}, "block_size=64.0 is none of"),
+    ({"block_size": 0}, "block_size=0 is none of .* or None, which is per channel"),
+    ({"inputs": 4, "outputs": 4}, "such as inputs="),
     ({"array": np.ones((4, 4), np.int32)}, "this is int32"),
     ({"array": np.ones((0, 4), np.float32)}, "nothing to quantise"),
     ({"array": [[1.0]]}, "only arrays of floats"),
@@ -122,6 +125,10 @@ def test_a_leaf_is_a_pytree_of_anything_and_knows_its_shape_when_sliced():
 def test_bad_arguments_are_told(options, words):
     with pytest.raises(PeftJaxError, match=words):
         quantize_array(**({"array": np.ones((4, 4), np.float32)} | options))
+
+
+def test_a_block_size_of_numpy_is_kept_as_a_plain_number():
+    assert type(quantize_array(NORMAL[:64, :8], block_size=np.int64(32)).block_size) is int
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -136,3 +143,5 @@ def test_weights_that_are_not_finite_are_told(quant_type, value):
 def test_a_leaf_is_not_quantised_twice():
     with pytest.raises(PeftJaxError, match="quantised already"):
         quantize_array(quantize_array(NORMAL[:64, :8]))
+    with pytest.raises(PeftJaxError, match="dequantize was given a ndarray"):
+        dequantize(NORMAL)

@@ -49,7 +49,17 @@ def test_an_embedding_is_looked_up_and_multiplied(quant_type, hidden):
     close(attend(x, table), x @ dense.T)
     close(jax.grad(lambda x: attend(x, table).sum())(x), jax.grad(lambda x: (x @ dense.T).sum())(x))
     close(attend(x, dense), x @ dense.T)
+    close(dot(x, table.T), x @ dense.T)
     close(dot(normal(2, 11) * 0 + 1, table), np.ones((2, 11)) @ dense)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.uint32])
+def test_ids_of_any_integer_type(dtype):
+    dense = dequantize(table := quantize_array(normal(300, 32), inputs=(300,), outputs=(32,), by_rows=True))
+    ids = np.array([0, 1, 100, 127], dtype)
+    assert np.array_equal(take(table, ids), dense[ids.astype(int)]) and np.array_equal(take(table, 3), dense[3])
+    last = np.array([np.iinfo(dtype).max], dtype)
+    assert np.isnan(take(table, last)).all() == (last[0] >= 300)
 
 
 def test_several_features_and_half_precision():
@@ -130,10 +140,12 @@ def test_what_does_not_fit_is_told():
     leaf = quantize_array(normal(2, 64, 8))
     layer = jax.tree.map(lambda a: a[0], leaf)
     for product, words in {
+        lambda: leaf.T: "has 3 axes, and only of two",
         lambda: dot(normal(3, 64), leaf): r"stack of \(2,\)",
         lambda: dot(normal(3, 32), layer): r"does not end in the kernel's inputs \(64,\)",
         lambda: dot(normal(3, 32), dequantize(layer)): r"does not end in the kernel's inputs \(64,\)",
         lambda: take(layer, np.array([1])): "is no embedding",
+        lambda: take(dequantize(layer), np.array([1.0])): "by whole numbers, and the ids are float32",
         lambda: attend(normal(3, 32), layer): "does not fit an embedding",
     }.items():
         with pytest.raises(PeftJaxError, match=words):

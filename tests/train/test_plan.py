@@ -66,6 +66,24 @@ def test_a_config_without_weights_is_enough(asked, tiny_folder, tmp_path, capsys
     assert [device["fits"] for device in written["devices"]] == [True, True] and compiled["estimate"]
 
 
+def test_a_base_quantised_from_float32_is_computed_with_in_bfloat16(asked):
+    found = plan_config(asked("qlora", "--config.model.param_dtype=float32", "--config.data.row_length=32").config)
+    assert found.assumed["computing in"] == "bfloat16"
+
+
+def test_weights_that_the_checkpoint_holds_quantised_are_planned_so(asked, tiny_folder, tmp_path):
+    given = json.loads((tiny_folder / "config.json").read_text())
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+                "llm_int8_skip_modules": ["down_proj", "lm_head"]}
+    model = tmp_path / "sizes"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({**given, "quantization_config": settings}))
+    found = plan_config(asked("lora", "--config.data.row_length=32", model=model).config)
+    layer = 32 * (2 * 32 + 2 * 16 + 2 * 48)  # q, o; k, v; gate, up
+    assert found.parts[0].name == "quantised weights" and found.parts[0].recipe.startswith(f"{2 * layer:,} in nf4")
+    assert "quantised as its config.json says" in found.assumed["model"]
+
+
 @pytest.mark.parametrize("options, shape, words", [
     ([], (1, 256), "set --config.data.rows and --config.data.row_length"),
     (["--config.data.rows=3"], (3, 256), "set --config.data.row_length"),

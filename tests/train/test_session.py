@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from configs import base
-from peft_jax import bind, chain, lora, prefix
+from peft_jax import bind, chain, lora, prefix, quantize
 from peft_jax.data import Encoded
 from peft_jax.data.labelled import Labelled
 from peft_jax.errors import PeftJaxError
+from peft_jax.method import BASE
 from peft_jax.train import session
 from tests import properties
 
@@ -102,3 +103,11 @@ def test_virtual_tokens_take_positions(tiny_model):
     session.check_fits(encoded, tiny_model[0].config, prefix(6))
     with pytest.raises(PeftJaxError, match="250 tokens and the method puts 7 in front, but the model has 256"):
         session.check_fits(encoded, tiny_model[0].config, chain(lora(), prefix(7)))
+
+
+def test_only_codes_that_can_be_saved_are_merged_into_again(tiny_model):
+    for method, words in ((BASE, "is not quantised: leave it out"), (quantize("int8"), "is int8 in blocks of 64"),
+                          (quantize(block_size=None), "in one block a row, .* Or leave --requantize out")):
+        with pytest.raises(PeftJaxError, match=f"--requantize: .*{words}"):
+            session.check_codes(method.init(None, tiny_model[1]))
+    session.check_codes(quantize().init(None, tiny_model[1]))

@@ -158,3 +158,13 @@ def test_a_run_on_a_quantised_base(arguments, tmp_path, capsys):
     assert any(map(is_leaf, tree.flatten(load_pretrained(tmp_path / "small")[1]).values()))
     assert run.main([*arguments("lora"), f"--workdir={tmp_path / 'x'}", "--requantize"]) == 2
     assert "--requantize is for --mode=merge" in capsys.readouterr().err
+
+
+def test_a_run_that_began_as_loftq_s_stands_on_the_base_that_it_quantised(arguments, tmp_path):
+    """Evaluated again it is the same, though nothing else in its configuration says that the base is quantised."""
+    small = {"method.init_lora_weights": "loftq", "method.loftq_config": {"quant_type": "int4", "block_size": 16},
+             "method.r": 2, "optim.steps": 2, "optim.epochs": 0}
+    command = [*arguments("lora", **small), f"--workdir={tmp_path}"]
+    assert run.main(command) == 0 and run.main([*command, "--mode=eval"]) == 0
+    results, found = (json.loads((tmp_path / name).read_text()) for name in ("results.json", "eval.json"))
+    assert found["adapter"]["loss"] == pytest.approx(results["after"]["loss"], rel=1e-5)
