@@ -7,8 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from peft_jax.errors import PeftJaxError
+from peft_jax.mesh import feed, fetch
 
 
 class Sampling(NamedTuple):
@@ -78,12 +80,14 @@ def decode(apply: Callable, params, input_ids, attention_mask, stop_ids, rng, *,
 
 
 def generate(apply: Callable, model, params, input_ids, attention_mask, *, max_new_tokens: int,
-             stop_ids: tuple[int, ...], sampling: Sampling = GREEDY, rng: jax.Array | None = None) -> np.ndarray:
+             stop_ids: tuple[int, ...], sampling: Sampling = GREEDY, rng: jax.Array | None = None,
+             mesh: Mesh | None = None) -> np.ndarray:
     """Continue prompts.
 
     Args:
       apply: ``model.apply`` or ``peft_jax.bind(method, model)``; keep one object across calls, it is the jit key.
       input_ids, attention_mask: int (batch, seq), padded on the left.
+      mesh: on which the parameters lie, if that is of several devices.
       stop_ids: tokens that end a row; rows are filled with the first of them afterwards.
 
     Returns int32 (batch, max_new_tokens). Raises ``PeftJaxError`` for padding on the right, no stop token, a draw
@@ -104,6 +108,7 @@ def generate(apply: Callable, model, params, input_ids, attention_mask, *, max_n
         raise PeftJaxError(f"generate: {length} prompt tokens and {max_new_tokens} new ones are more than the model's "
                            f"{model.config.max_position_embeddings} positions: shorten one of them.")
     rng = jax.random.key(0) if rng is None else rng
-    tokens = decode(apply, params, jnp.asarray(input_ids), jnp.asarray(mask), jnp.asarray(stop_ids), rng,
-                    max_new_tokens=max_new_tokens, sampling=sampling)
-    return np.asarray(tokens)
+    rows = feed(mesh, {"input_ids": np.asarray(input_ids), "attention_mask": mask})
+    tokens = decode(apply, params, **rows, stop_ids=np.asarray(stop_ids), rng=rng, max_new_tokens=max_new_tokens,
+                    sampling=sampling)
+    return fetch(tokens)

@@ -20,6 +20,18 @@ from peft_jax.models.heads import Head
 from peft_jax.models.llama import AttentionCore
 
 
+# How weights are cut over a mesh: see peft_jax.sharding.
+SHARDING = (
+    (r".*/(query|key|value|q_lin|k_lin|v_lin|intermediate/dense|lin1)/kernel", ("fsdp", "tensor")),
+    (r".*/(output/dense|out_lin|lin2)/kernel", ("tensor", "fsdp")),
+    (r".*/word_embeddings/embedding", ("tensor", "fsdp")),
+    (r".*/(position|token_type)_embeddings/embedding", (None, "fsdp")),
+    (r"(pooler/dense|pre_classifier|classifier(/dense)?)/kernel", ("fsdp", None)),
+    (r"classifier/out_proj/kernel", ("fsdp", None)),
+    (r".*/(scale|bias)", ()),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
     """Static sizes and switches of one model; field names are Hugging Face's BERT's."""
@@ -197,6 +209,7 @@ class Encoder(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: bool = False
+    sharding = SHARDING
 
     def setup(self):
         c, kinds = self.config, (self.dtype, self.param_dtype)

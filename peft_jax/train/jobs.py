@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from peft_jax import quant, tree
+from peft_jax import quant, sharding, tree
 from peft_jax.data import Batches, encode_prompts
 from peft_jax.data.sources import is_chat
 from peft_jax.data.tokenize import describe
@@ -20,66 +20,85 @@ from peft_jax.evaluation.objectives import objective_of
 from peft_jax.generation import Sampling
 from peft_jax.hub import load_pretrained, load_tokenizer, save_pretrained
 from peft_jax.hub.adapters import is_stored, load_adapter, save_adapter
+from peft_jax.mesh import row_shards
 from peft_jax.method import BASE, Method, bind
 from peft_jax.methods import requantize
-from peft_jax.train import plan, report, session, workdir
+from peft_jax.train import hosts, plan, report, session, workdir
 from peft_jax.train.checkpoint import Checkpoints
-from peft_jax.train.loop import due, fit
+from peft_jax.train.loop import StopRequest, due, fit
 from peft_jax.train.metrics import MetricsLog
 from peft_jax.train.optim import make_optimizer, make_schedule
 from peft_jax.train.session import Session
-from peft_jax.train.step import TrainState, init_state, make_step
+from peft_jax.train.step import TrainState, init_state, make_step, state_shardings
 
 LOOKED_AT = 8  # batches
 
 
 def train(command) -> int:
     """Train, evaluate before and after, save; goes on where an interrupted run of the workdir stopped."""
+    with hosts.one_voice():
+        return _train_run(command)
+
+
+def _train_run(command) -> int:
     config, folder = command.config, Path(command.workdir)
     workdir.check_writable(folder)
     if not command.overwrite:
         workdir.check_config(folder, config.to_dict())
-        if (folder / "results.json").exists():
+        if hosts.agreed((folder / "results.json").exists()):
             return _already_done(folder)
     method = session.build_method(config)
     ready = session.load(config, command.probe, method)
     batches, total = _batches(config, ready, method)
     if method.prepare:
         method = method.prepare(ready.model, ready.base, _looked_at(batches, total))
-    params = method.init(jax.random.key(config.seed), ready.base)
+    params = sharding.init(method, jax.random.key(config.seed), ready.base, ready.mesh, ready.model.sharding)
     counts = report.parameter_counts(method, ready.base, params)
     print(report.parameter_line(*counts), flush=True)
-    workdir.start(folder, config.to_dict(), command.overwrite)
+    if hosts.first():
+        workdir.start(folder, config.to_dict(), command.overwrite)
+    hosts.barrier("workdir")
 
-    apply = bind(method, ready.model)
+    apply = bind(method, ready.model, ready.mesh)
     jax.eval_shape(apply, {"params": params}, np.zeros((1, 8), np.int32))  # an adapter that nothing reads stops here
-    evaluate = make_evaluator(apply, ready.model, ready.tokenizer, ready.held, config)
+    evaluate = make_evaluator(apply, ready.model, ready.tokenizer, ready.held, config, ready.mesh)
     before = _before(folder, evaluate, params, config.eval.to_dict())
-    step, state, frozen = _start(config, method, apply, params, total)
+    step, state, frozen = _start(config, method, apply, params, total, ready.mesh)
     ready = ready._replace(base={})  # what does not train is in ``frozen``: a full run has no use for the old weights
     del params
-    state, seconds, found = _train(config, folder, step, state, frozen, batches, total, evaluate)
+    stop = StopRequest()
+    state, seconds, found = _train(config, folder, step, state, frozen, batches, total, evaluate, ready.mesh, stop)
     if int(state.step) < total:
         print(f"stopped after step {int(state.step)} of {total}; the same command goes on from there")
-        return 130
+        return 128 + stop.asked
 
     params = tree.combine(frozen, state.trainable)
+    after = found.get(total) or evaluate(params)
+    params = hosts.brought(params)
+    if not hosts.first():
+        hosts.barrier("saved")
+        return 0
     saved = _save(folder, method, params, ready, config)
-    results = {"before": before, "after": found.get(total) or evaluate(params), "steps": total, "seconds": seconds}
+    results = {"before": before, "after": after, "steps": total, "seconds": seconds}
     results |= {"trainable": counts[0], "all": counts[1], "peak_memory": report.peak_memory()}
     results |= {"adapter": str(saved), "adapter_bytes": _bytes_in(saved)}
     workdir.write_json(folder / "results.json", results)
+    hosts.barrier("saved")
     print("\n" + report.summary(results))
     return 0
 
 
-def _start(config, method: Method, apply, params, total: int) -> tuple[Callable, TrainState, tree.Tree]:
+def _start(config, method: Method, apply, params, total: int, mesh) -> tuple[Callable, TrainState, tree.Tree]:
     """(training step, state before the first one, frozen leaves)."""
     labels = method.labels(params)
     optimizer = method.optimizer(make_optimizer(config.optim, total, labels), total)
-    step = make_step(apply, optimizer, config.optim.loss_chunk, objective_of(config.task).error, method.penalty)
     trainable, frozen = tree.partition(params, labels)
-    return step, init_state(trainable, optimizer, jax.random.key(config.seed)), frozen
+    where = None
+    if mesh.size > 1:
+        where = state_shardings(trainable, jax.tree.map(lambda leaf: leaf.sharding, trainable), optimizer, mesh)
+    step = make_step(apply, optimizer, config.optim.loss_chunk, objective_of(config.task).error, method.penalty, mesh,
+                     where)
+    return step, init_state(trainable, optimizer, jax.random.key(config.seed), where), frozen
 
 
 def _save(folder: Path, method: Method, params: tree.Tree, ready: Session, config) -> Path:
@@ -102,7 +121,8 @@ def _batches(config, ready: Session, method: Method) -> tuple[Batches, int]:
     """The training batches and the number of optimiser steps; says what is in them."""
     encoded, happened = objective_of(config.task).encode(ready.train, ready.tokenizer, config.data)
     session.check_fits([*encoded, *ready.held.encoded, *ready.held.probe], ready.model.config, method)
-    batches = Batches(encoded, config.data, config.seed, config.optim.accumulate_steps)
+    batches = Batches(encoded, config.data, config.seed, config.optim.accumulate_steps,
+                      row_multiple=row_shards(ready.mesh))
     total = config.optim.steps or batches.num_steps(config.optim.epochs)
     print(f"training on {describe(happened)}")
     print(f"{total} steps; {100 * batches.describe()['efficiency']:.0f} % of each batch are real tokens", flush=True)
@@ -112,13 +132,17 @@ def _batches(config, ready: Session, method: Method) -> tuple[Batches, int]:
 def _before(folder: Path, evaluate, params, settings: dict[str, Any]) -> dict[str, float]:
     """The metrics before training; a resumed run reads what was found when it was new, if it evaluates the same."""
     path, asked = folder / "before.json", workdir.plain(settings)
-    if not path.exists() or workdir.read_json(path, "eval", "metrics")["eval"] != asked:
+    if hosts.agreed(not path.exists() or workdir.read_json(path, "eval", "metrics")["eval"] != asked):
         print("evaluating before training", flush=True)
-        workdir.write_json(path, {"eval": asked, "metrics": evaluate(params)})
+        metrics = evaluate(params)
+        if hosts.first():
+            workdir.write_json(path, {"eval": asked, "metrics": metrics})
+        return metrics
     return workdir.read_json(path)["metrics"]
 
 
-def _train(config, folder: Path, step, state: TrainState, frozen, batches: Batches, total: int, evaluate):
+def _train(config, folder: Path, step, state: TrainState, frozen, batches: Batches, total: int, evaluate, mesh,
+           stop: StopRequest):
     """(state, seconds of training, metrics by step of evaluations on the way) after training or a request to stop."""
     found: dict[int, dict[str, float]] = {}
 
@@ -131,14 +155,14 @@ def _train(config, folder: Path, step, state: TrainState, frozen, batches: Batch
     state = checkpoints.restore(state)
     if int(state.step):
         print(f"resuming {folder} after step {int(state.step)} of {total}", flush=True)
-    log = MetricsLog(folder, int(state.step), config.log.tensorboard)
+    log = MetricsLog(folder if hosts.first() else None, int(state.step), config.log.tensorboard)
     ends = {batches.num_steps(epoch + 1) for epoch in range(total)}
     checkpoint_due, evaluate_due = (due(part.every, ends if part.every_epoch else ())
                                     for part in (config.checkpoint, config.eval))
     try:
         state = fit(step, state, frozen, batches, total_steps=total, schedule=make_schedule(config.optim, total),
                     checkpoints=checkpoints, log=log, checkpoint_due=checkpoint_due, log_every=config.log.every,
-                    evaluate=evaluated, evaluate_due=evaluate_due)  # fmt: skip
+                    evaluate=evaluated, evaluate_due=evaluate_due, mesh=mesh, stop=stop)  # fmt: skip
     finally:
         checkpoints.close()
         log.close()
@@ -182,7 +206,7 @@ def evaluate(command) -> int:
     tuned = _tuned(folder, command.config, ready.model, ready.base)
     found = {}
     for name, apply, params in (("base", bind(BASE, ready.model), ready.base), (tuned.name, tuned.apply, tuned.params)):
-        run = make_evaluator(apply, ready.model, ready.tokenizer, ready.held, command.config)
+        run = make_evaluator(apply, ready.model, ready.tokenizer, ready.held, command.config, ready.mesh)
         found[name] = run(params)
     workdir.write_json(folder / "eval.json", found)
     print(report.metrics_table(found))
