@@ -114,7 +114,8 @@ def check_runtime(values: flags.FlagValues) -> None:
     if named and not values.distributed:
         raise PeftJaxError(f"--{named[0]} is for several processes: add --distributed")
     if named and len(named) < len(given):
-        raise PeftJaxError(f"--{named[0]} goes with " + " and ".join(f"--{name}" for name in given if name not in named))
+        missing = " and ".join(f"--{name}" for name in given if name not in named)
+        raise PeftJaxError(f"--{named[0]} goes with {missing}")
     if named and not 0 <= values.process_id < values.num_processes:
         raise PeftJaxError(f"--process_id={values.process_id}: from 0 to {values.num_processes - 1}")
 

@@ -42,7 +42,8 @@ def summed_loss(head, hidden, target, weight, chunk: int, error=cross_entropy, s
     chunk = -(-min(chunk, target.size) // shards) * shards
     example = jax.ShapeDtypeStruct((chunk, hidden.shape[-1]), hidden.dtype)
     pure, closed_over = jax.closure_convert(head, example)
-    return _total(pure, error, closed_over, *(_chunks(x, chunk, shards) for x in (hidden, target, weight))), weight.sum()
+    parts = (_chunks(x, chunk, shards) for x in (hidden, target, weight))
+    return _total(pure, error, closed_over, *parts), weight.sum()
 
 
 def _chunks(x, chunk, shards):

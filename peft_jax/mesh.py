@@ -25,8 +25,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
         of its own.
       tensor: parts of every layer's computation: heads, and the MLP's inner features; devices sum their results.
 
-    One of the three may be -1: what is left. Without, the mesh may be smaller than the number of devices, of one process:
-    it takes the first ones. Raises ``PeftJaxError`` for other sizes below 1 and where the product does not fit.
+    One of the three may be -1: what is left. Without, the mesh may be smaller than the devices of a single process: it
+    takes the first ones. Raises ``PeftJaxError`` for other sizes below 1 and where the product does not fit.
 
     >>> make_mesh(devices=jax.devices()[:1]).shape
     OrderedDict({'data': 1, 'fsdp': 1, 'tensor': 1})
@@ -50,6 +50,15 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     if devices == jax.devices():
         return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """
+    >>> describe_mesh(make_mesh(devices=jax.devices()[:1]))
+    '1 device: data 1 x fsdp 1 x tensor 1'
+    """
+    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return f"{mesh.size} device{'s' * (mesh.size > 1)}: {sizes}"
 
 
 def row_shards(mesh: Mesh | None) -> int:
@@ -78,10 +87,10 @@ def features_together(mesh: Mesh, table: Any) -> Any:
 def feed(mesh: Mesh | None, batch: Mapping[str, Any], axis: int = 0) -> Mapping[str, Any]:
     """A batch of numpy arrays on the mesh, rows, along ``axis``, split; each process brings the rows of its devices.
 
-    Rows that cannot be split evenly are on every device.
+    Without a mesh they go to the default device. Rows that cannot be split evenly are on every device.
     """
     if mesh is None or mesh.size == 1:
-        return batch
+        return jax.device_put(batch)
 
     def put(array):
         split = array.shape[axis] % row_shards(mesh) == 0

@@ -235,7 +235,8 @@ def bind(method: Method, model: nn.Module, mesh: Mesh | None = None) -> Callable
         kwargs |= {} if rngs is None else {"rngs": rngs}
 
         def run(params):
-            entered = partial(_in_context, mesh, partial(_rows_apart, mesh, method.intercept), _streams(rngs), params, {})
+            intercept = partial(_rows_apart, mesh, method.intercept)
+            entered = partial(_in_context, mesh, intercept, _streams(rngs), params, {})
             with nn.intercept_methods(entered):
                 return model.apply({**variables, "params": params}, *args, **kwargs)
 
@@ -264,7 +265,8 @@ def _streams(rngs) -> frozenset[str]:
 
 
 def _in_context(mesh, intercept, rngs, params, notes, next_fun, args, kwargs, context):
-    reading = partial(_intercepted, partial(quant.read, mesh), next_fun, context)  # what the module's own method is to all methods
+    # What the module's own method is to all methods:
+    reading = partial(_intercepted, partial(quant.read, mesh), next_fun, context)
     whole = Context(context.module, context.method_name, reading, rngs, params, notes)
     return intercept(reading, args, kwargs, whole)
 

@@ -1,9 +1,9 @@
 """Where each leaf lies on a mesh: rules beside each model, and for a method's leaves what follows from their kernel.
 
-A model has ``sharding``, a tuple of ``(regex over the whole path, axes of the mesh)``, the first match wins. The axes are
-those of the leaf without its stack of layers in front, ``None`` for one that stays whole: a kernel (inputs, outputs) with
-``("fsdp", "tensor")`` has its inputs cut over "fsdp". Which rule is which is Megatron-LM's column and row parallelism
-(arXiv:1909.08053, section 3) with ZeRO's third stage (arXiv:1910.02054) on the other axis.
+A model has ``sharding``, a tuple of ``(regex over the whole path, axes of the mesh)``, the first match wins. The axes
+are those of the leaf without its stack of layers in front, ``None`` for one that stays whole: a kernel (inputs,
+outputs) with ``("fsdp", "tensor")`` has its inputs cut over "fsdp". Which rule is which is Megatron-LM's column and row
+parallelism (arXiv:1909.08053, section 3) with ZeRO's third stage (arXiv:1910.02054) on the other axis.
 """
 
 import math
@@ -32,14 +32,14 @@ def shardings(params: Mapping[str, Any], mesh: Mesh, rules: Rules, method: Metho
     Args:
       params: arrays or their shapes.
       rules: of the model, ``model.sharding``.
-      method: whose leaves are among ``params``. One beside a kernel lies as ``method.along`` says; any other that is
-        large has its widest axis, the first left out, cut over "fsdp".
+      method: whose leaves are among ``params``. One beside a kernel lies as ``method.along`` says; a large one that is
+        not cut over "fsdp" by that has its widest axis, the first left out, cut so.
       axes: of :func:`peft_jax.kernel_axes`, where kernels have more than two axes besides their stack.
       large: bytes from which a leaf must be covered.
 
-    An axis of the mesh that does not divide an axis of the leaf, in a quantised one its blocks, moves to another axis of
-    that leaf; small leaves stay whole. Raises ``PeftJaxError`` for a large leaf that no rule covers or that cannot be
-    divided so, and for quantised leaves with a fused product.
+    An axis of the mesh that does not divide an axis of the leaf, in a quantised one its blocks, moves to another axis
+    of that leaf; small leaves stay whole. Raises ``PeftJaxError`` for a large leaf that no rule covers or that cannot
+    be divided so, and for quantised leaves with a fused product.
     """
     flat = tree.flatten(params)
     lie = partial(_sharding, flat, mesh, rules, method, axes or {}, large)
@@ -119,9 +119,9 @@ def like(state: Any, leaves: Mapping[str, Any], where: Mapping[str, Any], mesh: 
 def _sharding(flat, mesh, rules, method, axes, large, path: str, leaf) -> Any:
     spec = _spec(flat, rules, method, axes, path, leaf)
     big = tree.nbytes(leaf) >= large
-    if spec is None and method and owns(method.leaves, path):
-        spec = _widest(leaf, mesh) if big else ()
-    if spec is None and big and mesh.size > 1:
+    if big and method and owns(method.leaves, path) and "fsdp" not in (spec or ()):
+        spec = _widest(leaf, spec or (), mesh)
+    if spec is None and big and mesh.size > 1 and not (method and owns(method.leaves, path)):
         raise PeftJaxError(f"no rule says how '{path}' {tuple(leaf.shape)} is to be split over the mesh: add one to "
                            f"the model's sharding, such as (\"{path}\", (\"fsdp\", None)), or () to keep it whole.")
     fit = partial(_fitted, mesh, path if big else None)
@@ -148,11 +148,14 @@ def _spec(flat, rules, method, axes, path: str, leaf) -> tuple[Axis, ...] | None
     return tuple(axis for word in words for axis in parts[word])
 
 
-def _widest(leaf, mesh) -> tuple[Axis, ...]:
-    """Over "fsdp", whichever axis is widest of those it divides; the first may be a stack, which a scan slices."""
-    fits = [axis for axis in range(1, leaf.ndim) if leaf.shape[axis] % mesh.shape["fsdp"] == 0]
+def _widest(leaf, spec: tuple[Axis, ...], mesh) -> tuple[Axis, ...]:
+    """``spec`` with the widest axis that it divides over "fsdp", too; the first may be a stack, which a scan slices."""
+    spec = (*[None] * (leaf.ndim - len(spec)), *spec)
+    taken = [1 if name is None else mesh.shape[name] for name in spec]
+    fits = [axis for axis in range(1, leaf.ndim) if leaf.shape[axis] % (taken[axis] * mesh.shape["fsdp"]) == 0]
     best = max(fits, key=lambda axis: leaf.shape[axis], default=None)
-    return tuple("fsdp" if axis == best else None for axis in range(leaf.ndim))
+    return tuple((name, "fsdp") if axis == best and name else "fsdp" if axis == best else name
+                 for axis, name in enumerate(spec))
 
 
 def _fitted(mesh: Mesh, large: str | None, sizes: Sequence[int], spec: tuple[Axis, ...]) -> tuple[Axis, ...]:

@@ -30,7 +30,8 @@ def data(films):
 @pytest.fixture(scope="module")
 def arguments(tiny_folder, data):
     """A small run's flags, but for the workdir."""
-    settings = {"mesh.data": 1, "data.batch_size": 4, "optim.steps": 6, "optim.learning_rate": 1e-2, "checkpoint.every": 4,
+    settings = {"mesh.data": 1, "data.batch_size": 4, "optim.steps": 6, "optim.learning_rate": 1e-2,
+                "checkpoint.every": 4,
                 "eval.batch_size": 4, "eval.probe": "", "method.r": 4, "log.tensorboard": False,
                 "task.prompt_column": "prompt", "task.completion_column": "completion", "task.validation_fraction": 0.2,
                 "generate.num_prompts": 2, "generate.max_new_tokens": 3}  # fmt: skip
@@ -291,3 +292,16 @@ def test_a_bug_keeps_its_traceback(arguments, monkeypatch, tmp_path):
 @pytest.mark.parametrize("experiment", ["lora", "full"])
 def test_a_run_is_kept_under_the_name_of_its_experiment(experiment):
     assert run.parse_command([f"--config=experiments/{experiment}.py"]).workdir == f"runs/{experiment}"
+
+
+def test_a_run_can_be_watched_closely(arguments, tmp_path):
+    """--transfer_guard, --debug_nans and --profile: it trains the same, and leaves a trace of the steps asked for."""
+    import jax
+
+    before = jax.config.read("jax_debug_nans")
+    try:
+        assert run.main([*arguments, f"--workdir={tmp_path}", "--profile=2", "--transfer_guard=disallow",
+                         "--debug_nans", "--config.eval.limit=2"]) == 0
+    finally:
+        jax.config.update("jax_debug_nans", before)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))

@@ -1,4 +1,4 @@
-"""Meshes of 8 virtual devices: the same losses and weights as on one, and the collectives that each mesh should have."""
+"""Meshes of 8 virtual devices: the losses and weights of one, and the collectives that each mesh should have."""
 
 import re
 from collections import Counter
@@ -12,6 +12,7 @@ import pytest
 from peft_jax import PeftJaxError, bind, chain, full, houlsby, lora, prefix, quant, quantize, sharding, tree
 from peft_jax.mesh import feed, make_mesh
 from peft_jax.models.llama import CausalLM, LlamaConfig
+from peft_jax.planner.traffic import collectives
 from peft_jax.train.step import init_state, make_step, state_shardings
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -27,7 +28,6 @@ METHODS = {
 }
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "mixed": (2, 2, 2)}
 LEARNING_RATE, STEPS, ROWS, LENGTH = 1e-3, 3, 8, 16
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 @pytest.fixture(scope="module")
@@ -75,16 +75,6 @@ def trained(method, base, mesh):
     return losses, jax.tree.map(np.asarray, state.trainable), compiled.as_text(), held
 
 
-def collectives(text):
-    """[(kind, result's element type, elements)] of a compiled program; a tuple's parts one by one."""
-    found = []
-    for line in text.splitlines():
-        match = re.match(rf"\s*(?:ROOT )?%\S+ = (.*?) ({'|'.join(KINDS)})(?:-start)?\(", line)
-        for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", match[1]) if match else ():
-            found.append((match[2], kind, int(np.prod([int(size) for size in sizes.split(",") if size] or [1]))))
-    return found
-
-
 @pytest.mark.parametrize("shape", MESHES)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_mesh_trains_what_one_device_trains(name, shape, base, alone):
@@ -92,7 +82,7 @@ def test_a_mesh_trains_what_one_device_trains(name, shape, base, alone):
     losses, weights, text, held = trained(method, base, mesh)
     np.testing.assert_allclose(losses, alone[name][0], rtol=2e-5)
     for path, leaf in tree.flatten(alone[name][1]).items():
-        # Adam divides by the gradient's size, so rounding in a gradient near zero moves a weight by a share of the rate.
+        # Adam divides by the gradient's size: rounding in one near zero moves a weight by a share of the rate.
         np.testing.assert_allclose(tree.flatten(weights)[path], leaf, atol=0.3 * LEARNING_RATE, err_msg=path)
         moved = np.abs(tree.flatten(weights)[path] - leaf) > 0.02 * LEARNING_RATE
         assert moved.mean() < 0.02, path
@@ -102,7 +92,7 @@ def test_a_mesh_trains_what_one_device_trains(name, shape, base, alone):
 
 def check_collectives(name, shape, text):
     """What travels is what that mesh is for; no whole frozen stack of layers ever does."""
-    found = collectives(text)
+    found = [(one.kind, one.dtype, one.size) for one in collectives(text)]
     kinds = Counter(kind for kind, _, _ in found)
     kernel = 128 * 128  # of q_proj, one layer
     largest = max(size for _, _, size in found)
@@ -159,7 +149,7 @@ def test_what_does_not_divide_moves_or_is_said(base):
 def test_quantised_leaves_are_cut_between_blocks(base):
     params = jax.eval_shape(quantize("nf4", block_size=64, double_quant=True).init, jax.random.key(0), base)
     lies = tree.flatten(sharding.shardings(params, make_mesh(1, 4, 2), MODEL.sharding, large=0))
-    one = lies["layers/mlp/up_proj/kernel"]  # 128 inputs are two blocks of 64: four parts would cut them, so outputs are
+    one = lies["layers/mlp/up_proj/kernel"]  # 128 inputs are two blocks: four parts would cut them, so outputs are
     assert one.codes.spec == one.scales.spec == (None, ("tensor", "fsdp"), ())
     assert one.gathered.spec == (("tensor",), ()) and one.nested.spec == ()
     two = lies["layers/mlp/down_proj/kernel"]  # 256 inputs over tensor=2, outputs over fsdp
@@ -174,6 +164,8 @@ def test_leaves_beside_a_kernel_lie_as_it_does(base):
     assert lies["layers/mlp/up_proj/lora_b"].spec == (None, (), ("tensor",))
     assert lies["layers/mlp/down_proj/lora_a"].spec == (None, ("tensor",), ())
     assert lies["layers/mlp/down_proj/lora_b"].spec == (None, (), ("fsdp",))
+    large = tree.flatten(sharding.shardings(params, make_mesh(1, 4, 2), MODEL.sharding, method, large=1 << 10))
+    assert large["layers/mlp/up_proj/lora_b"].spec == (None, (), ("tensor", "fsdp"))
 
 
 @pytest.mark.parametrize("sizes, words", [

@@ -19,7 +19,6 @@ from peft_jax.models import masks
 from peft_jax.models.heads import Head
 from peft_jax.models.llama import AttentionCore
 
-
 # How weights are cut over a mesh: see peft_jax.sharding.
 SHARDING = (
     (r".*/(query|key|value|q_lin|k_lin|v_lin|intermediate/dense|lin1)/kernel", ("fsdp", "tensor")),

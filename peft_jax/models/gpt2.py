@@ -16,7 +16,6 @@ from peft_jax.kept import POLICY, keep
 from peft_jax.models import cache, masks
 from peft_jax.models.llama import AttentionCore
 
-
 # How weights are cut over a mesh: see peft_jax.sharding.
 SHARDING = (
     (r"(.*/)?(c_attn|c_fc)/kernel", ("fsdp", "tensor")),

@@ -15,7 +15,6 @@ from peft_jax.errors import PeftJaxError
 from peft_jax.kept import POLICY, keep
 from peft_jax.models import cache, masks, rope
 
-
 # How weights are cut over a mesh: see peft_jax.sharding.
 SHARDING = (
     (r"(.*/)?(q|k|v|gate|up)_proj/kernel", ("fsdp", "tensor")),

@@ -15,9 +15,11 @@ from peft_jax.planner.liveness import inside
 def flops(function: Callable, *args: Any) -> int:
     """Of all products of matrices in ``function(*args)``, of arrays or shapes: two for each multiply and add.
 
-    What a rematerialised layer computes again is counted again. A ``while`` counts once, a ``cond`` as its dearest branch.
+    What a rematerialised layer computes again is counted again. A ``while`` counts once, a ``cond`` as its dearest
+    branch.
 
-    >>> flops(lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, length=3)[0], jax.ShapeDtypeStruct((4, 4), "float32"))
+    >>> x = jax.ShapeDtypeStruct((4, 4), "float32")
+    >>> flops(lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, length=3)[0], x)
     384
     """
     return _flops(jax.make_jaxpr(function)(*args).jaxpr)

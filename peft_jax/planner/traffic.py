@@ -14,8 +14,8 @@ _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 class Collective(NamedTuple):
-    """One array that travels. kind, element type and shape of what a device has afterwards, in one turn; times: how often
-    in the whole program; where: the operation that asked for it."""
+    """One array that travels. kind, element type and shape of what a device has afterwards, in one turn; times: how
+    often in the whole program; where: the operation that asked for it."""
 
     kind: str
     dtype: str

@@ -56,7 +56,7 @@ class QuantizedArray:
     by_rows: bool = _static(default=False)
     plain_dtype: str = _static(default="float32")
     product: str = _static(default="plain")
-    gathered: Any = _static(default=None)
+    gathered: Any = _static(default=None)  # noqa: RUF009
 
     @property
     def stack(self) -> tuple[int, ...]:

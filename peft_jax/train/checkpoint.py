@@ -13,8 +13,8 @@ from peft_jax.train.step import TrainState
 
 
 class Checkpoints:
-    """The newest ``keep`` checkpoints of a run below ``folder``; each is written aside, while training goes on, and then
-    renamed. On a mesh each process writes what its devices hold."""
+    """The newest ``keep`` checkpoints of a run below ``folder``; each is written aside, while training goes on, and
+    then renamed. On a mesh each process writes what its devices hold."""
 
     def __init__(self, folder: Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)

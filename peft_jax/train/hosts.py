@@ -20,8 +20,8 @@ from peft_jax.mesh import fetch
 def start(command) -> None:
     """Settle how jax runs, as the command line says, and join the other processes where there are some.
 
-    Compiled programs are kept with the downloads, in ``PEFT_JAX_CACHE``, unless ``JAX_COMPILATION_CACHE_DIR`` says where.
-    Raises ``PeftJaxError`` where other processes cannot be found.
+    Compiled programs are kept with the downloads, in ``PEFT_JAX_CACHE``, unless ``JAX_COMPILATION_CACHE_DIR`` says
+    where. Raises ``PeftJaxError`` where other processes cannot be found.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(assets.cache_folder("compiled")))
@@ -33,9 +33,9 @@ def start(command) -> None:
     try:
         jax.distributed.initialize(**{name: value for name, value in given.items() if value is not None})
     except (ValueError, RuntimeError) as error:
-        raise PeftJaxError(f"--distributed: {' '.join(str(error).split())[:200]}; under Slurm, on GKE and on TPU VMs jax "
-                           "finds the other processes itself, elsewhere give --coordinator=HOST:PORT, --num_processes "
-                           "and --process_id") from error
+        raise PeftJaxError(f"--distributed: {' '.join(str(error).split())[:200]}; under Slurm, on GKE and on TPU VMs "
+                           "jax finds the other processes itself, elsewhere give --coordinator=HOST:PORT, "
+                           "--num_processes and --process_id") from error
 
 
 def first() -> bool:

@@ -25,7 +25,7 @@ from peft_jax.method import BASE, Method, bind
 from peft_jax.methods import requantize
 from peft_jax.train import hosts, plan, report, session, workdir
 from peft_jax.train.checkpoint import Checkpoints
-from peft_jax.train.loop import StopRequest, due, fit
+from peft_jax.train.loop import StopRequest, Trace, due, fit
 from peft_jax.train.metrics import MetricsLog
 from peft_jax.train.optim import make_optimizer, make_schedule
 from peft_jax.train.session import Session
@@ -67,7 +67,10 @@ def _train_run(command) -> int:
     ready = ready._replace(base={})  # what does not train is in ``frozen``: a full run has no use for the old weights
     del params
     stop = StopRequest()
-    state, seconds, found = _train(config, folder, step, state, frozen, batches, total, evaluate, ready.mesh, stop)
+    more = {"mesh": ready.mesh, "stop": stop, "guard": command.transfer_guard}
+    if command.profile:
+        more["trace"] = Trace(folder / "profile", command.profile)
+    state, seconds, found = _train(config, folder, step, state, frozen, batches, total, evaluate, more)
     if int(state.step) < total:
         print(f"stopped after step {int(state.step)} of {total}; the same command goes on from there")
         return 128 + stop.asked
@@ -141,8 +144,7 @@ def _before(folder: Path, evaluate, params, settings: dict[str, Any]) -> dict[st
     return workdir.read_json(path)["metrics"]
 
 
-def _train(config, folder: Path, step, state: TrainState, frozen, batches: Batches, total: int, evaluate, mesh,
-           stop: StopRequest):
+def _train(config, folder: Path, step, state: TrainState, frozen, batches: Batches, total: int, evaluate, more):
     """(state, seconds of training, metrics by step of evaluations on the way) after training or a request to stop."""
     found: dict[int, dict[str, float]] = {}
 
@@ -162,7 +164,7 @@ def _train(config, folder: Path, step, state: TrainState, frozen, batches: Batch
     try:
         state = fit(step, state, frozen, batches, total_steps=total, schedule=make_schedule(config.optim, total),
                     checkpoints=checkpoints, log=log, checkpoint_due=checkpoint_due, log_every=config.log.every,
-                    evaluate=evaluated, evaluate_due=evaluate_due, mesh=mesh, stop=stop)  # fmt: skip
+                    evaluate=evaluated, evaluate_due=evaluate_due, **more)  # fmt: skip
     finally:
         checkpoints.close()
         log.close()

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,8 +26,8 @@ from peft_jax.train.step import TrainState
 class StopRequest:
     """While entered, Ctrl-C or SIGTERM asks the loop to stop after its step; a second one interrupts at once.
 
-    ``asked`` is the signal's number, 0 before. Of several processes only all together can stop: there SIGTERM is left to
-    jax, which tells the others (``hosts.preempted``), and Ctrl-C interrupts.
+    ``asked`` is the signal's number, 0 before. Of several processes only all together can stop: there SIGTERM is left
+    to jax, which tells the others (``hosts.preempted``), and Ctrl-C interrupts.
     """
 
     def __init__(self):
@@ -56,6 +57,25 @@ class StopRequest:
         self._restore()
 
 
+class Trace:
+    """Entered around each step: a profile of ``steps`` of them, after the compiling first one, in ``folder``.
+
+    For TensorBoard's profile plugin, XProf or Perfetto.
+    """
+
+    def __init__(self, folder: Path, steps: int):
+        self.folder, self.steps, self.seen = folder, steps, 0
+
+    def __enter__(self):
+        self.seen += 1
+        if self.seen == 2:
+            jax.profiler.start_trace(str(self.folder))
+
+    def __exit__(self, *exception):
+        if self.seen == 1 + self.steps or (self.seen > 1 and exception[0]):
+            jax.profiler.stop_trace()
+
+
 def fit(
     step: Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]],
     state: TrainState,
@@ -72,6 +92,8 @@ def fit(
     evaluate_due: Callable[[int], bool] = lambda step: False,
     mesh: Mesh | None = None,
     stop: StopRequest | None = None,
+    guard: str = "allow",
+    trace: Trace | None = None,
 ) -> TrainState:
     """Train from ``state.step`` to ``total_steps``, or until a ``StopRequest``; the state returned is checkpointed.
 
@@ -83,6 +105,8 @@ def fit(
       evaluate: metrics of a state, logged as ``eval_<name>`` after steps for which ``evaluate_due``; the time that it
         takes is no time of training.
       mesh: on which the state lies; batches are laid there. stop: which tells afterwards why training stopped.
+      guard: what to do about copies between host and device that a step does and nobody asked for, as of
+        ``jax.transfer_guard``. trace: of :class:`Trace`.
     Raises:
       PeftJaxError: a loss, gradient norm or update norm that is not finite, naming the step; the checkpoints before
         it remain.
@@ -93,7 +117,11 @@ def fit(
     batch, stopping = _at(batches, done) if done < total_steps else None, False
     with stop or StopRequest() as stop:
         while done < total_steps and not stopping:
-            state, metrics = step(state, frozen, feed(mesh, batch, axis=1))
+            with trace or contextlib.nullcontext():
+                with jax.transfer_guard(guard):
+                    state, metrics = step(state, frozen, feed(mesh, batch, axis=1))
+                if trace:
+                    jax.block_until_ready(metrics)
             tokens, done = int((batch["segment_ids"] > 0).sum()), done + 1
             batch = _at(batches, done) if done < total_steps else None  # while the device works
             values = {name: float(value) for name, value in metrics.items()}  # waits for it
