@@ -111,6 +111,8 @@ def check_runtime(values: flags.FlagValues) -> None:
         raise PeftJaxError(f"--profile={values.profile}: a number of training steps")
     given = {name: values[name].value for name in ("coordinator", "num_processes", "process_id")}
     named = [name for name, value in given.items() if value is not None]
+    if values.distributed and values.mode != "train":
+        raise PeftJaxError(f"--distributed is for --mode=train; this is --mode={values.mode}, which one process does")
     if named and not values.distributed:
         raise PeftJaxError(f"--{named[0]} is for several processes: add --distributed")
     if named and len(named) < len(given):
