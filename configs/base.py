@@ -33,6 +33,11 @@ def get_config(model: str = "smollm2-135m", task: str = "movie_rating", method: 
     config.model.param_dtype = "float32"  # of the frozen weights in memory
     config.model.remat = False  # compute activations twice instead of keeping them
 
+    config.mesh = ConfigDict()  # of all devices; the product of the three is their number, one may be -1: what is left
+    config.mesh.data = -1  # copies of the model, each with its own rows of a batch
+    config.mesh.fsdp = 1  # parts that weights are cut into, and each with its own rows
+    config.mesh.tensor = 1  # parts of every layer's computation
+
     config.method = method_config(method)
     config.task = task_config(task)
 

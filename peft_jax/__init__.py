@@ -67,7 +67,9 @@ CONTENTS = {
     # decoding
     "Sampling": "generation",
     "generate": "generation",
-    # memory
+    # many devices, memory
+    "make_mesh": "mesh",
+    "shardings": "sharding",
     "plan": "train.plan",
     "PeftJaxError": "errors",
 }

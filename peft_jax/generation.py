@@ -8,9 +8,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from peft_jax import arguments
 from peft_jax.errors import PeftJaxError
+from peft_jax.mesh import feed, fetch
 
 
 class Sampling(NamedTuple):
@@ -80,12 +82,14 @@ def decode(apply: Callable, params, input_ids, attention_mask, stop_ids, rng, *,
 
 
 def generate(apply: Callable, model, params, input_ids, attention_mask, *, max_new_tokens: int,
-             stop_ids: tuple[int, ...], sampling: Sampling = GREEDY, rng: jax.Array | None = None) -> np.ndarray:
+             stop_ids: tuple[int, ...], sampling: Sampling = GREEDY, rng: jax.Array | None = None,
+             mesh: Mesh | None = None) -> np.ndarray:
     """Continue prompts.
 
     Args:
       apply: ``model.apply`` or ``peft_jax.bind(method, model)``; keep one object across calls, it is the jit key.
       input_ids, attention_mask: int (batch, seq), padded on the left.
+      mesh: on which the parameters lie, if that is of several devices.
       stop_ids: tokens that end a row; rows are filled with the first of them afterwards.
 
     Returns int32 (batch, max_new_tokens). Raises ``PeftJaxError`` for inputs of another type or shape, ids outside the
@@ -100,9 +104,10 @@ def generate(apply: Callable, model, params, input_ids, attention_mask, *, max_n
     arguments.check_ids("generate: stop_ids", stop_ids)
     _check_sampling(sampling, rng)
     rng = jax.random.key(0) if rng is None else rng
-    tokens = decode(apply, params, jnp.asarray(ids), jnp.asarray(mask), jnp.asarray(stop_ids), rng,
-                    max_new_tokens=max_new_tokens, sampling=sampling)
-    return np.asarray(tokens)
+    rows = feed(mesh, {"input_ids": ids, "attention_mask": mask})
+    tokens = decode(apply, params, **rows, stop_ids=np.asarray(stop_ids), rng=rng, max_new_tokens=max_new_tokens,
+                    sampling=sampling)
+    return fetch(tokens)
 
 
 def _check_inputs(model, ids: np.ndarray, mask: np.ndarray) -> None:

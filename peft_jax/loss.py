@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from peft_jax.mesh import row_shards, rows_apart
+
 
 def pick(hidden, index):
     """The hidden states (batch, n, hidden) at positions ``index`` int (batch, n) of (batch, seq, hidden)."""
@@ -23,7 +25,7 @@ def squared_error(logits, target):
     return jnp.square(logits[..., 0] - target)
 
 
-def summed_loss(head, hidden, target, weight, chunk: int, error=cross_entropy):
+def summed_loss(head, hidden, target, weight, chunk: int, error=cross_entropy, shards: int = 1):
     """Weighted sum of the errors of answers, of token cross entropies in nats by default, and the sum of weights.
 
     The gradient is taken chunk by chunk on the way forward, while a chunk's logits are there: a sum's gradient needs
@@ -33,19 +35,24 @@ def summed_loss(head, hidden, target, weight, chunk: int, error=cross_entropy):
       head: (tokens, hidden) -> logits (tokens, vocab); may close over traced parameters, which then get gradients.
       hidden: (batch, n, hidden). target: int or float32 (batch, n). weight: float32 (batch, n), 0 for padding.
       chunk: tokens whose logits exist at once.
+      shards: parts that the batch lies in on a mesh: each chunk has as much of every one.
       error: (logits float32 (n, vocab), target (n,)) -> (n,).
     """
-    chunk = min(chunk, target.size)
+    shards = shards if len(target) % shards == 0 else 1
+    chunk = -(-min(chunk, target.size) // shards) * shards
     example = jax.ShapeDtypeStruct((chunk, hidden.shape[-1]), hidden.dtype)
     pure, closed_over = jax.closure_convert(head, example)
-    return _total(pure, error, closed_over, *(_chunks(x, chunk) for x in (hidden, target, weight))), weight.sum()
+    parts = (_chunks(x, chunk, shards) for x in (hidden, target, weight))
+    return _total(pure, error, closed_over, *parts), weight.sum()
 
 
-def _chunks(x, chunk):
-    """(batch, n, ...) -> (chunks, chunk, ...), zeros at the end."""
-    flat = x.reshape(-1, *x.shape[2:])
-    fill = [(0, -len(flat) % chunk)] + [(0, 0)] * (flat.ndim - 1)
-    return jnp.pad(flat, fill).reshape(-1, chunk, *flat.shape[1:])
+def _chunks(x, chunk, shards):
+    """(batch, n, ...) -> (chunks, chunk, ...), zeros at the end of each shard."""
+    rest = x.shape[2:]
+    flat = x.reshape(shards, -1, *rest)
+    fill = [(0, 0), (0, -flat.shape[1] % (chunk // shards))] + [(0, 0)] * len(rest)
+    flat = jnp.pad(flat, fill).reshape(shards, -1, chunk // shards, *rest)
+    return jnp.swapaxes(flat, 0, 1).reshape(-1, chunk, *rest)
 
 
 def _chunk_loss(pure, error, states, closed_over, target, weight):
@@ -84,17 +91,17 @@ def _total_backward(pure, error, kept, cotangent):
 _total.defvjp(_total_forward, _total_backward)
 
 
-def batch_loss(apply, params, batch, *, chunk: int, rngs=None, error=cross_entropy):
+def batch_loss(apply, params, batch, *, chunk: int, rngs=None, error=cross_entropy, mesh=None):
     """Summed loss and weight of a batch, laid out as :mod:`peft_jax.data.batches` says.
 
     The model has ``hidden`` and ``head``: what the head makes of the states at the tokens that the batch names is
-    compared with the batch's targets by ``error``.
+    compared with the batch's targets by ``error``. On a ``mesh`` the rows stay split.
     """
     hidden = apply({"params": params}, batch["input_ids"], positions=batch["positions"],
                    segment_ids=batch["segment_ids"], rngs=rngs, method="hidden")
 
     def head(states):
-        return apply({"params": params}, states, rngs=rngs, method="head")
+        return apply({"params": params}, rows_apart(mesh, states), rngs=rngs, method="head")
 
     picked = pick(hidden, batch["loss_index"])
-    return summed_loss(head, picked, batch["loss_target"], batch["loss_weight"], chunk, error)
+    return summed_loss(head, picked, batch["loss_target"], batch["loss_weight"], chunk, error, row_shards(mesh))

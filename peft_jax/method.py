@@ -4,15 +4,18 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 from flax import linen as nn
 from flax.linen.module import InterceptorContext
 from jax.interpreters.partial_eval import dce_jaxpr
+from jax.sharding import Mesh
 
 from peft_jax import contraction, quant, tree
 from peft_jax.errors import PeftJaxError
+from peft_jax.mesh import output_apart
 from peft_jax.stored import Format
 
 TRAINABLE, FROZEN = "trainable", "frozen"
@@ -54,6 +57,8 @@ class Method(NamedTuple):
         folder of such leaves. Empty where the method adds none, or does not say.
       stands_on: what changes the types of a base as a stored adapter of the method needs it, a method with ``convert``,
         where ``init`` itself does that to a plain base.
+      along: of leaves beside a kernel, what their axes run along, the stack left out: "inputs" or "outputs" of the
+        kernel, or ``None``. On a mesh they are cut as it is.
     """
 
     init: Callable[..., tree.Tree]
@@ -70,6 +75,7 @@ class Method(NamedTuple):
     leaves: tuple[str, ...] = ()
     convert: Callable[..., Any] | None = None
     stands_on: "Method | None" = None
+    along: Mapping[str, tuple[str | None, ...]] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +163,7 @@ def chain(*methods: Method) -> Method:
                      penalty=penalty if any(m.penalty for m in methods) else None,
                      prepare=prepare if any(m.prepare for m in methods) else None, parts=methods,
                      leaves=tuple(dict.fromkeys(name for m in methods for name in m.leaves)),
+                     along={name: axes for m in methods for name, axes in m.along.items()},
                      convert=_conversion(methods))
     return chained
 
@@ -228,7 +235,7 @@ def _check_others(methods, labels, owners, path) -> None:
                            f"them{first}.")
 
 
-def bind(method: Method, model: nn.Module) -> Callable[..., Any]:
+def bind(method: Method, model: nn.Module, mesh: Mesh | None = None) -> Callable[..., Any]:
     """``model.apply`` with the method in the forward pass: same signature, same results otherwise.
 
     The first call of the whole model (no ``method=`` argument) on a new tree structure also checks that the output
@@ -236,7 +243,8 @@ def bind(method: Method, model: nn.Module) -> Callable[..., Any]:
     with a ``cache``, which may hold what was computed from them. It raises, too, where the parameters hold none of the
     method's leaves.
     Dropout of a method is active where a ``dropout`` key is in ``rngs``, and only there. Quantised leaves are read
-    under any method.
+    under any method. On a ``mesh`` (:func:`peft_jax.make_mesh`) every module's output, an array with rows in front, has
+    its rows split over it: so weights travel to the rows.
     """
     checked = set()
 
@@ -244,7 +252,7 @@ def bind(method: Method, model: nn.Module) -> Callable[..., Any]:
         kwargs |= {} if rngs is None else {"rngs": rngs}
 
         def run(params):
-            entered = partial(_in_context, method.intercept, _streams(rngs), params, {})
+            entered = partial(_in_context, mesh, method.intercept, _streams(rngs), params, {})
             with nn.intercept_methods(entered):
                 return model.apply({**variables, "params": params}, *args, **kwargs)
 
@@ -266,11 +274,12 @@ def _streams(rngs) -> frozenset[str]:
     return frozenset(rngs if isinstance(rngs, Mapping) else ("params",))  # a bare key is flax's "params" stream
 
 
-def _in_context(intercept, rngs, params, notes, next_fun, args, kwargs, context):
-    reading = partial(_intercepted, quant.read, next_fun, context)  # what the module's own method is to all methods
+def _in_context(mesh, intercept, rngs, params, notes, next_fun, args, kwargs, context):
+    # What the module's own method is to all methods:
+    reading = partial(_intercepted, partial(quant.read, mesh), next_fun, context)
     whole = Context(context.module, context.method_name, reading, rngs, params, notes)
     args, kwargs = contraction.input_first(context.module, context.method_name, args, kwargs)
-    return intercept(reading, args, kwargs, whole)
+    return output_apart(mesh, intercept(reading, args, kwargs, whole))
 
 
 def check_read(method: Method, forward: Callable[[Mapping], Any], params: Mapping) -> None:

@@ -20,6 +20,18 @@ TEXT = [
 ] * 20
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Tests compile many programs more than once, in other functions or in the other process: kept for this session."""
+    import jax
+
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(shared / "compiled")  # of subprocesses too
+    jax.config.update("jax_compilation_cache_dir", str(shared / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 @pytest.fixture(scope="session")
 def train_bpe():
     """``train_bpe(texts, vocab_size, special_tokens, **options)``: a byte-level BPE of transformers, trained here."""

@@ -30,7 +30,8 @@ def data(films):
 @pytest.fixture(scope="module")
 def arguments(tiny_folder, data):
     """A small run's flags, but for the workdir."""
-    settings = {"data.batch_size": 4, "optim.steps": 6, "optim.learning_rate": 1e-2, "checkpoint.every": 4,
+    settings = {"mesh.data": 1, "data.batch_size": 4, "optim.steps": 6, "optim.learning_rate": 1e-2,
+                "checkpoint.every": 4,
                 "eval.batch_size": 4, "eval.probe": "", "method.r": 4, "log.tensorboard": False,
                 "task.prompt_column": "prompt", "task.completion_column": "completion", "task.validation_fraction": 0.2,
                 "generate.num_prompts": 2, "generate.max_new_tokens": 3}  # fmt: skip

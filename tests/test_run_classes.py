@@ -24,7 +24,8 @@ def arguments(tiny_tokenizer, tmp_path_factory):
                     tiny_tokenizer)
     rows = [f"a {word} film number {i},{label}" for i in range(30) for label, word in enumerate(("dull", "bright"))]
     (folder / "films.csv").write_text("sentence,label\n" + "".join(f"{row}\n" for row in rows))
-    settings = {"data.batch_size": 8, "optim.steps": 12, "optim.learning_rate": 3e-2, "eval.batch_size": 8,
+    settings = {"data.batch_size": 8, "mesh.data": 1, "optim.steps": 12, "optim.learning_rate": 3e-2,
+                "eval.batch_size": 8,
                 "method.r": 2, "log.tensorboard": False, "task.text_column": "sentence", "task.label_column": "label",
                 "task.answer": "class", "task.validation_fraction": 0.3}
     overrides = [f"--config.{key}={value}" for key, value in settings.items()]

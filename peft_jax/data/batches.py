@@ -35,17 +35,19 @@ class Batches:
       config: ``collate`` ("pad", "bucket", "pack"), ``batch_size`` (examples per micro-batch), ``width_multiple``
         (widths are multiples of it), ``buckets`` (how many widths "bucket" may use), ``rows`` and ``row_length``
         ("pack"; 0: chosen to waste the least).
+      row_multiple: rows of a micro-batch are a multiple of it, empty ones at the end.
     Raises:
       PeftJaxError: unknown collation, a size below 1, no examples, rows too short for the examples.
     """
 
-    def __init__(self, encoded: Sequence[One], config, seed: int = 0, accumulate_steps: int = 1, pad_id: int = 0):
+    def __init__(self, encoded: Sequence[One], config, seed: int = 0, accumulate_steps: int = 1, pad_id: int = 0,
+                 row_multiple: int = 1):
         _check(config, accumulate_steps)
         _check_examples(encoded)
         self.encoded, self.seed, self.accumulate_steps, self.pad_id = encoded, seed, accumulate_steps, pad_id
         self.lengths, answers = _sizes(encoded)
         make_layout, self._order_of = COLLATIONS[config.collate]
-        self.layout: Layout = make_layout(self.lengths, answers, config)
+        self.layout: Layout = make_layout(self.lengths, answers, config, row_multiple)
         self._epoch = (-1, np.empty((0, 0), np.int64))
         self.micro_batches_per_epoch = len(self.order(0))
 
@@ -177,7 +179,7 @@ def eval_batches(encoded: Sequence[One], config, pad_id: int = 0) -> Iterator[Ba
     """
     _check_examples(encoded)
     lengths, answers = _sizes(encoded)
-    layout = bucket_layout(lengths, answers, config)
+    layout = bucket_layout(lengths, answers, config, 1)
     for start in range(0, len(encoded), config.batch_size):
         members = np.arange(start, start + config.batch_size)
         yield fill(encoded, np.where(members < len(encoded), members, -1), layout, pad_id)

@@ -1,6 +1,7 @@
 """Which examples go into which step, and how they lie in it: padding, bucketing and packing as pure functions.
 
-A collation is two functions. ``layout`` looks at the lengths once and fixes the shapes of the whole run. ``order``
+A collation is two functions. ``layout`` looks at the lengths once and fixes the shapes of the whole run; rows are a
+``multiple``, so that devices can share them, the last ones empty where examples do not fill them. ``order``
 shuffles one epoch: an array (steps, slots) of example numbers, -1 for an empty slot, in which every example stands
 exactly once.
 """
@@ -37,8 +38,8 @@ def _num_steps(num_examples: int, batch_size: int) -> int:
 # Padding: batch_size random examples, one to a row, as wide as the longest.
 
 
-def pad_layout(lengths: np.ndarray, answers: np.ndarray, config) -> Layout:
-    return _one_per_row(lengths, answers, np.unique(round_up(lengths, config.width_multiple)), config)
+def pad_layout(lengths: np.ndarray, answers: np.ndarray, config, multiple: int) -> Layout:
+    return _one_per_row(lengths, answers, np.unique(round_up(lengths, config.width_multiple)), config, multiple)
 
 
 def pad_order(rng: np.random.Generator, lengths: np.ndarray, layout: Layout) -> np.ndarray:
@@ -48,9 +49,9 @@ def pad_order(rng: np.random.Generator, lengths: np.ndarray, layout: Layout) -> 
     return _filled(rng.permutation(len(lengths)), slots * steps).reshape(slots, steps).T
 
 
-def _one_per_row(lengths: np.ndarray, answers: np.ndarray, widths: np.ndarray, config) -> Layout:
+def _one_per_row(lengths: np.ndarray, answers: np.ndarray, widths: np.ndarray, config, multiple: int) -> Layout:
     loss_counts = np.array([max(1, answers[lengths <= width].max()) for width in widths])
-    return Layout(np.arange(config.batch_size), config.batch_size, widths, loss_counts)
+    return Layout(np.arange(config.batch_size), int(round_up(config.batch_size, multiple)), widths, loss_counts)
 
 
 def _filled(members: np.ndarray, size: int) -> np.ndarray:
@@ -60,8 +61,9 @@ def _filled(members: np.ndarray, size: int) -> np.ndarray:
 # Bucketing: few widths; a batch holds random examples of one width.
 
 
-def bucket_layout(lengths: np.ndarray, answers: np.ndarray, config) -> Layout:
-    return _one_per_row(lengths, answers, best_widths(lengths, config.buckets, config.width_multiple), config)
+def bucket_layout(lengths: np.ndarray, answers: np.ndarray, config, multiple: int) -> Layout:
+    widths = best_widths(lengths, config.buckets, config.width_multiple)
+    return _one_per_row(lengths, answers, widths, config, multiple)
 
 
 def bucket_order(rng: np.random.Generator, lengths: np.ndarray, layout: Layout) -> np.ndarray:
@@ -113,12 +115,12 @@ def _walk_back(last: int, came_from: list[np.ndarray]) -> list[int]:
 # collations.
 
 
-def pack_layout(lengths: np.ndarray, answers: np.ndarray, config) -> Layout:
+def pack_layout(lengths: np.ndarray, answers: np.ndarray, config, multiple: int) -> Layout:
     strata = _strata(np.argsort(-lengths, kind="stable"), config.batch_size)
     longest = lengths[strata[:, 0]]
-    row_of, width = _rows(longest, config)
+    row_of, width = _rows(longest, config, multiple)
     counts = np.bincount(row_of, weights=_most_answers(strata, lengths, answers), minlength=row_of.max() + 1)
-    num_rows = max(config.rows, int(row_of.max()) + 1)
+    num_rows = int(round_up(max(config.rows, int(row_of.max()) + 1), multiple))
     return Layout(row_of, num_rows, np.array([width]), np.array([max(1, min(int(counts.max()), width))]))
 
 
@@ -140,14 +142,14 @@ def _most_answers(strata: np.ndarray, lengths: np.ndarray, answers: np.ndarray) 
     return [answers[(lengths <= high) & (lengths >= low)].max() for high, low in ends]
 
 
-def _rows(longest: np.ndarray, config) -> tuple[np.ndarray, int]:
+def _rows(longest: np.ndarray, config, multiple: int) -> tuple[np.ndarray, int]:
     """(row of each stratum, row width). ``config.rows`` and ``config.row_length`` are taken where given (not 0)."""
     options = []
     for rows in [config.rows] if config.rows else range(1, len(longest) + 1):
         row_of, loads = _spread(longest, rows)
         width = int(round_up(loads.max(), config.width_multiple))
         if not config.row_length or loads.max() <= config.row_length:
-            options.append((row_of, config.row_length or width, rows))
+            options.append((row_of, config.row_length or width, round_up(rows, multiple)))
     if not options:
         needed = _spread(longest, config.rows or len(longest))[1].max()
         raise PeftJaxError(

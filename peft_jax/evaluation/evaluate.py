@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from peft_jax import tree
 from peft_jax.data import choice_tokens, encode_all, encode_prompts, eval_batches, prompt_batches
@@ -13,6 +14,7 @@ from peft_jax.data.sources import Example
 from peft_jax.evaluation.objectives import Objective, objective_of
 from peft_jax.generation import GREEDY, Sampling, generate
 from peft_jax.loss import pick, summed_loss
+from peft_jax.mesh import feed, fetch, row_shards, rows_apart
 
 
 class HeldOut(NamedTuple):
@@ -54,25 +56,28 @@ def _by_length(encoded: list[One]) -> list[One]:
     return sorted(encoded, key=lambda one: len(one.input_ids))
 
 
-def make_evaluator(apply: Callable, model, tokenizer, held: HeldOut, config) -> Callable[[tree.Tree], dict[str, float]]:
+def make_evaluator(apply: Callable, model, tokenizer, held: HeldOut, config,
+                   mesh: Mesh | None = None) -> Callable[[tree.Tree], dict[str, float]]:
     """``evaluate(params) -> metrics``, compiled once however often it is called.
 
     Args:
       apply: ``model.apply`` or ``peft_jax.bind(method, model)``.
       config: the whole configuration; ``task``, ``eval`` and ``optim.loss_chunk`` are read.
+      mesh: on which the parameters lie.
 
     The metrics are those of the task's objective (:mod:`peft_jax.evaluation.objectives`), its loss among them;
     ``probe_loss`` and ``probe_perplexity`` where there is general text.
     """
     objective = objective_of(config.task)
-    score = make_score(apply, config.optim.loss_chunk, objective)
+    score = make_score(apply, config.optim.loss_chunk, objective, mesh)
 
     def evaluate(params: tree.Tree) -> dict[str, float]:
         found: dict[str, float] = {}
         loss, answers = score_all(score, params, held.encoded, held.choices, config.eval, len(held.examples))
         if held.choices is not None:
             texts = complete(apply, model, params, held.prompts, tokenizer, batch_size=config.eval.batch_size,
-                             width_multiple=config.eval.width_multiple, max_new_tokens=config.eval.max_new_tokens)
+                             width_multiple=config.eval.width_multiple, max_new_tokens=config.eval.max_new_tokens,
+                             mesh=mesh)
             found |= _rate(objective, config.task, held.examples, answers, texts)
         found |= objective.losses(loss)
         if held.probe:
@@ -83,8 +88,8 @@ def make_evaluator(apply: Callable, model, tokenizer, held: HeldOut, config) -> 
     return evaluate
 
 
-def make_score(apply: Callable, loss_chunk: int, objective: Objective) -> Callable:
-    """A jitted ``score(params, batch, choices) -> (summed loss, weight, answers (batch, k))``.
+def make_score(apply: Callable, loss_chunk: int, objective: Objective, mesh: Mesh | None = None) -> Callable:
+    """``score(params, batch, choices) -> (summed loss, weight, answers (batch, k))``, jitted, of a numpy batch.
 
     ``answers`` are what ``objective`` reads of the outputs ``choices`` (k,) at the first answer of each row: their
     log-probabilities, or a number; ``None`` without choices.
@@ -93,18 +98,18 @@ def make_score(apply: Callable, loss_chunk: int, objective: Objective) -> Callab
     @jax.jit
     def score(params, batch, choices):
         def head(states):
-            return apply({"params": params}, states, method="head")
+            return apply({"params": params}, rows_apart(mesh, states), method="head")
 
         hidden = apply({"params": params}, batch["input_ids"], positions=batch["positions"],
                        segment_ids=batch["segment_ids"], method="hidden")
         picked = pick(hidden, batch["loss_index"])
         loss, weight = summed_loss(head, picked, batch["loss_target"], batch["loss_weight"], loss_chunk,
-                                   objective.error)
+                                   objective.error, row_shards(mesh))
         if choices is None:
             return loss, weight, None
         return loss, weight, objective.read(head(picked[:, 0]))[:, choices]
 
-    return score
+    return lambda params, batch, choices: jax.tree.map(fetch, score(params, feed(mesh, batch), choices))
 
 
 def score_all(score, params, encoded, choices, config, count) -> tuple[float, np.ndarray | None]:
@@ -129,13 +134,13 @@ def _rate(objective, task, examples, answers, texts) -> dict[str, float]:
 
 def complete(apply: Callable, model, params: tree.Tree, prompts: Sequence[np.ndarray], tokenizer: Any, *,
              batch_size: int, width_multiple: int, max_new_tokens: int, sampling: Sampling = GREEDY,
-             rng: jax.Array | None = None) -> list[str]:
+             rng: jax.Array | None = None, mesh: Mesh | None = None) -> list[str]:
     """The continuation of each prompt (n,) int32 as text without special tokens, up to the tokenizer's end token."""
     texts = [""] * len(prompts)
     for batch_number, (members, batch) in enumerate(prompt_batches(prompts, batch_size, width_multiple)):
         key = None if rng is None else jax.random.fold_in(rng, batch_number)
         tokens = generate(apply, model, params, **batch, max_new_tokens=max_new_tokens,
-                          stop_ids=(tokenizer.eos_token_id,), sampling=sampling, rng=key)
+                          stop_ids=(tokenizer.eos_token_id,), sampling=sampling, rng=key, mesh=mesh)
         for member, row in zip(members, tokens, strict=True):
             if member >= 0:
                 texts[member] = tokenizer.decode(row, skip_special_tokens=True)

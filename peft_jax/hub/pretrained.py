@@ -5,14 +5,16 @@ import itertools
 import os
 import re
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from peft_jax import tree
+from peft_jax import sharding, tree
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.hub import assets, bnb, families, files, gguf, gguf_blocks, names, weights
 from peft_jax.hub import config as hub_config
@@ -46,7 +48,8 @@ def quantised_as(source: str | os.PathLike) -> Method | None:
 
 def load_pretrained(source: str | os.PathLike, dtype: Any = jnp.float32, remat: bool = False, *,
                     head: Head | None = None, rng: jax.Array | None = None,
-                    method: Method | None = None, keep_quantised: bool | None = None) -> tuple[Any, dict]:
+                    method: Method | None = None, keep_quantised: bool | None = None,
+                    mesh: Mesh | None = None) -> tuple[Any, dict]:
     """A pretrained model and its parameters.
 
     Args:
@@ -64,11 +67,13 @@ def load_pretrained(source: str | os.PathLike, dtype: Any = jnp.float32, remat: 
         which ``bind`` reads: those of bitsandbytes in four bits (``nf4``, ``fp4``), and GGUF's Q4_0 (``int4``), Q4_1
         (``int4_affine``) and Q8_0 (``int8``), all in blocks of 32. Others are then as they are without. By default
         bitsandbytes' are kept, as their checkpoint is meant to be used so, and GGUF's are not.
+      mesh: of :func:`peft_jax.make_mesh`; each weight goes from its file to the devices that hold a part of it, as the
+        model's ``sharding`` says.
 
     Returns:
       ``(model, params)``, so that ``model.apply({"params": params}, input_ids)`` gives logits (batch, seq, vocab).
       An encoder gives what its head says, or hidden states (:class:`peft_jax.models.bert.Encoder`). ``params`` are
-      nested dicts of jax arrays on the default device; leaves below ``layers`` have the layers in front.
+      nested dicts of jax arrays, on the default device or the mesh; leaves below ``layers`` have the layers in front.
 
     Raises:
       PeftJaxError: source not to be had, unknown architecture, no safetensors, tensors that do not fit the config, a
@@ -94,7 +99,8 @@ def load_pretrained(source: str | os.PathLike, dtype: Any = jnp.float32, remat: 
     keep = bool(keep_quantised) if blocks else keep_quantised is not False
     try:
         found = gguf_blocks.tensors(path, config) if blocks else bnb.gather(path, weights.tensors(path), given)
-        return model, _read_params(path, config, shapes, dtype, fresh, found, convert, keep)
+        return model, _read_params(path, config, shapes, dtype, fresh, found, convert, keep,
+                                   mesh and partial(_where, mesh, model.sharding))
     except SafetensorError as error:
         raise PeftJaxError(f"the weights in {path} are damaged: {error}. Fetch them again.") from error
 
@@ -153,7 +159,7 @@ def _floating(dtype: Any) -> jnp.dtype:
 
 
 def _read_params(path: Path, config: Any, shapes: dict[str, tuple[int, ...]], dtype: jnp.dtype,
-                 fresh: dict[str, jax.Array], found: dict[str, Any], convert: Any, keep: bool) -> dict:
+                 fresh: dict[str, jax.Array], found: dict[str, Any], convert: Any, keep: bool, where: Any) -> dict:
     family = families.of(config)
     places = names.tensors(table_of(family, shapes), shapes, config.num_hidden_layers)
     stored = {_expected(name, places, family): tensor for name, tensor in found.items()}
@@ -161,7 +167,14 @@ def _read_params(path: Path, config: Any, shapes: dict[str, tuple[int, ...]], dt
               if name in stored or place.path not in fresh}
     _check_tensors(path, stored, places, shapes, config)
     fresh = {path: converted(convert, path, (), leaf) for path, leaf in fresh.items()}
-    return tree.unflatten(fresh | stack(stored, places, shapes, dtype, convert, keep))
+    if where:
+        fresh = {path: jax.device_put(leaf, where(path, leaf)) for path, leaf in fresh.items()}
+    return tree.unflatten(fresh | stack(stored, places, dtype, convert, keep, where))
+
+
+def _where(mesh: Mesh, rules: sharding.Rules, path: str, leaf: Any) -> Any:
+    """The shardings of one leaf of the model."""
+    return tree.flatten(sharding.shardings(tree.unflatten({path: leaf}), mesh, rules))[path]
 
 
 def _placed(place: names.Place, tensor: Any) -> names.Place:

@@ -14,10 +14,11 @@ from peft_jax.errors import PeftJaxError
 from peft_jax.hub.names import Place
 
 Convert = Callable[..., Any]  # see peft_jax.Method
+Where = Callable[[str, Any], Any]
 
 
-def stack(stored: Mapping[str, Any], places: Mapping[str, Place], shapes: Mapping[str, tuple[int, ...]],
-          dtype: jnp.dtype, convert: Convert | None = None, keep: bool = True) -> dict[str, Any]:
+def stack(stored: Mapping[str, Any], places: Mapping[str, Place], dtype: jnp.dtype, convert: Convert | None = None,
+          keep: bool = True, where: Where | None = None) -> dict[str, Any]:
     """``{path: leaf}``: each tensor goes straight to its place in the stack, so no second copy of it exists.
 
     Args:
@@ -25,6 +26,8 @@ def stack(stored: Mapping[str, Any], places: Mapping[str, Place], shapes: Mappin
         ours.
       convert: a method's; each entry goes through it before the next is read, so that no more than one is plain.
       keep: whether entries that are quantised in the file stay so.
+      where: ``(path, leaf of shapes) -> leaf of shardings``, of a mesh: of each tensor only what this process's devices
+        hold is kept, and one leaf's part after the other goes to them. By default all is on the default device.
 
     Raises ``PeftJaxError`` where the layers of a stack are not quantised alike, or ``convert`` does.
     """
@@ -36,10 +39,44 @@ def stack(stored: Mapping[str, Any], places: Mapping[str, Place], shapes: Mappin
         front = () if None in layers else (len(layers),)
         leaf = None
         for layer, name in layers.items():  # nothing here may hold on to an entry while the next is read
-            leaf = _put(leaf, front, layer, dtype, name,
+            leaf = _put(leaf, front, layer, dtype, name, partial(where, path) if where else None,
                         converted(convert, path, front, _entry(stored[name], places[name], dtype, convert, keep)))
-        leaves[path] = jax.tree.map(partial(jax.device_put, may_alias=True), leaf)
+        leaves[path] = jax.tree.map(Parts.on_devices, leaf, is_leaf=lambda node: isinstance(node, Parts))
     return leaves
+
+
+class Parts:
+    """A stacked array in the making, as the parts of it that this process's devices hold: numpy buffers."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding | None):
+        self.shape, self.dtype, self.sharding = shape, dtype, sharding
+        whole = {None: tuple(map(slice, shape))}
+        self.places = sharding.addressable_devices_indices_map(shape) if sharding else whole  # device: slices
+        self.buffers = {str(index): _aligned(_extent(shape, index), dtype) for index in self.places.values()}
+
+    def put(self, layer: int | None, entry: np.ndarray) -> None:
+        """Write ``entry``, all of it or one of the stack, into the parts that have some of it."""
+        for key, index in {str(index): index for index in self.places.values()}.items():
+            at = ... if layer is None else layer - (index[0].start or 0)
+            self.buffers[key][at] = entry[index if layer is None else index[1:]]
+
+    def widened(self, dtype: Any) -> "Parts":
+        """The same in ``dtype`` if that holds more: float32, where scales of float16, as GGUF's are, meet such."""
+        self.dtype = np.result_type(self.dtype, dtype)
+        self.buffers = {key: buffer.astype(self.dtype, copy=False) for key, buffer in self.buffers.items()}
+        return self
+
+    def on_devices(self) -> jax.Array:
+        """The array; the buffers are given away."""
+        if self.sharding is None:
+            return jax.device_put(self.buffers.popitem()[1], may_alias=True)
+        arrays = [jax.device_put(self.buffers[str(index)], device) for device, index in self.places.items()]
+        self.buffers = {}
+        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, arrays)
+
+
+def _extent(shape: tuple[int, ...], index: tuple[slice, ...]) -> tuple[int, ...]:
+    return tuple(len(range(*one.indices(size))) for one, size in zip(index, shape, strict=True))
 
 
 def converted(convert: Convert | None, path: str, front: tuple[int, ...], entry: Any) -> Any:
@@ -59,19 +96,24 @@ def _entry(tensor, place, dtype, convert, keep):
     return value if convert is None else value.astype(dtype, copy=False)
 
 
-def _put(leaf, front, layer, dtype, name, entry):
+def _put(leaf, front, layer, dtype, name, where, entry):
     """``leaf``, whose buffers are made for the first entry, with ``entry`` in it."""
     quantised = quant.is_leaf(entry)
     if leaf is None:
-        leaf = jax.tree.map(lambda part: _aligned((*front, *part.shape), part.dtype if quantised else dtype), entry)
+        shapes = jax.tree.map(lambda part: jax.ShapeDtypeStruct((*front, *part.shape), part.dtype if quantised else
+                                                                dtype), entry)
+        lies = where(shapes) if where else shapes
+        leaf = jax.tree.map(lambda part, sharding: Parts(part.shape, part.dtype, sharding if where else None),
+                            dataclasses.replace(shapes, gathered=lies.gathered) if quantised else shapes, lies)
+    if quantised and quant.is_leaf(leaf):
+        entry = dataclasses.replace(entry, gathered=leaf.gathered)
     if jax.tree.structure(leaf) != jax.tree.structure(entry):
         have, others = (_told(one) for one in (entry, leaf))
         raise PeftJaxError(f"'{name}' is {have}, the same weight of the layers before it {others}, and here they are "
                            "one leaf: load_pretrained(..., keep_quantised=False), with a method=quantize(...) if all "
                            "are to be quantised.")
-    leaf = jax.tree.map(_wide_enough, leaf, entry) if quantised else leaf
-    for buffer, part in zip(jax.tree.leaves(leaf), jax.tree.leaves(entry), strict=True):
-        buffer[... if layer is None else layer] = part
+    for held, part in zip(jax.tree.leaves(leaf), jax.tree.leaves(entry), strict=True):
+        (held.widened(part.dtype) if quantised else held).put(layer, part)
     return leaf
 
 
@@ -80,12 +122,6 @@ def _told(leaf) -> str:
         return "plain"
     double = ", doubly" * leaf.double_quant
     return f"quantised{double} ({leaf.quant_type}, blocks of {leaf.block_size or 'a whole row'})"
-
-
-def _wide_enough(buffer, part):
-    """The buffer, in float32 where scales of float16, as GGUF's are, stand in one stack with such."""
-    wide = np.result_type(buffer.dtype, part.dtype)
-    return buffer if wide == buffer.dtype else buffer.astype(wide)
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -66,7 +66,8 @@ def adalora(target_r: int = 8, init_r: int = 12, lora_alpha: float = 8,
     return Method(partial(biases.init, config, partial(_leaves, config), trains, "adalora_scaling"),
                   partial(_intercept, lora_dropout), partial(beside.labels, trained=trains), _merge, config,
                   partial(_padding, config), FORMAT, partial(allocation.optimizer, config),
-                  partial(orthogonality, config), leaves=LEAVES)
+                  partial(orthogonality, config), leaves=LEAVES,
+                  along={"adalora_a": ("inputs", None), "adalora_b": (None, "outputs")})
 
 
 def _check(config: Mapping[str, Any]) -> None:

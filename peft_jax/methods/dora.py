@@ -53,6 +53,7 @@ def _method(config, given=None) -> Method:
                           first="dora"),
                   partial(_intercept, config["lora_dropout"]), partial(labels, trained), _merge, config,
                   partial(_padding, config), FORMAT, leaves=(*LEAVES, *START),
+                  along={"lora_a": ("inputs", None), "lora_b": (None, "outputs"), "lora_magnitude": ("outputs",)},
                   prepare=prepare if needs_data(config, given) else None, stands_on=loftq.base(config))
 
 

@@ -59,7 +59,8 @@ def hra(r: int = 8, apply_GS: bool = False, target_modules: Patterns = ("q_proj"
     init = partial(biases.init, config, partial(_leaves, config), trains, "hra_on")
     padding = partial(beside.padding, config=config, leaves=LEAVES[:1], switch="hra_on")
     return Method(init, partial(_intercept, apply_GS), partial(beside.labels, trained=trains),
-                  partial(_merge, apply_GS), config, padding, FORMAT, leaves=LEAVES)
+                  partial(_merge, apply_GS), config, padding, FORMAT, leaves=LEAVES,
+                  along={"hra_u": ("inputs", None)})
 
 
 def _leaves(config, key, target, kernel) -> dict[str, jax.Array]:

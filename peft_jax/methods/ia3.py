@@ -52,7 +52,7 @@ def ia3(target_modules: Patterns = ("k_proj", "v_proj", "down_proj"), feedforwar
     trains = partial(beside.trains, config, tuple(KEYS))
     padding = partial(beside.padding, config=config, leaves=tuple(KEYS), switch="ia3_on")
     return Method(partial(_init, config, trains), _intercept, partial(beside.labels, trained=trains), _merge, config,
-                  padding, FORMAT, leaves=LEAVES)
+                  padding, FORMAT, leaves=LEAVES, along={"ia3_in": ("inputs",), "ia3_out": ("outputs",)})
 
 
 def _init(config, trains, rng, params, axes=None):

@@ -54,7 +54,8 @@ def loha(r: int = 8, alpha: float = 8, target_modules: Patterns = ("q_proj", "v_
     trains = partial(beside.trains, config, FACTORS)
     padding = partial(lycoris.padding, config=config, leaves=FACTORS, scaling="hada_scaling")
     return Method(partial(beside.init, config, partial(_leaves, config), trains), partial(_intercept, config),
-                  partial(beside.labels, trained=trains), _merge, config, padding, FORMAT, leaves=LEAVES)
+                  partial(beside.labels, trained=trains), _merge, config, padding, FORMAT, leaves=LEAVES,
+                  along={name: (None, "outputs") if name.endswith("a") else ("inputs", None) for name in FACTORS})
 
 
 def _leaves(config, key, target, kernel) -> dict[str, jax.Array]:

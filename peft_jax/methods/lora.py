@@ -90,6 +90,7 @@ def _method(config, given=None) -> Method:
     return Method(partial(init, config, partial(leaves, config, given=given), trained),
                   partial(_intercept, config["lora_dropout"]), partial(labels, trained), _merge, config,
                   partial(padding, config), FORMAT, leaves=(*LEAVES, *START),
+                  along={"lora_a": ("inputs", None), "lora_b": (None, "outputs")},
                   prepare=prepare if needs_data(config, given) else None, stands_on=loftq.base(config))
 
 

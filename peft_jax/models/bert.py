@@ -196,6 +196,13 @@ class Encoder(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: bool = False
+    sharding = (  # how weights are cut over a mesh: see peft_jax.sharding
+        (r".*/(query|key|value|q_lin|k_lin|v_lin|intermediate/dense|lin1)/kernel", ("fsdp", "tensor")),
+        (r".*/(output/dense|out_lin|lin2)/kernel", ("tensor", "fsdp")),
+        (r".*/word_embeddings/embedding", ("tensor", "fsdp")),
+        (r".*/(position|token_type)_embeddings/embedding", (None, "fsdp")),
+        (r"(pooler/dense|pre_classifier|classifier(/dense|/out_proj)?)/kernel", ("fsdp", None)),
+        (r".*/(scale|bias)", ()))
 
     def setup(self):
         c, kinds = self.config, (self.dtype, self.param_dtype)

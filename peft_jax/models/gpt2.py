@@ -16,6 +16,16 @@ from peft_jax.kept import POLICY, keep
 from peft_jax.models import cache, masks
 from peft_jax.models.llama import AttentionCore
 
+# How weights are cut over a mesh: see peft_jax.sharding.
+SHARDING = (
+    (r"(.*/)?(c_attn|c_fc)/kernel", ("fsdp", "tensor")),
+    (r"(.*/)?c_proj/kernel", ("tensor", "fsdp")),
+    (r"wte/embedding", ("tensor", "fsdp")),
+    (r"wpe/embedding", (None, "fsdp")),
+    (r"lm_head/kernel", ("fsdp", "tensor")),
+    (r".*/(scale|bias)", ()),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
@@ -89,6 +99,7 @@ class GPT2(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: bool = False
+    sharding = SHARDING
 
     def setup(self):
         c, kinds = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}

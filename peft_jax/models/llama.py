@@ -15,6 +15,16 @@ from peft_jax.errors import PeftJaxError
 from peft_jax.kept import POLICY, keep
 from peft_jax.models import cache, masks, rope
 
+# How weights are cut over a mesh: see peft_jax.sharding.
+SHARDING = (
+    (r"(.*/)?(q|k|v|gate|up)_proj/kernel", ("fsdp", "tensor")),
+    (r"(.*/)?(o|down)_proj/kernel", ("tensor", "fsdp")),
+    (r"(.*/)?(q|k|v|gate|up)_proj/bias", ("tensor",)),
+    (r"embed_tokens/embedding", ("tensor", "fsdp")),
+    (r"lm_head/kernel", ("fsdp", "tensor")),
+    (r".*/(scale|bias)", ()),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
@@ -148,6 +158,7 @@ class CausalLM(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: bool = False
+    sharding = SHARDING
 
     def setup(self):
         c, kinds = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}

@@ -42,14 +42,15 @@ def loops(function: Callable, *args: Any) -> list[int]:
 
 def _loops(jaxpr) -> Iterator[int]:
     for equation in jaxpr.eqns:
-        for one in _inside(equation):
+        for one in inside(equation):
             if equation.primitive.name == "scan":
                 yield peak(one)
             else:
                 yield from _loops(one)
 
 
-def _inside(equation) -> Iterator[Jaxpr]:
+def inside(equation) -> Iterator[Jaxpr]:
+    """The programs within an equation: bodies of loops, branches, called functions."""
     for value in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)):
         if isinstance(value, ClosedJaxpr | Jaxpr):
             yield value.jaxpr if isinstance(value, ClosedJaxpr) else value
@@ -68,7 +69,7 @@ def peak(jaxpr: Jaxpr) -> int:
     alive = most = 0
     for at, equation in enumerate(jaxpr.eqns):
         made = {one for one in equation.outvars if roots.get(one) is one}
-        most = max(most, alive + max([_sum(made), *map(peak, _inside(equation))]))
+        most = max(most, alive + max([_sum(made), *map(peak, inside(equation))]))
         ends = {roots[one] for one in _read(equation.invars) if last[roots[one]] == at}
         alive += _sum(made & last.keys()) - _sum(ends - given)
     return most

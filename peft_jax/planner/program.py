@@ -9,7 +9,9 @@ import jax
 import numpy as np
 
 from peft_jax import quant, tree
+from peft_jax.planner.flops import flops
 from peft_jax.planner.target import Target
+from peft_jax.planner.traffic import Collective, collectives
 
 
 class Memory(NamedTuple):
@@ -28,23 +30,31 @@ class Memory(NamedTuple):
 
 class Program(NamedTuple):
     """memory: of the compiled step. device: what it was compiled for. estimate: whether that is a CPU in the place of
-    another device. copies: ``{path: bytes}``, see :func:`whole_copies`."""
+    another device. copies: ``{path: bytes}``, see :func:`whole_copies`. devices: that run it together; the memory is
+    that of one. traffic: what travels between them. flops: of all devices' products of matrices, in one step."""
 
     memory: Memory
     device: str
     estimate: bool
     copies: dict[str, int]
+    devices: int = 1
+    traffic: tuple[Collective, ...] = ()
+    flops: int = 0
 
 
-def compile_step(step: Callable, state: Any, frozen: tree.Tree, batch: Any, target: Target | None = None) -> Program:
+def compile_step(step: Callable, state: Any, frozen: tree.Tree, batch: Any, target: Target | None = None,
+                 devices: int = 1) -> Program:
     """``step(state, frozen, batch)``, jitted, compiled for shapes: nothing is allocated, nothing runs.
 
-    ``target`` is a device that need not be there, by default the first one of the default backend.
+    ``target`` is a device that need not be there, by default the first one of the default backend. Of several
+    ``devices`` the shapes say where they lie.
     """
     target = target or Target(jax.devices()[0].device_kind, None, {})
     compiled = step.lower(*target.place((state, frozen, batch))).compile(target.options)
+    text = compiled.as_text()
     return Program(memory_of(compiled), target.name, target.sharding is None and jax.default_backend() == "cpu",
-                   whole_copies(compiled.as_text(), frozen, state))
+                   whole_copies(text, frozen, state) if devices == 1 else {}, devices, tuple(collectives(text)),
+                   flops(step, state, frozen, batch))
 
 
 def memory_of(compiled: Any) -> Memory:

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from peft_jax.planner.parts import Part, total
 from peft_jax.planner.program import Program
+from peft_jax.planner.traffic import moved
 
 
 class Device(NamedTuple):
@@ -44,7 +45,9 @@ class Plan(NamedTuple):
         memory = self.program.memory
         return {"assumed": self.assumed,
                 "compiled": {"device": self.program.device, "estimate": self.program.estimate, **memory._asdict(),
-                             "total": memory.total, "float32_copies": self.program.copies},
+                             "total": memory.total, "float32_copies": self.program.copies,
+                             "devices": self.program.devices, "flops": self.program.flops,
+                             "bytes_received_by_each": moved(self.program.traffic, self.program.devices)},
                 "parts": [part._asdict() for part in self.parts], "sum_of_parts": self.sum,
                 "devices": [{**device._asdict(), "fits": self.fits(device)} for device in DEVICES]}
 
@@ -67,8 +70,14 @@ def describe(plan: Plan) -> str:
                  for path, size in plan.program.copies.items() if size > memory.total / 100),
                 _row("total", memory.total, f"compiled for {where}")]
     fits = [_verdict(plan, device) for device in DEVICES]
-    return "\n".join([*assumed, "", "Sum of parts (GB)", *parts, _row("sum", plan.sum, ""), "",
-                      "Compiled step (GB)", *compiled, *([ESTIMATE] if plan.program.estimate else []), "", *fits])
+    summed = ["Sum of parts (GB)", *parts, _row("sum", plan.sum, ""), ""] if plan.parts else []
+    each = f", each of {plan.program.devices} devices" if plan.program.devices > 1 else ""
+    if plan.program.devices > 1:
+        compiled.append(_row("received in a step", moved(plan.program.traffic, plan.program.devices),
+                             "from other devices, no memory", False))
+    compiled.append(f"{plan.program.flops / 1e12:.3f} TFLOP a step in products of matrices, of all devices")
+    return "\n".join([*assumed, "", *summed, f"Compiled step (GB){each}", *compiled,
+                      *([ESTIMATE] if plan.program.estimate else []), "", *fits])
 
 
 def _row(name: str, size: int, words: str, counted: bool = True) -> str:

@@ -37,7 +37,8 @@ class QuantizedArray:
     mean:    float32 (*stack), which is added.
     offsets: float32 or float16 (*stack, rows, blocks), what code 0 of an affine type stands for.
 
-    ``product`` is how to multiply with it, see :func:`peft_jax.quantize`.
+    ``product`` is how to multiply with it, see :func:`peft_jax.quantize`. ``gathered``, on a mesh, is the sharding that
+    a matrix (rows, columns) has while it is multiplied with: codes are brought together so, then decoded.
 
     A pytree: the arrays are its children, the rest is static, so jit, grad, scan and vmap over the stack see it as they
     see the kernel. Made by :func:`peft_jax.quantize_array`; the constructor checks nothing.
@@ -55,6 +56,7 @@ class QuantizedArray:
     by_rows: bool = _static(default=False)
     plain_dtype: str = _static(default="float32")
     product: str = _static(default="plain")
+    gathered: Any = _static(default=None)  # noqa: RUF009
 
     @property
     def stack(self) -> tuple[int, ...]:

@@ -11,14 +11,17 @@ from flax import linen as nn
 
 from peft_jax import contraction, targets
 from peft_jax.errors import PeftJaxError
+from peft_jax.mesh import features_together
 from peft_jax.quant.leaf import QuantizedArray
 from peft_jax.quant.product import attend, dot, take
 
 
-def read(next_fun, args, kwargs, context) -> Any:
-    """The module's output from its quantised weight; what has none is called as it is."""
+def read(mesh, next_fun, args, kwargs, context) -> Any:
+    """The module's output from its quantised weight, or of an embedding on a mesh; others are called as they are."""
     module, name = context.module, context.method_name
     leaf = _held(module)
+    if leaf is None and mesh and isinstance(module, nn.Embed) and name == "__call__":
+        return _rows_of(mesh, module, next_fun, *args)
     if leaf is None or name not in ("__call__", "attend", "setup"):
         return next_fun(*args, **kwargs)
     _check(module, name)
@@ -30,6 +33,15 @@ def read(next_fun, args, kwargs, context) -> Any:
     if isinstance(module, nn.Embed):
         return take(leaf, args[0], module.dtype) if name == "__call__" else attend(args[0], leaf, module.dtype)
     return _product(module, leaf, args[0])
+
+
+def _rows_of(mesh, module: nn.Embed, next_fun, ids) -> Any:
+    """Features of a table may be cut over the devices that ``ids`` are cut over: brought together first, or the
+    compiler brings all rows of the batch together instead."""
+    if mesh.size == 1 or not module.has_variable("params", "embedding"):
+        return next_fun(ids)
+    table = module.get_variable("params", "embedding")
+    return take(features_together(mesh, table), ids, module.dtype or table.dtype)
 
 
 def _held(module: nn.Module) -> QuantizedArray | None:

@@ -13,15 +13,17 @@ from peft_jax.train.step import TrainState
 
 
 class Checkpoints:
-    """The newest ``keep`` checkpoints of a run below ``folder``; each is written aside and then renamed."""
+    """The newest ``keep`` checkpoints of a run below ``folder``; each is written aside, while training goes on, and
+    then renamed. On a mesh each process writes what its devices hold."""
 
     def __init__(self, folder: Path, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         self.folder, self.manager = folder, ocp.CheckpointManager(folder.absolute(), options=options)
 
     @property
     def latest(self) -> int | None:
-        """The newest complete checkpoint's step, or ``None``."""
+        """The newest checkpoint's step, or ``None``; of one that is still being written it waits for the end."""
+        self.manager.wait_until_finished()
         return self.manager.latest_step()
 
     def save(self, state: TrainState) -> None:
@@ -31,7 +33,8 @@ class Checkpoints:
             self.manager.save(step, args=ocp.args.StandardSave(_storable(state)))
 
     def restore(self, like: TrainState) -> TrainState:
-        """The newest checkpoint, bit for bit, with the structure, shapes and placement of ``like``.
+        """The newest checkpoint, bit for bit, with the structure, shapes and placement of ``like``: another mesh or
+        number of devices than it was written from makes no difference.
 
         Returns ``like`` itself where there is none yet. Raises ``PeftJaxError`` where it is damaged or of another
         shape.

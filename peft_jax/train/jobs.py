@@ -1,4 +1,4 @@
-"""What ``run.py`` can be asked to do: train, eval, merge (export), generate.
+"""What ``run.py`` can be asked to do: train, eval, merge (export), generate, plan.
 
 Each prints for people and returns an exit code.
 """
@@ -8,150 +8,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from peft_jax import quant, tree
-from peft_jax.data import Batches, encode_prompts
+from peft_jax.data import encode_prompts
 from peft_jax.data.sources import is_chat
-from peft_jax.data.tokenize import describe
 from peft_jax.errors import PeftJaxError
 from peft_jax.evaluation.evaluate import complete, make_evaluator
 from peft_jax.evaluation.objectives import objective_of
 from peft_jax.generation import Sampling
 from peft_jax.hub import load_pretrained, load_tokenizer, save_pretrained
-from peft_jax.hub.adapters import is_stored, load_adapter, save_adapter
-from peft_jax.method import BASE, Method, bind
+from peft_jax.hub.adapters import load_adapter
+from peft_jax.method import BASE, bind
 from peft_jax.methods import requantize
 from peft_jax.train import plan, report, session, workdir
-from peft_jax.train.checkpoint import Checkpoints
-from peft_jax.train.loop import due, fit
-from peft_jax.train.metrics import MetricsLog
-from peft_jax.train.optim import make_optimizer, make_schedule
 from peft_jax.train.session import Session
-from peft_jax.train.step import TrainState, init_state, make_step
-
-LOOKED_AT = 8  # batches
-
-
-def train(command) -> int:
-    """Train, evaluate before and after, save; goes on where an interrupted run of the workdir stopped."""
-    config, folder = command.config, Path(command.workdir)
-    workdir.check_writable(folder)
-    if not command.overwrite:
-        workdir.check_config(folder, config.to_dict())
-        if (folder / "results.json").exists():
-            return _already_done(folder)
-    method = session.build_method(config)
-    ready = session.load(config, command.probe, method)
-    batches, total = _batches(config, ready, method)
-    if method.prepare:
-        method = method.prepare(ready.model, ready.base, _looked_at(batches, total))
-    params = method.init(jax.random.key(config.seed), ready.base)
-    counts = report.parameter_counts(method, ready.base, params)
-    print(report.parameter_line(*counts), flush=True)
-    workdir.start(folder, config.to_dict(), command.overwrite)
-
-    apply = bind(method, ready.model)
-    jax.eval_shape(apply, {"params": params}, np.zeros((1, 8), np.int32))  # an adapter that nothing reads stops here
-    evaluate = make_evaluator(apply, ready.model, ready.tokenizer, ready.held, config)
-    before = _before(folder, evaluate, params, config.eval.to_dict())
-    step, state, frozen = _start(config, method, apply, params, total)
-    ready = ready._replace(base={})  # what does not train is in ``frozen``: a full run has no use for the old weights
-    del params
-    state, seconds, found = _train(config, folder, step, state, frozen, batches, total, evaluate)
-    if int(state.step) < total:
-        print(f"stopped after step {int(state.step)} of {total}; the same command goes on from there")
-        return 130
-
-    params = tree.combine(frozen, state.trainable)
-    saved = _save(folder, method, params, ready, config)
-    results = {"before": before, "after": found.get(total) or evaluate(params), "steps": total, "seconds": seconds}
-    results |= {"trainable": counts[0], "all": counts[1], "peak_memory": report.peak_memory()}
-    results |= {"adapter": str(saved), "adapter_bytes": _bytes_in(saved)}
-    workdir.write_json(folder / "results.json", results)
-    print("\n" + report.summary(results))
-    return 0
-
-
-def _start(config, method: Method, apply, params, total: int) -> tuple[Callable, TrainState, tree.Tree]:
-    """(training step, state before the first one, frozen leaves)."""
-    labels = method.labels(params)
-    optimizer = method.optimizer(make_optimizer(config.optim, total, labels), total)
-    step = make_step(apply, optimizer, config.optim.loss_chunk, objective_of(config.task).error, method.penalty)
-    trainable, frozen = tree.partition(params, labels)
-    return step, init_state(trainable, optimizer, jax.random.key(config.seed)), frozen
-
-
-def _save(folder: Path, method: Method, params: tree.Tree, ready: Session, config) -> Path:
-    """Write what was trained: the adapter, or the whole model where the method has no adapter file."""
-    if is_stored(method, params):
-        save_adapter(folder / "adapter", method, params, ready.model, config.model.source)
-        return folder / "adapter"
-    save_pretrained(folder / "model", ready.model, method.merge(params), ready.tokenizer)
-    return folder / "model"
-
-
-def _already_done(folder: Path) -> int:
-    print(f"{folder} holds this run, finished; nothing is left to train. --mode=eval evaluates it again, --overwrite "
-          "trains it again. Its results:\n")  # fmt: skip
-    print(report.summary(workdir.read_json(folder / "results.json", *report.SHOWN)))
-    return 0
-
-
-def _batches(config, ready: Session, method: Method) -> tuple[Batches, int]:
-    """The training batches and the number of optimiser steps; says what is in them."""
-    encoded, happened = objective_of(config.task).encode(ready.train, ready.tokenizer, config.data)
-    session.check_fits([*encoded, *ready.held.encoded, *ready.held.probe], ready.model.config, method)
-    batches = Batches(encoded, config.data, config.seed, config.optim.accumulate_steps)
-    total = config.optim.steps or batches.num_steps(config.optim.epochs)
-    print(f"training on {describe(happened)}")
-    print(f"{total} steps; {100 * batches.describe()['efficiency']:.0f} % of each batch are real tokens", flush=True)
-    return batches, total
-
-
-def _before(folder: Path, evaluate, params, settings: dict[str, Any]) -> dict[str, float]:
-    """The metrics before training; a resumed run reads what was found when it was new, if it evaluates the same."""
-    path, asked = folder / "before.json", workdir.plain(settings)
-    if not path.exists() or workdir.read_json(path, "eval", "metrics")["eval"] != asked:
-        print("evaluating before training", flush=True)
-        workdir.write_json(path, {"eval": asked, "metrics": evaluate(params)})
-    return workdir.read_json(path)["metrics"]
-
-
-def _train(config, folder: Path, step, state: TrainState, frozen, batches: Batches, total: int, evaluate):
-    """(state, seconds of training, metrics by step of evaluations on the way) after training or a request to stop."""
-    found: dict[int, dict[str, float]] = {}
-
-    def evaluated(state: TrainState) -> dict[str, float]:
-        found[int(state.step)] = evaluate(tree.combine(frozen, state.trainable))
-        print(report.metrics_line(*list(found.items())[-1]), flush=True)
-        return found[int(state.step)]
-
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
-    state = checkpoints.restore(state)
-    if int(state.step):
-        print(f"resuming {folder} after step {int(state.step)} of {total}", flush=True)
-    log = MetricsLog(folder, int(state.step), config.log.tensorboard)
-    ends = {batches.num_steps(epoch + 1) for epoch in range(total)}
-    checkpoint_due, evaluate_due = (due(part.every, ends if part.every_epoch else ())
-                                    for part in (config.checkpoint, config.eval))
-    try:
-        state = fit(step, state, frozen, batches, total_steps=total, schedule=make_schedule(config.optim, total),
-                    checkpoints=checkpoints, log=log, checkpoint_due=checkpoint_due, log_every=config.log.every,
-                    evaluate=evaluated, evaluate_due=evaluate_due)  # fmt: skip
-    finally:
-        checkpoints.close()
-        log.close()
-    return state, log.last["seconds"], found
-
-
-def _looked_at(batches: Batches, total: int) -> list[dict[str, np.ndarray]]:
-    """The batches that a method may see before training: the first ones of it, the same for a resumed run."""
-    return [batches.at(step) for step in range(min(total, LOOKED_AT))]
-
-
-def _bytes_in(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+from peft_jax.train.training import train
 
 
 class Tuned(NamedTuple):
@@ -182,7 +53,7 @@ def evaluate(command) -> int:
     tuned = _tuned(folder, command.config, ready.model, ready.base)
     found = {}
     for name, apply, params in (("base", bind(BASE, ready.model), ready.base), (tuned.name, tuned.apply, tuned.params)):
-        run = make_evaluator(apply, ready.model, ready.tokenizer, ready.held, command.config)
+        run = make_evaluator(apply, ready.model, ready.tokenizer, ready.held, command.config, ready.mesh)
         found[name] = run(params)
     workdir.write_json(folder / "eval.json", found)
     print(report.metrics_table(found))
@@ -208,7 +79,7 @@ def merge(command) -> int:
     if ready:
         merged = _requantized(command.config, ready, merged)
     save_pretrained(output, model, merged, tokenizer)
-    print(f"merged model: {output} ({report.size(_bytes_in(output))})")
+    print(f"merged model: {output} ({report.size(workdir.bytes_in(output))})")
     return 0
 
 

@@ -6,13 +6,17 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from peft_jax.data import Batches
 from peft_jax.errors import PeftJaxError
+from peft_jax.mesh import feed
+from peft_jax.train import hosts
 from peft_jax.train.checkpoint import Checkpoints
 from peft_jax.train.metrics import MetricsLog
 from peft_jax.train.report import Progress
@@ -20,18 +24,29 @@ from peft_jax.train.step import TrainState
 
 
 class StopRequest:
-    """While entered, Ctrl-C or SIGTERM asks the loop to stop after its step; a second one interrupts at once."""
+    """While entered, Ctrl-C or SIGTERM asks the loop to stop after its step; a second one interrupts at once.
+
+    ``asked`` is the signal's number, 0 before. Of several processes only all together can stop: there SIGTERM is left
+    to jax, which tells the others (``hosts.preempted``), and Ctrl-C interrupts.
+    """
 
     def __init__(self):
-        self.asked, self._usual = False, {}
+        self.asked, self._usual = 0, {}
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
+        # Not in other threads, where Python allows no handler.
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             self._usual = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
+    def after(self, step: int) -> bool:
+        """Whether to stop after ``step``."""
+        if not self.asked and hosts.preempted(step):
+            self.asked = int(signal.SIGTERM)
+        return bool(self.asked)
+
     def _ask(self, number, frame):
-        self.asked = True
+        self.asked = int(number)
         self._restore()
 
     def _restore(self):
@@ -40,6 +55,25 @@ class StopRequest:
 
     def __exit__(self, *exception):
         self._restore()
+
+
+class Trace:
+    """Entered around each step: a profile of ``steps`` of them, after the compiling first one, in ``folder``.
+
+    For TensorBoard's profile plugin, XProf or Perfetto.
+    """
+
+    def __init__(self, folder: Path, steps: int):
+        self.folder, self.steps, self.seen = folder, steps, 0
+
+    def __enter__(self):
+        self.seen += 1
+        if self.seen == 2:
+            jax.profiler.start_trace(str(self.folder))
+
+    def __exit__(self, *exception):
+        if self.seen == 1 + self.steps or (self.seen > 1 and exception[0]):
+            jax.profiler.stop_trace()
 
 
 def fit(
@@ -56,6 +90,10 @@ def fit(
     log_every: int,
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
     evaluate_due: Callable[[int], bool] = lambda step: False,
+    mesh: Mesh | None = None,
+    stop: StopRequest | None = None,
+    guard: str = "allow",
+    trace: Trace | None = None,
 ) -> TrainState:
     """Train from ``state.step`` to ``total_steps``, or until a ``StopRequest``; the state returned is checkpointed.
 
@@ -66,6 +104,9 @@ def fit(
       log_every: in steps; the last one and those with an evaluation are logged as well.
       evaluate: metrics of a state, logged as ``eval_<name>`` after steps for which ``evaluate_due``; the time that it
         takes is no time of training.
+      mesh: on which the state lies; batches are laid there. stop: which tells afterwards why training stopped.
+      guard: what to do about copies between host and device that a step does and nobody asked for, as of
+        ``jax.transfer_guard``. trace: of :class:`Trace`.
     Raises:
       PeftJaxError: a loss, gradient norm or update norm that is not finite, naming the step; the checkpoints before
         it remain.
@@ -73,10 +114,14 @@ def fit(
     done = int(state.step)
     clock = _Clock(before=log.last["seconds"] if log.last else 0.0)
     progress = Progress(total_steps, done)
-    batch = _at(batches, done) if done < total_steps else None
-    with StopRequest() as stop:
-        while done < total_steps and not stop.asked:
-            state, metrics = step(state, frozen, batch)
+    batch, stopping = _at(batches, done) if done < total_steps else None, False
+    with stop or StopRequest() as stop:
+        while done < total_steps and not stopping:
+            with trace or contextlib.nullcontext():
+                with jax.transfer_guard(guard):
+                    state, metrics = step(state, frozen, feed(mesh, batch, axis=1))
+                if trace:
+                    jax.block_until_ready(metrics)
             tokens, done = int((batch["segment_ids"] > 0).sum()), done + 1
             batch = _at(batches, done) if done < total_steps else None  # while the device works
             values = {name: float(value) for name, value in metrics.items()}  # waits for it
@@ -85,10 +130,11 @@ def fit(
             if evaluated := evaluate is not None and evaluate_due(done):
                 with clock.paused():
                     values |= {f"eval_{name}": value for name, value in evaluate(state).items()}
-            if done % log_every == 0 or done == total_steps or stop.asked or evaluated:
+            stopping = stop.after(done)
+            if done % log_every == 0 or done == total_steps or stopping or evaluated:
                 log.write(done, values)
             progress.update(done, values["loss"], values["tokens_per_second"])
-            if checkpoint_due(done) or done == total_steps or stop.asked:
+            if checkpoint_due(done) or done == total_steps or stopping:
                 checkpoints.save(state)
     progress.close()
     return state

@@ -11,28 +11,31 @@ class MetricsLog:
     """Appends to ``folder/metrics.jsonl``, and to ``folder/tensorboard`` where that is asked for.
 
     Lines beyond ``first_step`` are of steps that a resumed run does again; they are dropped. ``last`` is the last line
-    that was kept or written, ``{}`` at the start.
+    that was kept or written, ``{}`` at the start. Without a ``folder`` nothing is written.
     """
 
-    def __init__(self, folder: Path, first_step: int, tensorboard: bool):
-        self.path = folder / "metrics.jsonl"
-        self.last = _keep_until(self.path, first_step)
-        self.file = self.path.open("a", encoding="utf-8")
-        self.board = _open_board(folder / "tensorboard", first_step) if tensorboard else None
+    def __init__(self, folder: Path | None, first_step: int, tensorboard: bool):
+        self.last, self.file, self.board = {}, None, None
+        if folder:
+            self.path = folder / "metrics.jsonl"
+            self.last = _keep_until(self.path, first_step)
+            self.file = self.path.open("a", encoding="utf-8")
+            self.board = _open_board(folder / "tensorboard", first_step) if tensorboard else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Record ``values`` of an optimiser step."""
         self.last = {"step": step, **values}
-        self.file.write(json.dumps(self.last) + "\n")
-        self.file.flush()
+        if self.file:
+            self.file.write(json.dumps(self.last) + "\n")
+            self.file.flush()
         if self.board:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self.file.close()
-        if self.board:
-            self.board.close()
+        for one in (self.file, self.board):
+            if one:
+                one.close()
 
 
 def _keep_until(path: Path, step: int) -> dict[str, float]:

@@ -7,19 +7,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from peft_jax import tree
+from peft_jax import sharding, tree
+from peft_jax.data.collate import round_up
 from peft_jax.errors import PeftJaxError
 from peft_jax.evaluation.objectives import objective_of
 from peft_jax.hub import config as hub_config
 from peft_jax.hub import families, load_config
 from peft_jax.hub.pretrained import quantised_as, with_head
 from peft_jax.loss import cross_entropy, squared_error
+from peft_jax.mesh import ROWS, describe_mesh, make_mesh, row_shards
 from peft_jax.method import Method, bind
 from peft_jax.planner import Plan, Target, compile_step, describe, h100, sum_of_parts
 from peft_jax.train import session, workdir
 from peft_jax.train.optim import make_optimizer
-from peft_jax.train.step import init_state, make_step
+from peft_jax.train.step import init_state, make_step, state_shardings
 
 STEPS = 1000  # of the schedule, where only epochs are set: a constant of the program, no memory
 LENGTH = 1024  # tokens of a row, where neither rows nor examples have a limit
@@ -28,7 +31,7 @@ LENGTH = 1024  # tokens of a row, where neither rows nor examples have a limit
 def plan(model: Any, method: Method, optimizer: optax.GradientTransformation, *, rows: int = 1,
          row_length: int = LENGTH, answers: int | None = None, accumulate_steps: int = 1, loss_chunk: int = 512,
          error: Callable = cross_entropy, base: Mapping[str, Any] | None = None, target: Target | None = None,
-         assumed: Mapping[str, Any] | None = None) -> Plan:
+         assumed: Mapping[str, Any] | None = None, mesh: Mesh | None = None) -> Plan:
     """What one training step needs of one device, before there are weights: nothing is allocated or downloaded.
 
     The step is that of training, lowered and compiled; beside it stands a sum of parts.
@@ -42,6 +45,8 @@ def plan(model: Any, method: Method, optimizer: optax.GradientTransformation, *,
         ``param_dtype``.
       target: what to compile for, such as ``peft_jax.planner.h100()``; by default a device of the default backend.
       assumed: words on where the shapes come from, to be shown with the plan.
+      mesh: of :func:`peft_jax.make_mesh`, of several devices, as ``model.sharding`` says; bytes are then each device's,
+        ``rows`` are of all of them, and there is no sum of parts.
 
     Returns a :class:`peft_jax.planner.Plan`; ``peft_jax.planner.describe(plan)`` is its table. Compiled for a CPU its
     temporaries are an estimate of a GPU's.
@@ -58,20 +63,38 @@ def plan(model: Any, method: Method, optimizer: optax.GradientTransformation, *,
     answers = row_length - 1 if answers is None else answers
     _check_sizes(model, rows=rows, row_length=row_length, answers=answers, accumulate_steps=accumulate_steps,
                  loss_chunk=loss_chunk)
+    if rows % row_shards(mesh):
+        raise PeftJaxError(f"plan: {rows} rows cannot be shared by {row_shards(mesh)} parts of the mesh (data x fsdp): "
+                           "give a multiple.")
     if method.prepare:
         raise PeftJaxError("this method's sizes depend on data that it looks at before training, of which a plan has "
                            "none: plan it with another initialisation, such as init_lora_weights=True.")
     params = jax.eval_shape(method.init, jax.random.key(0), abstract(model) if base is None else base)
-    apply = bind(method, model)
+    mesh = mesh if mesh and mesh.size > 1 else None
+    if mesh:
+        params = sharding.shapes(params, sharding.shardings(params, mesh, model.sharding, method))
+    apply = bind(method, model, mesh)
     jax.eval_shape(apply, {"params": params}, jnp.zeros((1, 8), jnp.int32))  # an adapter that nothing reads stops here
     trainable, frozen = tree.partition(params, method.labels(params))
     optimizer = method.optimizer(optimizer, STEPS)
+    state, where = _state(trainable, optimizer, mesh)
+    batch = shapes_of(rows, row_length, answers, accumulate_steps, jnp.float32 if error is squared_error else jnp.int32,
+                      mesh)
+    step = make_step(apply, optimizer, loss_chunk, error, method.penalty, mesh, where)
+    words = {**_words(model, batch), **({"mesh": describe_mesh(mesh)} if mesh else {}), **(assumed or {})}
+    parts = [] if mesh else sum_of_parts(apply, trainable, frozen, state.opt_state, (state.step, state.rng), batch,
+                                         loss_chunk, error)
+    return Plan(words, compile_step(step, state, frozen, batch, target, mesh.size if mesh else 1), parts)
+
+
+def _state(trainable: tree.Tree, optimizer: optax.GradientTransformation, mesh: Mesh | None):
+    """(shapes of the state, its shardings on a mesh)."""
     state = jax.eval_shape(lambda leaves, rng: init_state(leaves, optimizer, rng), trainable, jax.random.key(0))
-    batch = shapes_of(rows, row_length, answers, accumulate_steps, jnp.float32 if error is squared_error else jnp.int32)
-    step = make_step(apply, optimizer, loss_chunk, error, method.penalty)
-    return Plan({**_words(model, batch), **(assumed or {})}, compile_step(step, state, frozen, batch, target),
-                sum_of_parts(apply, trainable, frozen, state.opt_state, (state.step, state.rng), batch, loss_chunk,
-                             error))
+    if not mesh:
+        return state, None
+    where = state_shardings(trainable, jax.tree.map(lambda leaf: leaf.sharding, trainable), optimizer, mesh)
+    return jax.tree.map(lambda leaf, lies: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies), state,
+                        where), where
 
 
 def _words(model, batch) -> dict[str, Any]:
@@ -90,10 +113,13 @@ def abstract(model: Any) -> tree.Tree:
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
-def shapes_of(rows: int, row_length: int, answers: int, accumulate_steps: int, kind: Any = jnp.int32) -> dict[str, Any]:
+def shapes_of(rows: int, row_length: int, answers: int, accumulate_steps: int, kind: Any = jnp.int32,
+              mesh: Mesh | None = None) -> dict[str, Any]:
     """The shapes of a step's batch as :mod:`peft_jax.data.batches` has it, the axis of micro-batches in front."""
+    where = NamedSharding(mesh, PartitionSpec(None, ROWS)) if mesh else None
+
     def of(width, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct((accumulate_steps, rows, width), dtype)
+        return jax.ShapeDtypeStruct((accumulate_steps, rows, width), dtype, sharding=where)
 
     return {"input_ids": of(row_length), "segment_ids": of(row_length), "positions": of(row_length),
             "loss_index": of(answers), "loss_target": of(answers, kind), "loss_weight": of(answers, jnp.float32)}
@@ -137,7 +163,8 @@ def plan_config(config, target: Target | None = None) -> Plan:
     held = quantised_as(config.model.source)
     base = jax.eval_shape(held.init, jax.random.key(0), base) if held else base
     method = session.build_method(config)
-    rows, row_length, words = _sizes(config.data, sizes)
+    mesh = make_mesh(**config.mesh)
+    rows, row_length, words = _sizes(config.data, sizes, row_shards(mesh))
     params = base if method.prepare else jax.eval_shape(method.init, jax.random.key(0), base)
     optimizer = make_optimizer(config.optim, config.optim.steps or STEPS, method.labels(params))
     source = f"{config.model.source}{', quantised as its config.json says, in blocks of 64' if held else ''}"
@@ -145,16 +172,17 @@ def plan_config(config, target: Target | None = None) -> Plan:
                "optimiser": "AdamW, two moments in the type of what trains"}
     return plan(model, method, optimizer, rows=rows, row_length=row_length, answers=None if objective.writes else 1,
                 accumulate_steps=config.optim.accumulate_steps, loss_chunk=config.optim.loss_chunk,
-                error=objective.error, base=base, target=target, assumed=assumed)
+                error=objective.error, base=base, target=None if mesh.size > 1 else target, assumed=assumed, mesh=mesh)
 
 
-def _sizes(data, sizes) -> tuple[int, int, str]:
+def _sizes(data, sizes, multiple: int) -> tuple[int, int, str]:
     """(rows, tokens of a row, where they come from) of a micro-batch; without data nobody knows how examples pack."""
     most = sizes.max_position_embeddings
     longest = min(data.max_length or LENGTH, most)  # of an example
     if data.collate != "pack":
-        return data.batch_size, longest, "data.batch_size x the longest that an example may be (data.max_length)"
+        words = "data.batch_size x the longest that an example may be (data.max_length)"
+        return int(round_up(data.batch_size, multiple)), longest, words
     named = {"data.rows": data.rows, "data.row_length": data.row_length}
     unset = [f"--config.{name}" for name, value in named.items() if not value]
     words = "as set" if not unset else f"assumed, for want of data; set {' and '.join(unset)}"
-    return data.rows or 1, data.row_length or longest, words
+    return int(round_up(data.rows or 1, multiple)), data.row_length or longest, words

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from peft_jax import quant, tree
 from peft_jax.data import load_examples
@@ -16,24 +17,27 @@ from peft_jax.evaluation.evaluate import HeldOut, hold_out
 from peft_jax.evaluation.objectives import objective_of
 from peft_jax.hub import bnb, families, load_config, load_pretrained, load_tokenizer
 from peft_jax.hub.pretrained import with_head
+from peft_jax.mesh import make_mesh
 from peft_jax.method import BASE, Method, chain
 from peft_jax.methods import METHODS
 
 
 class Session(NamedTuple):
-    """train: training examples. held: held-out ones. model, base: the pretrained model and its parameters."""
+    """train: training examples. held: held-out ones. model, base: the pretrained model and its parameters,
+    which lie on the mesh."""
 
     train: list[Example]
     held: HeldOut
     tokenizer: Any
     model: Any
     base: tree.Tree
+    mesh: Mesh
 
 
 def load(config, probe_task=None, method: Method = BASE) -> Session:
     """Data, tokenizer and model of a configuration; ``probe_task`` is the task behind ``eval.probe`` or ``None``.
 
-    ``method`` as of :func:`load_model`.
+    ``method`` as of :func:`load_model`. Raises ``PeftJaxError`` where something of it is not to be had or does not fit.
     """
     examples = load_examples(config.task)
     if not examples["validation"]:
@@ -45,10 +49,11 @@ def load(config, probe_task=None, method: Method = BASE) -> Session:
     tokenizer = load_tokenizer(config.model.source)
     held = hold_out(held_out, probe, tokenizer, config.task, config.data)
     model_config = load_config(config.model.source)
+    mesh = make_mesh(**config.mesh)
     check_answers(config.task, model_config)
     check_fits([*held.encoded, *held.probe], model_config)
-    model, base = load_model(config, method)
-    return Session(examples["train"], held, tokenizer, model, base)
+    model, base = load_model(config, method, mesh)
+    return Session(examples["train"], held, tokenizer, model, base, mesh)
 
 
 def load_probe(config, probe_task) -> list[Example]:
@@ -85,15 +90,17 @@ def check_fits(encoded: Sequence[One], model_config, method: Method | None = Non
                            "--config.data.max_length, and see --config.data.on_too_long")
 
 
-def load_model(config, method: Method = BASE) -> tuple[Any, tree.Tree]:
+def load_model(config, method: Method = BASE, mesh: Mesh | None = None) -> tuple[Any, tree.Tree]:
     """The model computing in ``model.dtype`` and its parameters, kept in ``model.param_dtype``.
 
     Where the task needs a head, the model has it, and where the checkpoint does not, it starts at random by the seed.
-    Where the ``method`` begins with a change of types (a quantised base), that happens while the weights are read.
+    Where the ``method`` begins with a change of types (a quantised base), that happens while the weights are read. They
+    lie on the ``mesh`` where that is of several devices.
     """
     model, params = load_pretrained(config.model.source, dtype=jnp.dtype(config.model.param_dtype),
                                     remat=config.model.remat, head=objective_of(config.task).head(config.task),
-                                    rng=jax.random.key(config.seed), method=method)
+                                    rng=jax.random.key(config.seed), method=method,
+                                    mesh=mesh if mesh and mesh.size > 1 else None)
     return model.clone(dtype=jnp.dtype(config.model.dtype)), params
 
 

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from peft_jax import tree
+from peft_jax import sharding, tree
 from peft_jax.loss import batch_loss, cross_entropy
 
 
@@ -20,14 +21,28 @@ class TrainState(NamedTuple):
     rng: jax.Array  # typed key; step and micro-batch are folded in, it never changes itself
 
 
-def init_state(trainable: tree.Tree, tx: optax.GradientTransformation, rng: jax.Array) -> TrainState:
-    """The state before the first step. It owns its leaves: steps donate them, and the base's may be among the given."""
-    trainable = jax.tree.map(jnp.copy, trainable)
-    return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable), rng)
+def init_state(trainable: tree.Tree, tx: optax.GradientTransformation, rng: jax.Array,
+               where: TrainState | None = None) -> TrainState:
+    """The state before the first step. It owns its leaves: steps donate them, and the base's may be among the given.
+
+    On a mesh, ``where`` are its shardings, of :func:`state_shardings`.
+    """
+    def make(trainable, rng):
+        trainable = jax.tree.map(jnp.copy, trainable)
+        return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable), rng)
+
+    return make(trainable, rng) if where is None else jax.jit(make, out_shardings=where)(trainable, rng)
+
+
+def state_shardings(trainable: tree.Tree, where: tree.Tree, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Where the state of ``trainable`` (arrays or shapes) lies on a mesh, if these leaves lie as ``where`` says."""
+    shapes = jax.eval_shape(lambda leaves, rng: init_state(leaves, tx, rng), trainable, jax.random.key(0))
+    return sharding.like(shapes, trainable, where, mesh)
 
 
 def make_step(apply: Callable, tx: optax.GradientTransformation, loss_chunk: int,
-              error: Callable = cross_entropy, penalty: Callable[[tree.Tree], jax.Array] | None = None) -> Callable:
+              error: Callable = cross_entropy, penalty: Callable[[tree.Tree], jax.Array] | None = None,
+              mesh: Mesh | None = None, where: TrainState | None = None) -> Callable:
     """A jitted ``step(state, frozen, batch) -> (state, metrics)``; ``state`` is donated.
 
     Leaves of ``batch`` are (accumulate_steps, batch, ...). The gradient is that of the mean loss over all answers
@@ -35,12 +50,14 @@ def make_step(apply: Callable, tx: optax.GradientTransformation, loss_chunk: int
     for the gradient, and is not in the ``loss`` that is reported. Metrics are float32 scalars: ``loss``, the mean
     ``error`` of an answer, which is in nats per token by default, ``grad_norm`` before clipping, ``update_norm`` of
     what was added to the trainable leaves: if these are finite, so is the new state where the old one was.
+
+    On a ``mesh``, ``where`` are the shardings of the state, which the new one has too.
     """
 
     def micro_gradient(trainable, frozen, micro, rng):
         def loss(leaves):
             return batch_loss(apply, tree.combine(frozen, leaves), micro, chunk=loss_chunk, rngs={"dropout": rng},
-                              error=error)
+                              error=error, mesh=mesh)
 
         return jax.value_and_grad(loss, has_aux=True)(trainable)
 
@@ -72,4 +89,4 @@ def make_step(apply: Callable, tx: optax.GradientTransformation, loss_chunk: int
         trainable = optax.apply_updates(state.trainable, updates)
         return TrainState(state.step + 1, trainable, opt_state, state.rng), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=None if where is None else (where, None))

@@ -125,6 +125,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def bytes_in(folder: Path) -> int:
+    """Of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def write_json(path: Path, value: Any) -> None:
     """Written aside, then renamed: a reader finds the old file or the new one, never half of it."""
     aside = path.with_name(path.name + ".tmp")

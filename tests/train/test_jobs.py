@@ -4,7 +4,7 @@ import pytest
 
 import run
 from peft_jax.errors import PeftJaxError
-from peft_jax.train import jobs, workdir
+from peft_jax.train import training, workdir
 
 FOREIGN = pytest.mark.parametrize("content, words", [("[]", "not a JSON object"), ('{"eval": {}}', "lacks ")])
 
@@ -13,7 +13,7 @@ FOREIGN = pytest.mark.parametrize("content, words", [("[]", "not a JSON object")
 def test_metrics_before_training_that_no_run_wrote(tmp_path, content, words):
     (tmp_path / "before.json").write_text(content)
     with pytest.raises(PeftJaxError, match=rf"{tmp_path}/before.json .*{words}.*remove it"):
-        jobs._before(tmp_path, None, None, {})
+        training._before(tmp_path, None, None, {})
 
 
 @FOREIGN
@@ -21,7 +21,7 @@ def test_results_that_no_run_wrote(tmp_path, content, words):
     (tmp_path / "results.json").write_text(content)
     command = run.parse_command(["--config=experiments/lora.py", f"--workdir={tmp_path}"])
     with pytest.raises(PeftJaxError, match=rf"{tmp_path}/results.json .*{words}.*remove it"):
-        jobs.train(command)
+        training.train(command)
 
 
 def test_merging_onto_a_run_is_refused_before_anything_is_loaded(tmp_path, capsys):

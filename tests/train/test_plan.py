@@ -13,8 +13,9 @@ from peft_jax import lora, plan
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import bind
 from peft_jax.planner.program import memory_of
-from peft_jax.train import jobs, session
+from peft_jax.train import jobs, session, training
 from peft_jax.train.loop import _at
+from peft_jax.train.optim import make_optimizer
 from peft_jax.train.plan import _sizes, plan_config
 from tests.test_run import data  # noqa: F401, the fixture of a small run
 
@@ -26,7 +27,7 @@ def asked(tiny_folder, data, tmp_path):  # noqa: F811
     """``asked(experiment, *options)``: the command of a plan for the tiny model."""
     def parsed(experiment, *options, model=tiny_folder):
         fixed = ["--config.task.prompt_column=prompt", "--config.task.completion_column=completion",
-                 "--config.task.validation_fraction=0.2", "--config.eval.probe=", "--mode=plan"]
+                 "--config.task.validation_fraction=0.2", "--config.eval.probe=", "--config.mesh.data=1", "--mode=plan"]
         return run.parse_command([f"--config=experiments/{experiment}.py:model={model},task={data}", *fixed,
                                   f"--workdir={tmp_path / 'run'}", *options])
     return parsed
@@ -38,14 +39,14 @@ def asked(tiny_folder, data, tmp_path):  # noqa: F811
 def test_it_is_the_memory_of_the_program_that_training_runs(asked, experiment, options):
     config = asked(experiment, *options).config
     ready, method = session.load(config), session.build_method(config)
-    batches, total = jobs._batches(config, ready, method)
+    batches, total = training._batches(config, ready, method)
     params = method.init(jax.random.key(0), ready.base)
-    step, state, frozen = jobs._start(config, method, bind(method, ready.model), params, total)
+    step, state, frozen = training._start(config, method, bind(method, ready.model), params, total, ready.mesh)
     batch = _at(batches, 0)
     real = memory_of(step.lower(state, frozen, batch).compile())
 
     _, rows, length = batch["input_ids"].shape
-    found = plan(ready.model, method, jobs.make_optimizer(config.optim, total, method.labels(params)), rows=rows,
+    found = plan(ready.model, method, make_optimizer(config.optim, total, method.labels(params)), rows=rows,
                  row_length=length, answers=batch["loss_index"].shape[-1],
                  accumulate_steps=config.optim.accumulate_steps)
     assert found.program.memory == real

@@ -20,7 +20,7 @@ def arguments(tiny_folder, films):
     data = films(15)
 
     def make(experiment, **settings):
-        small = {"data.batch_size": 4, "optim.accumulate_steps": 2, "optim.steps": 0, "optim.epochs": 2,
+        small = {"mesh.data": 1, "data.batch_size": 4, "optim.accumulate_steps": 2, "optim.steps": 0, "optim.epochs": 2,
                  "optim.learning_rate": 1e-2, "eval.batch_size": 4, "eval.probe": "", "log.tensorboard": False,
                  "task.prompt_column": "prompt", "task.completion_column": "completion",
                  "task.validation_fraction": 0.2, "generate.max_new_tokens": 3}  # fmt: skip

@@ -1,0 +1,91 @@
+"""Several processes, one run: each has some of the devices, all of them run the same program, the first one writes.
+
+The runtime is jax's own, ``jax.distributed``. The workdir is one that all processes see.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from peft_jax import tree
+from peft_jax.errors import PeftJaxError
+from peft_jax.hub import assets
+from peft_jax.mesh import fetch
+
+
+def start(command) -> None:
+    """Settle how jax runs, as the command line says, and join the other processes where there are some.
+
+    Compiled programs are kept with the downloads, in ``PEFT_JAX_CACHE``, unless ``JAX_COMPILATION_CACHE_DIR`` says
+    where. Raises ``PeftJaxError`` where other processes cannot be found.
+    """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(assets.cache_folder("compiled")))
+    jax.config.update("jax_debug_nans", command.debug_nans)
+    if not command.distributed:
+        return
+    given = {"coordinator_address": command.coordinator, "num_processes": command.num_processes,
+             "process_id": command.process_id}
+    try:
+        jax.distributed.initialize(**{name: value for name, value in given.items() if value is not None})
+    except (ValueError, RuntimeError) as error:
+        raise PeftJaxError(f"--distributed: {' '.join(str(error).split())[:200]}; under Slurm, on GKE and on TPU VMs "
+                           "jax finds the other processes itself, elsewhere give --coordinator=HOST:PORT, "
+                           "--num_processes and --process_id") from error
+
+
+def first() -> bool:
+    """Whether this is the process that writes."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def one_voice() -> Iterator[None]:
+    """While entered, what processes but the first print goes nowhere; errors are still told by all of them."""
+    if first():
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def agreed(value: bool) -> bool:
+    """The first process's ``value``: for what depends on files, which another may see sooner or later."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+
+
+def barrier(name: str) -> None:
+    """Wait for all processes."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def preempted(step: int) -> bool:
+    """Whether the cluster has sent some process a SIGTERM, and all have come to the step to stop at."""
+    if jax.process_count() == 1:
+        return False
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+def brought(params: tree.Tree) -> tree.Tree:
+    """``params`` with every leaf whole on the first process; leaf by leaf, others keep nothing of it."""
+    if jax.process_count() == 1:
+        return params
+
+    def bring(leaf: Any) -> np.ndarray:
+        array = fetch(leaf)
+        return array if first() else np.zeros(0, array.dtype)
+
+    return jax.tree.map(bring, params)
