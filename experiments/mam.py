@@ -13,5 +13,5 @@ def get_config(arg: str = ""):
     config = base.get_config(**parse.typed_args(arg, model="smollm2-135m", task="movie_rating"),
                              method="prefix+parallel_adapter")
     config.method.prefix.num_virtual_tokens = 30
-    config.optim.update(learning_rate=2e-3, steps=60)
+    config.optim.update(learning_rate=2e-4, steps=60)
     return config

@@ -12,5 +12,5 @@ def get_config(arg: str = ""):
     config = base.get_config(**parse.typed_args(arg, model="smollm2-135m", task="movie_rating"),
                              method="parallel_adapter")
     config.method.update(bottleneck_size=64)
-    config.optim.update(learning_rate=1e-3, steps=60)
+    config.optim.update(learning_rate=2e-4, steps=60)
     return config

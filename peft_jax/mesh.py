@@ -28,8 +28,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     One of the three may be -1: what is left. Without, the mesh may be smaller than the devices of a single process: it
     takes the first ones. Raises ``PeftJaxError`` for other sizes below 1 and where the product does not fit.
 
-    >>> make_mesh(devices=jax.devices()[:1]).shape
-    OrderedDict({'data': 1, 'fsdp': 1, 'tensor': 1})
+    >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
+    {'data': 1, 'fsdp': 1, 'tensor': 1}
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
