@@ -123,8 +123,8 @@ def load_adapter(source: str | os.PathLike, base_params: Mapping[str, Any],
 
     Args:
       source: a local folder, or a Hub id (``org/name``), of which only the two files are fetched.
-      base_params: of the model that the adapter was made on; quantised likewise if it was, which also one is that
-        began as LoftQ's: no file says so.
+      base_params: of the model that the adapter was made on; quantised likewise if that was, as the base of an adapter
+        that began as LoftQ's always is: the file does not say so, here or in peft.
       axes: from :func:`peft_jax.kernel_axes`, for a model that is not ours.
 
     Raises:
