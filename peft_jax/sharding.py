@@ -162,6 +162,7 @@ def _fitted(mesh: Mesh, large: str | None, sizes: Sequence[int], spec: tuple[Axi
     """``spec`` with axes of the mesh that do not divide their size moved to where they do; ``large`` names a leaf for
     which there must be such a place.
 
+    >>> from peft_jax import make_mesh
     >>> mesh = make_mesh(devices=jax.devices()[:1])
     >>> _fitted(mesh, None, (3, 4), ("fsdp", None))
     (('fsdp',), ())
