@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from peft_jax import PeftJaxError, bind, chain, full, houlsby, lora, prefix, quant, quantize, sharding, tree
 from peft_jax.mesh import feed, make_mesh
@@ -129,19 +130,19 @@ def check_bytes(name, mesh, base, held):
 
 def test_every_large_leaf_is_covered(base):
     mesh = make_mesh(1, 8, 1)
-    with pytest.raises(PeftJaxError, match=r"no rule says how 'layers/mlp/down_proj/kernel' .*\(\"fsdp\", None\)"):
+    with pytest.raises(PeftJaxError, match=r"no rule says how 'embed_tokens/embedding' .*\(\"fsdp\", None\)"):
         sharding.shardings(base, mesh, MODEL.sharding[:1], large=1 << 12)
     lies = tree.flatten(sharding.shardings(base, mesh, MODEL.sharding, large=0))
-    assert lies["layers/mlp/down_proj/kernel"].spec == (None, ("tensor",), ("fsdp",))
+    assert lies["layers/mlp/down_proj/kernel"].spec == P(None, ("tensor",), ("fsdp",))
 
 
 def test_what_does_not_divide_moves_or_is_said(base):
     leaf = {"x": {"kernel": jax.ShapeDtypeStruct((2, 9, 64), jnp.float32)}}
     rules = (("x/kernel", ("fsdp", "tensor")),)
     lies = sharding.shardings(leaf, make_mesh(1, 4, 2), rules)["x"]["kernel"]
-    assert lies.spec == (None, (), ("tensor", "fsdp"))
+    assert lies.spec == P(None, (), ("tensor", "fsdp"))
     odd = {"x": {"kernel": jax.ShapeDtypeStruct((2, 9, 63), jnp.float32)}}
-    assert sharding.shardings(odd, make_mesh(1, 4, 2), rules)["x"]["kernel"].spec == (None, (), ())  # small
+    assert sharding.shardings(odd, make_mesh(1, 4, 2), rules)["x"]["kernel"].spec == P(None, (), ())  # small
     with pytest.raises(PeftJaxError, match=r"'x/kernel' cannot be split over fsdp=4.*9 and 63.*--config.mesh.fsdp"):
         sharding.shardings(odd, make_mesh(1, 4, 2), rules, large=0)
 
@@ -150,22 +151,22 @@ def test_quantised_leaves_are_cut_between_blocks(base):
     params = jax.eval_shape(quantize("nf4", block_size=64, double_quant=True).init, jax.random.key(0), base)
     lies = tree.flatten(sharding.shardings(params, make_mesh(1, 4, 2), MODEL.sharding, large=0))
     one = lies["layers/mlp/up_proj/kernel"]  # 128 inputs are two blocks: four parts would cut them, so outputs are
-    assert one.codes.spec == one.scales.spec == (None, ("tensor", "fsdp"), ())
-    assert one.gathered.spec == (("tensor",), ()) and one.nested.spec == ()
+    assert one.codes.spec == one.scales.spec == P(None, ("tensor", "fsdp"), ())
+    assert one.gathered.spec == P(("tensor",), ()) and one.nested.spec == P()
     two = lies["layers/mlp/down_proj/kernel"]  # 256 inputs over tensor=2, outputs over fsdp
-    assert two.codes.spec == (None, ("fsdp",), ("tensor",))
+    assert two.codes.spec == P(None, ("fsdp",), ("tensor",))
 
 
 def test_leaves_beside_a_kernel_lie_as_it_does(base):
     method = lora(r=4, target_modules="all-linear")
     params = jax.eval_shape(method.init, jax.random.key(0), base)
     lies = tree.flatten(sharding.shardings(params, make_mesh(1, 4, 2), MODEL.sharding, method))
-    assert lies["layers/mlp/up_proj/lora_a"].spec == (None, ("fsdp",), ())
-    assert lies["layers/mlp/up_proj/lora_b"].spec == (None, (), ("tensor",))
-    assert lies["layers/mlp/down_proj/lora_a"].spec == (None, ("tensor",), ())
-    assert lies["layers/mlp/down_proj/lora_b"].spec == (None, (), ("fsdp",))
+    assert lies["layers/mlp/up_proj/lora_a"].spec == P(None, ("fsdp",), ())
+    assert lies["layers/mlp/up_proj/lora_b"].spec == P(None, (), ("tensor",))
+    assert lies["layers/mlp/down_proj/lora_a"].spec == P(None, ("tensor",), ())
+    assert lies["layers/mlp/down_proj/lora_b"].spec == P(None, (), ("fsdp",))
     large = tree.flatten(sharding.shardings(params, make_mesh(1, 4, 2), MODEL.sharding, method, large=1 << 10))
-    assert large["layers/mlp/up_proj/lora_b"].spec == (None, (), ("tensor", "fsdp"))
+    assert large["layers/mlp/up_proj/lora_b"].spec == P(None, (), ("tensor", "fsdp"))
 
 
 @pytest.mark.parametrize("sizes, words", [

@@ -118,8 +118,9 @@ def fit(
     with stop or StopRequest() as stop:
         while done < total_steps and not stopping:
             with trace or contextlib.nullcontext():
+                laid = feed(mesh, batch, axis=1)
                 with jax.transfer_guard(guard):
-                    state, metrics = step(state, frozen, feed(mesh, batch, axis=1))
+                    state, metrics = step(state, frozen, laid)
                 if trace:
                     jax.block_until_ready(metrics)
             tokens, done = int((batch["segment_ids"] > 0).sum()), done + 1

@@ -90,7 +90,7 @@ def test_killed_in_a_step_they_go_on_and_end_as_if_nothing_had_been(arguments, a
     first, second = ended(start(arguments, tmp_path))
     assert first[0] == second[0] == 0, (first, second)
     assert "resuming" in first[1] and "trainable params" in first[1]
-    assert not second[1]  # one voice
+    assert not [line for line in second[1].splitlines() if "[Gloo]" not in line]  # one voice; Gloo has its own
     same_end(tmp_path, alone)
 
 
@@ -109,7 +109,7 @@ def test_a_preemption_of_one_stops_both_and_the_code_says_so(arguments, alone, t
 
 def test_a_run_can_be_watched_closely(arguments, tmp_path):
     """--transfer_guard, --debug_nans and --profile: it trains the same, and leaves a trace of the steps asked for."""
-    before = jax.config.read("jax_debug_nans")
+    before = jax.config.jax_debug_nans
     try:
         assert run.main([*arguments, f"--workdir={tmp_path}", "--profile=2", "--transfer_guard=disallow",
                          "--debug_nans", "--config.optim.steps=4"]) == 0
