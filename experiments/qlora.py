@@ -5,7 +5,9 @@
 
 Paper: Dettmers et al. 2023, arXiv:2305.14314: NF4 in blocks of 64, double quantisation, bfloat16 compute, gradient
 checkpointing, adapters on every linear layer. r 16, alpha 32 and dropout 0.05 are the source article's.
-Number: not measured yet.
+Number: exact 0.005 -> 0.565, among the five words 0.405 -> 0.550, Spearman 0.639 -> 0.731, loss 8.175 -> 0.542, general
+text 4.892 -> 6.595 (200 held-out sentences, seed 0; on 2 cores of an AMD EPYC shared with other work, 6 min 14 s of
+training; without quantisation the base has 0.430, 0.688 and 4.654 before).
 """
 
 from configs import base, parse
