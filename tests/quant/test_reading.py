@@ -102,7 +102,7 @@ class Looked(nn.Embed):
      "'held' is a Einsum of which the input and output axes"),
     (lambda name: nn.Einsum((64, 8), "btd,dh->bh", use_bias=False, name=name), Holder.call, "give it a formula"),
     (lambda name: nn.Embed(7, 64, name=name), lambda module, x: module(X) if x is None else module.attend(x),
-     "looked up by whole numbers, and the ids are float32")], ids=str)
+     "looked up by whole numbers, and the ids are float32")])
 def test_what_is_not_read_is_an_error(make, call, words):
     model = Holder(make, call)
     params = model.init(jax.random.key(0), X)["params"]
