@@ -32,6 +32,22 @@ def compiled_once(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def memory_given_back():
+    """Compiled programs stay in memory, gigabytes of them in the end; from the cache on disk they come back quickly."""
+    yield
+    if resident() > 3 * 2**30:
+        import jax
+
+        jax.clear_caches()
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory; 0 where /proc does not tell."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 0
+
+
 @pytest.fixture(scope="session")
 def train_bpe():
     """``train_bpe(texts, vocab_size, special_tokens, **options)``: a byte-level BPE of transformers, trained here."""
