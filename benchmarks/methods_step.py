@@ -37,6 +37,8 @@ CASES = {
     "ln_tuning": ({}, ("LNTuningConfig", {})),
     "prefix": ({"num_virtual_tokens": 20}, ("PrefixTuningConfig", {"num_virtual_tokens": 20})),
     "prompt": ({"num_virtual_tokens": 20}, ("PromptTuningConfig", {"num_virtual_tokens": 20})),
+    "ptuning": ({"num_virtual_tokens": 20}, ("PromptEncoderConfig", {"num_virtual_tokens": 20})),
+    "trainable_tokens": ({"token_indices": [1, 2, 3, 4]}, ("TrainableTokensConfig", {"token_indices": [1, 2, 3, 4]})),
     "houlsby": ({}, None),
     "bitfit": ({"add_missing": True}, None),
 }
