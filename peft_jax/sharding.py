@@ -49,13 +49,12 @@ def shardings(params: Mapping[str, Any], mesh: Mesh, rules: Rules, method: Metho
 def place(params: Mapping[str, Any], where: Mapping[str, Any]) -> tree.Tree:
     """``params`` on their ``where``, of :func:`shardings`; what lies there already is not copied."""
     targets = tree.flatten(where)
+    return tree.map_paths(lambda path, leaf: jax.device_put(_lying(leaf, targets[path]), targets[path]), params)
 
-    def move(path, leaf):
-        if quant.is_leaf(leaf):
-            leaf = replace(leaf, gathered=targets[path].gathered)
-        return jax.device_put(leaf, targets[path])
 
-    return tree.map_paths(move, params)
+def _lying(leaf, where) -> Any:
+    """``leaf``, which if it is quantised knows where its codes come together, so that its structure is ``where``'s."""
+    return replace(leaf, gathered=where.gathered) if quant.is_leaf(leaf) else leaf
 
 
 def init(method: Method, rng: jax.Array, base: Mapping[str, Any], mesh: Mesh, rules: Rules,
@@ -75,42 +74,41 @@ def init(method: Method, rng: jax.Array, base: Mapping[str, Any], mesh: Mesh, ru
 
     found = jax.eval_shape(made, rng, base)
     where = tree.flatten(shardings(tree.combine(base, tree.unflatten(found)), mesh, rules, method, axes))
-    lies = {path: replace(where[path], gathered=None) if quant.is_leaf(leaf) else where[path]
-            for path, leaf in found.items()}
-    new = jax.jit(made, out_shardings=lies)(rng, base)
-    new = {path: replace(leaf, gathered=where[path].gathered) if quant.is_leaf(leaf) else leaf
-           for path, leaf in new.items()}
-    return tree.combine(base, tree.unflatten(new))
+    where = {path: where[path] for path in found}
+
+    def lying(rng, base):
+        return {path: _lying(leaf, where[path]) for path, leaf in made(rng, base).items()}
+
+    return tree.combine(base, tree.unflatten(jax.jit(lying, out_shardings=where)(rng, base)))
 
 
 def shapes(params: Mapping[str, Any], where: Mapping[str, Any]) -> tree.Tree:
     """The shapes of ``params``, each with its sharding: to compile for devices without having the arrays."""
     targets = tree.flatten(where)
 
-    def abstract(path, leaf):
-        if quant.is_leaf(leaf):
-            leaf = replace(leaf, gathered=targets[path].gathered)
-        return jax.tree.map(lambda part, lies: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=lies), leaf,
-                            targets[path])
-
-    return tree.map_paths(abstract, params)
+    return tree.map_paths(lambda path, leaf: jax.tree.map(shape_at, _lying(leaf, targets[path]), targets[path]), params)
 
 
-def like(state: Any, leaves: Mapping[str, Any], where: Mapping[str, Any], mesh: Mesh) -> Any:
+def shape_at(part: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+    """The shape of an array, or of a shape, that lies at ``where``."""
+    return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=where)
+
+
+def like(state: Any, leaves: Mapping[str, Any], mesh: Mesh) -> Any:
     """Shardings of what an optimiser keeps: a moment lies as its leaf does, everything else whole on every device.
 
     Args:
       state: a pytree of arrays or shapes in which trees like ``leaves`` occur.
-      where: shardings of ``leaves``.
+      leaves: arrays that lie on the mesh, or shapes with their shardings.
     """
-    known, lies = tree.flatten(leaves), tree.flatten(where)
+    known = tree.flatten(leaves)
 
     def of(path, leaf):
         keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
         for start in range(len(keys)):
             name = "/".join(keys[start:])
             if name in known and known[name].shape == leaf.shape:
-                return lies[name]
+                return known[name].sharding
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(of, state)
@@ -119,14 +117,16 @@ def like(state: Any, leaves: Mapping[str, Any], where: Mapping[str, Any], mesh: 
 def _sharding(flat, mesh, rules, method, axes, large, path: str, leaf) -> Any:
     spec = _spec(flat, rules, method, axes, path, leaf)
     big = tree.nbytes(leaf) >= large
-    if big and method and owns(method.leaves, path) and "fsdp" not in (spec or ()):
-        spec = _widest(leaf, spec or (), mesh)
-    if spec is None and big and mesh.size > 1 and not (method and owns(method.leaves, path)):
+    own = method and owns(method.leaves, path)
+    if spec is None and big and mesh.size > 1 and not own:
         raise PeftJaxError(f"no rule says how '{path}' {tuple(leaf.shape)} is to be split over the mesh: add one to "
                            f"the model's sharding, such as (\"{path}\", (\"fsdp\", None)), or () to keep it whole.")
     fit = partial(_fitted, mesh, path if big else None)
     if quant.is_leaf(leaf):
         return _of_quantised(leaf, spec or (), mesh, fit, path)
+    if big and own and "fsdp" not in (spec or ()):
+        spec = spec or (None,) * (leaf.ndim - 1)  # the first axis may be a stack, which a scan slices
+        spec = _cut(mesh, leaf.shape[leaf.ndim - len(spec):], _names(spec), "fsdp")
     spec = fit(leaf.shape[leaf.ndim - len(spec or ()):], spec or ())
     return NamedSharding(mesh, PartitionSpec(*[None] * (leaf.ndim - len(spec)), *spec))
 
@@ -148,16 +148,6 @@ def _spec(flat, rules, method, axes, path: str, leaf) -> tuple[Axis, ...] | None
     return tuple(axis for word in words for axis in parts[word])
 
 
-def _widest(leaf, spec: tuple[Axis, ...], mesh) -> tuple[Axis, ...]:
-    """``spec`` with the widest axis that it divides over "fsdp", too; the first may be a stack, which a scan slices."""
-    spec = (*[None] * (leaf.ndim - len(spec)), *spec)
-    taken = [1 if name is None else mesh.shape[name] for name in spec]
-    fits = [axis for axis in range(1, leaf.ndim) if leaf.shape[axis] % (taken[axis] * mesh.shape["fsdp"]) == 0]
-    best = max(fits, key=lambda axis: leaf.shape[axis], default=None)
-    return tuple((name, "fsdp") if axis == best and name else "fsdp" if axis == best else name
-                 for axis, name in enumerate(spec))
-
-
 def _fitted(mesh: Mesh, large: str | None, sizes: Sequence[int], spec: tuple[Axis, ...]) -> tuple[Axis, ...]:
     """``spec`` with axes of the mesh that do not divide their size moved to where they do; ``large`` names a leaf for
     which there must be such a place.
@@ -167,18 +157,27 @@ def _fitted(mesh: Mesh, large: str | None, sizes: Sequence[int], spec: tuple[Axi
     >>> _fitted(mesh, None, (3, 4), ("fsdp", None))
     (('fsdp',), ())
     """
-    names = [(axis,) if isinstance(axis, str) else axis or () for axis in spec]
-    kept = [tuple(names[i]) if _divides(mesh, sizes[i], names[i]) else () for i in range(len(names))]
-    for name in [name for i in range(len(names)) if kept[i] != names[i] for name in names[i]]:
-        free = [i for i in range(len(kept)) if _divides(mesh, sizes[i], (*kept[i], name))]
-        if free:
-            at = max(free, key=lambda i: sizes[i])
-            kept[at] = (*kept[at], name)
-        elif large:
+    names = _names(spec)
+    kept = [axes if _divides(mesh, size, axes) else () for size, axes in zip(sizes, names, strict=True)]
+    for name in [name for before, after in zip(names, kept, strict=True) if before != after for name in before]:
+        placed = _cut(mesh, sizes, kept, name)
+        if placed == kept and large:
             raise PeftJaxError(f"'{large}' cannot be split over {name}={mesh.shape[name]}: neither of its axes, which "
                                f"are {' and '.join(map(str, sizes))} values or blocks wide, is a multiple; choose "
                                f"another --config.mesh.{name}.")
+        kept = placed
     return tuple(kept)
+
+
+def _names(spec: tuple[Axis, ...]) -> list[tuple[str, ...]]:
+    return [(axis,) if isinstance(axis, str) else tuple(axis or ()) for axis in spec]
+
+
+def _cut(mesh: Mesh, sizes: Sequence[int], names: list[tuple[str, ...]], name: str) -> list[tuple[str, ...]]:
+    """``names`` of each axis with ``name`` at the widest of those that it divides; as they are where there is none."""
+    free = [i for i, size in enumerate(sizes) if _divides(mesh, size, (*names[i], name))]
+    best = max(free, key=lambda i: sizes[i], default=None)
+    return [(*axes, name) if i == best else axes for i, axes in enumerate(names)]
 
 
 def _divides(mesh: Mesh, size: int, names: Sequence[str]) -> bool:

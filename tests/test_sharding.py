@@ -55,9 +55,7 @@ def started(method, base, mesh):
     params = sharding.init(method, jax.random.key(1), base, mesh, MODEL.sharding)
     tx = optax.adam(LEARNING_RATE)
     trainable, frozen = tree.partition(params, method.labels(params))
-    where = None
-    if mesh.size > 1:
-        where = state_shardings(trainable, jax.tree.map(lambda leaf: leaf.sharding, trainable), tx, mesh)
+    where = state_shardings(trainable, tx, mesh) if mesh.size > 1 else None
     step = make_step(bind(method, MODEL, mesh), tx, 50, mesh=mesh, where=where)
     return params, step, init_state(trainable, tx, jax.random.key(2), where), frozen
 

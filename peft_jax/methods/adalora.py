@@ -84,7 +84,7 @@ def _check(config: Mapping[str, Any]) -> None:
     for name in ("lora_dropout", "beta1", "beta2"):
         arguments.check_probability(name, config[name])
     arguments.check_choice("bias", config["bias"], biases.OF_LORA)
-    arguments.check_choice("init_lora_weights", config["init_lora_weights"], (True, False))
+    arguments.check_switches(config, "init_lora_weights")
     for name in ("tinit", "tfinal"):
         arguments.check_whole(name, config[name], least=0)
     _check_rank_pattern(config["rank_pattern"])

@@ -43,7 +43,7 @@ def bitfit(target_modules: Patterns = None, *, exclude_modules: Patterns = None,
     a model that has no such bias.
     """
     config = beside.tidy({"peft_type": "BITFIT", "layers_to_transform": None, "layers_pattern": None, **locals()}, None)
-    arguments.check_choice("add_missing", add_missing, (True, False))
+    arguments.check_switches(config, "add_missing")
     padding = partial(beside.padding, config=_adding(config), leaves=tuple(KEYS), switch="bitfit_on")
     return Method(partial(_init, config), _intercept, _labels, None if add_missing else partial(whole.merge, NAME),
                   config, padding, FORMAT, leaves=(*whole.leaves(NAME), *KEYS, "bitfit_on"))

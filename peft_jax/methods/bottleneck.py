@@ -98,7 +98,7 @@ def bottleneck(mh_adapter: bool = True, output_adapter: bool = True, reduction_f
 
     Raises ``PeftJaxError`` for values out of range, and from ``init`` for modules that are not there.
     """
-    arguments.check_choice("is_parallel", is_parallel, (True, False))
+    arguments.check_switches(locals(), "is_parallel")
     if not isinstance(init_weights, str):
         arguments.check_number("init_weights", init_weights)
     elif init_weights not in INITS:
@@ -122,8 +122,7 @@ def build(config: dict[str, Any], matrices: Matrices, stored: Format) -> Method:
 
 
 def _check(config) -> None:
-    for name in ("mh_adapter", "output_adapter", "original_ln_before", "ln_before", "ln_after"):
-        arguments.check_choice(name, config[name], (True, False))
+    arguments.check_switches(config, "mh_adapter", "output_adapter", "original_ln_before", "ln_before", "ln_after")
     if not (config["mh_adapter"] or config["output_adapter"]):
         raise PeftJaxError("mh_adapter and output_adapter are both False, which leaves no adapter: set one of them.")
     arguments.check_choice("non_linearity", config["non_linearity"], tuple(ACTIVATIONS))

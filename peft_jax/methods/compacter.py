@@ -48,8 +48,7 @@ def compacter(reduction_factor: float = 32, non_linearity: str = "gelu", *, phm_
     config = dict(locals())
     for name in ("phm_dim", "phm_rank"):
         arguments.check_whole(name, config[name])
-    for name in ("factorized_phm_W", "shared_phm_rule", "factorized_phm_rule", "phm_bias"):
-        arguments.check_choice(name, config[name], (True, False))
+    arguments.check_switches(config, "factorized_phm_W", "shared_phm_rule", "factorized_phm_rule", "phm_bias")
     arguments.check_number("phm_init_range", phm_init_range)
     return bn.build({**config, "is_parallel": False}, MATRICES, FORMAT)
 

@@ -50,7 +50,7 @@ def full(patterns: str | Sequence[str] = (".*",), *, exclude: str | Sequence[str
     if last_n_layers is not None:
         arguments.check_whole("last_n_layers", last_n_layers)
     arguments.check_choice("embeddings", embeddings, (None, True, False))
-    arguments.check_choice("head", head, (True, False))
+    arguments.check_switches(config, "head")
     everything = config["patterns"] == (".*",) and not (exclude or last_n_layers or embeddings is False or not head)
     return Method(partial(_init, config), config=config, stored=None if everything else FORMAT, **whole.bound(NAME))
 

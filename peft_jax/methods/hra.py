@@ -52,9 +52,8 @@ def hra(r: int = 8, apply_GS: bool = False, target_modules: Patterns = ("q_proj"
     """
     config = beside.tidy({"peft_type": "HRA", **locals()})
     arguments.check_rank("r", r)
-    arguments.check_choice("apply_GS", apply_GS, (True, False))
+    arguments.check_switches(config, "apply_GS", "init_weights")
     arguments.check_choice("bias", bias, BIASES)
-    arguments.check_choice("init_weights", init_weights, (True, False))
     trains = partial(biases.trains, config, LEAVES[:1], "hra_on")
     init = partial(biases.init, config, partial(_leaves, config), trains, "hra_on")
     padding = partial(beside.padding, config=config, leaves=LEAVES[:1], switch="hra_on")

@@ -48,7 +48,7 @@ def ia3(target_modules: Patterns = ("k_proj", "v_proj", "down_proj"), feedforwar
     config = beside.tidy({"peft_type": "IA3", "layers_to_transform": None, "layers_pattern": None, **locals()},
                          ("k_proj", "v_proj", "down_proj"))
     arguments.check_modules("feedforward_modules", feedforward_modules)
-    arguments.check_choice("init_ia3_weights", init_ia3_weights, (True, False))
+    arguments.check_switches(config, "init_ia3_weights")
     trains = partial(beside.trains, config, tuple(KEYS))
     padding = partial(beside.padding, config=config, leaves=tuple(KEYS), switch="ia3_on")
     return Method(partial(_init, config, trains), _intercept, partial(beside.labels, trained=trains), _merge, config,

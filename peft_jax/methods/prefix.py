@@ -67,8 +67,7 @@ def prefix(num_virtual_tokens: int = 20, *, token_dim: int | None = None, num_la
     for name in ("token_dim", "num_layers", "num_attention_heads", "encoder_hidden_size"):
         arguments.check_whole(name, 1 if config[name] is None else config[name])
     arguments.check_choice("init_weights", init_weights, (None, "zero"))
-    for name in ("prefix_projection", "shift_positions"):
-        arguments.check_choice(name, config[name], (True, False))
+    arguments.check_switches(config, "prefix_projection", "shift_positions")
     arguments.check_number("init_std", init_std)
     arguments.check_ids("prefix_init_ids", prefix_init_ids)
     if prefix_init_ids is not None and (prefix_projection or init_weights):

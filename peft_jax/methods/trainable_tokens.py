@@ -51,7 +51,7 @@ def trainable_tokens(token_indices: Sequence[int] = (), target_modules: Patterns
         raise PeftJaxError(f"token_indices={token_indices!r}: give at least one token id, each once, none negative.")
     config = {"peft_type": "TRAINABLE_TOKENS", "token_indices": tuple(map(int, indices)),
               "target_modules": target_modules, "init_weights": init_weights}
-    arguments.check_choice("init_weights", init_weights, (True, False))
+    arguments.check_switches(config, "init_weights")
     arguments.check_modules("target_modules", target_modules)
     return Method(partial(_init, config), _intercept, partial(beside.labels, trained=_is_tokens), _merge, config,
                   stored=FORMAT, leaves=LEAVES)

@@ -61,7 +61,7 @@ def vera(r: int = 256, target_modules: Patterns = ("q_proj", "v_proj"), vera_dro
     arguments.check_probability("vera_dropout", vera_dropout)
     arguments.check_number("d_initial", d_initial)
     arguments.check_choice("bias", bias, BIASES)
-    arguments.check_choice("init_weights", init_weights, (True, False))
+    arguments.check_switches(config, "init_weights")
     if not isinstance(projection_prng_key, int):
         raise PeftJaxError(f"projection_prng_key={projection_prng_key!r}: a seed is a whole number.")
     trains = partial(biases.trains, config, VECTORS, "vera_on")

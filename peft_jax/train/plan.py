@@ -92,9 +92,8 @@ def _state(trainable: tree.Tree, optimizer: optax.GradientTransformation, mesh: 
     state = jax.eval_shape(lambda leaves, rng: init_state(leaves, optimizer, rng), trainable, jax.random.key(0))
     if not mesh:
         return state, None
-    where = state_shardings(trainable, jax.tree.map(lambda leaf: leaf.sharding, trainable), optimizer, mesh)
-    return jax.tree.map(lambda leaf, lies: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies), state,
-                        where), where
+    where = state_shardings(trainable, optimizer, mesh)
+    return jax.tree.map(sharding.shape_at, state, where), where
 
 
 def _words(model, batch) -> dict[str, Any]:

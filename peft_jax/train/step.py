@@ -34,10 +34,10 @@ def init_state(trainable: tree.Tree, tx: optax.GradientTransformation, rng: jax.
     return make(trainable, rng) if where is None else jax.jit(make, out_shardings=where)(trainable, rng)
 
 
-def state_shardings(trainable: tree.Tree, where: tree.Tree, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Where the state of ``trainable`` (arrays or shapes) lies on a mesh, if these leaves lie as ``where`` says."""
+def state_shardings(trainable: tree.Tree, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Where the state of ``trainable``, arrays on the mesh or shapes with their shardings, lies on it."""
     shapes = jax.eval_shape(lambda leaves, rng: init_state(leaves, tx, rng), trainable, jax.random.key(0))
-    return sharding.like(shapes, trainable, where, mesh)
+    return sharding.like(shapes, trainable, mesh)
 
 
 def make_step(apply: Callable, tx: optax.GradientTransformation, loss_chunk: int,

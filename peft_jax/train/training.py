@@ -89,9 +89,7 @@ def _start(config, method: Method, apply, params, total: int, mesh) -> tuple[Cal
     labels = method.labels(params)
     optimizer = method.optimizer(make_optimizer(config.optim, total, labels), total)
     trainable, frozen = tree.partition(params, labels)
-    where = None
-    if mesh.size > 1:
-        where = state_shardings(trainable, jax.tree.map(lambda leaf: leaf.sharding, trainable), optimizer, mesh)
+    where = state_shardings(trainable, optimizer, mesh) if mesh.size > 1 else None
     step = make_step(apply, optimizer, config.optim.loss_chunk, objective_of(config.task).error, method.penalty, mesh,
                      where)
     return step, init_state(trainable, optimizer, jax.random.key(config.seed), where), frozen

@@ -4,6 +4,7 @@
     checkpoints/         see checkpoint.py
     metrics.jsonl        one line per logged step
     tensorboard/
+    profile/             a trace of some steps, with --profile
     before.json          the metrics before training
     adapter/             in Hugging Face peft's format, written when training is done
     model/               the whole model instead, of a method that has no adapter file
@@ -24,7 +25,7 @@ from peft_jax.errors import PeftJaxError
 
 WRITTEN = (
     "results.json", "config.json", "checkpoints", "metrics.jsonl", "tensorboard", "before.json", "adapter", "model",
-    "merged", "eval.json",
+    "merged", "eval.json", "profile",
 )  # fmt: skip
 KEPT = tuple(name for name in WRITTEN if name != "merged")  # which merge does not write
 MATTERS = ("seed", "model", "method", "task", "data", "optim")  # sections that a resumed run may not change
