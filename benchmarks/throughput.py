@@ -13,6 +13,7 @@ gradients of activations; frozen weights have none; nothing for remat) over seco
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -73,16 +74,16 @@ def theirs(sizes: LlamaConfig, quantised: bool, ids: np.ndarray):
         tie_word_embeddings=sizes.tie_word_embeddings, use_cache=False)
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
-    if quantised:
-        from transformers.integrations import replace_with_bnb_linear
-
+    if quantised:  # as its users do: while loading, from a folder
         rules = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                                                 bnb_4bit_use_double_quant=True,
                                                 bnb_4bit_compute_dtype=torch.bfloat16)
-        state = model.state_dict()
-        model = replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=rules)
-        model.load_state_dict(state, strict=False)
-    model = model.to(device)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=device,
+                                                                  quantization_config=rules)
+    else:
+        model = model.to(device)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = peft.get_peft_model(model, peft.LoraConfig(**LORA, task_type="CAUSAL_LM"))
     model.train()
