@@ -8,7 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peft_jax import chain, load_pretrained, lora, quant, quantize, save_pretrained, tree
+from peft_jax import (
+    chain,
+    load_pretrained,
+    lora,
+    make_mesh,
+    quant,
+    quantize,
+    save_pretrained,
+    shardings,
+    tree,
+)
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub import weights
 from peft_jax.hub.config import param_shapes
@@ -161,3 +171,23 @@ def test_what_stands_on_quantised_leaves_is_merged_before_it_is_saved(folder, tm
 def test_smollm2_is_quantised_to_the_same_bits(smollm2):
     method = quantize(double_quant=True)
     assert_same(load_pretrained(REAL, method=method)[1], method.init(jax.random.key(0), smollm2[1]))
+
+
+@pytest.mark.parametrize("method", [None, quantize("nf4", block_size=32, double_quant=True)], ids=["plain", "nf4"])
+def test_weights_go_from_the_file_to_the_devices_that_hold_them(tmp_path, method):
+    """The same values as on one device; of a kernel or an embedding each device has a quarter (fsdp 2 x tensor 2)."""
+    folder = saved(tmp_path / "even", LlamaConfig(**{**vars(WIDE), "vocab_size": 64, "intermediate_size": 128}))
+    whole, spread = (tree.flatten(load_pretrained(folder, method=method, mesh=mesh)[1])
+                     for mesh in (None, make_mesh(2, 2, 2)))
+    lies = tree.flatten(shardings(tree.unflatten(whole), make_mesh(2, 2, 2), CausalLM.sharding))
+    cut = 0
+    for path, leaf in whole.items():
+        parts = zip(*(jax.tree.leaves(one[path]) for one in (whole, spread, lies)), strict=True)
+        for there, here, where in parts:
+            np.testing.assert_array_equal(np.asarray(here), np.asarray(there), err_msg=path)
+            assert here.dtype == there.dtype and here.sharding == where
+        if path.endswith(("kernel", "embedding")):
+            codes = spread[path].codes if quant.is_leaf(leaf) else spread[path]
+            cut += 1
+            assert {shard.data.size for shard in codes.addressable_shards} == {codes.size // 4}
+    assert cut == 9
