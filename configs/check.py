@@ -11,6 +11,7 @@ NAMES = ("layers_to_transform", "layers_pattern", "modules_to_save")  # and ever
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
+    "model.attn_implementation": ("auto", "xla", "cudnn"),
     "data.collate": ("pack", "bucket", "pad"),
     "data.on_too_long": ("error", "truncate_left", "drop", "split"),
     "data.chat_loss": ("all", "last"),

@@ -61,6 +61,11 @@ def describe_mesh(mesh: Mesh) -> str:
     return f"{mesh.size} device{'s' * (mesh.size > 1)}: {sizes}"
 
 
+def several(mesh: Mesh | None) -> Mesh | None:
+    """``mesh`` if it is of several devices, else ``None``: on one device nothing has to be placed."""
+    return mesh if mesh is not None and mesh.size > 1 else None
+
+
 def row_shards(mesh: Mesh | None) -> int:
     """Into how many parts the rows of a batch are cut."""
     return math.prod(mesh.shape[name] for name in ROWS) if mesh else 1

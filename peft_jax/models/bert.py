@@ -1,9 +1,8 @@
 """BERT (arXiv 1810.04805), RoBERTa (1907.11692) and DistilBERT (1910.01108): one plain Linen encoder, norms after the
 residuals, scanned over its layers. MiniLM and most models of sentence embeddings are BERTs.
 
-Module names are Hugging Face's, so ``target_modules`` means the same here and there. Each leaf below ``layer`` has the
-layers as its leading axis. The models' own dropout, which transformers applies in training, is left out. B batch,
-S tokens, D hidden, N heads, H head size.
+Module names are Hugging Face's, so ``target_modules`` means the same here and there. Leaves below ``layer`` have the
+layers in front. Dropout, which transformers applies in training, is left out. B batch, S tokens, D hidden, N heads.
 """
 
 import dataclasses
@@ -15,8 +14,8 @@ from flax import linen as nn
 from peft_jax.errors import PeftJaxError
 from peft_jax.kept import POLICY, keep
 from peft_jax.models import masks
+from peft_jax.models.attention import AttentionCore
 from peft_jax.models.heads import Head, mean_of_seen
-from peft_jax.models.llama import AttentionCore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +34,7 @@ class EncoderConfig:
     hidden_act: str = "gelu"
     model_type: str = "bert"
     head: Head | None = None
+    attn_implementation: str = "auto"  # see peft_jax.models.attention
 
 
 ACTIVATIONS = {"gelu": lambda x: nn.gelu(x, approximate=False), "gelu_new": nn.gelu, "relu": nn.relu}
@@ -93,7 +93,7 @@ class SelfAttention(Part):
         c, (*inner, after) = self.config, (*self.names, None)[:4]
         heads = [keep(self._dense(name, c.hidden_size)(x)).reshape(*x.shape[:2], c.num_attention_heads, -1)
                  for name in inner]
-        mixed = AttentionCore(name="core")(*heads, mask).reshape(x.shape)
+        mixed = AttentionCore(c.attn_implementation, name="core")(*heads, mask).reshape(x.shape)
         return keep(self._dense(after, c.hidden_size)(mixed)) if after else mixed
 
 

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from peft_jax.kept import POLICY, keep
 from peft_jax.models import cache, masks
-from peft_jax.models.llama import AttentionCore
+from peft_jax.models.attention import AttentionCore
 
 # How weights are cut over a mesh: see peft_jax.sharding.
 SHARDING = (
@@ -40,6 +40,7 @@ class GPT2Config:
     layer_norm_epsilon: float = 1e-5
     tie_word_embeddings: bool = True
     model_type: str = "gpt2"
+    attn_implementation: str = "auto"  # see peft_jax.models.attention
 
 
 class Attention(nn.Module):
@@ -57,7 +58,7 @@ class Attention(nn.Module):
         query, key, value = jnp.moveaxis(joint.reshape(*x.shape[:2], 3, c.num_attention_heads, -1), 2, 0)
         if index is not None:
             key, value = cache.remember(self, "key", key, index), cache.remember(self, "value", value, index)
-        mixed = AttentionCore(name="core")(query, key, value, mask)
+        mixed = AttentionCore(c.attn_implementation, name="core")(query, key, value, mask)
         return keep(nn.Dense(c.hidden_size, *kinds, name="c_proj")(mixed.reshape(x.shape)))
 
 

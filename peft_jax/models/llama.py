@@ -7,13 +7,13 @@ layers as its leading axis. B batch, T query tokens, S key slots, D hidden, N he
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from peft_jax.errors import PeftJaxError
 from peft_jax.kept import POLICY, keep
 from peft_jax.models import cache, masks, rope
+from peft_jax.models.attention import AttentionCore
 
 # How weights are cut over a mesh: see peft_jax.sharding.
 SHARDING = (
@@ -49,15 +49,7 @@ class LlamaConfig:
     sliding_window: int | None = None  # tokens that a windowed layer sees, itself included
     sliding_layers: tuple[bool, ...] = ()  # which layers are windowed; () is none
     model_type: str = "llama"
-
-
-class AttentionCore(nn.Module):
-    """Softmax attention alone, without parameters: the place where a method adds keys and values."""
-
-    @nn.compact
-    def __call__(self, query, key, value, mask):
-        """(B, T, N, H), two (B, S, K, H) and a boolean mask (B, 1, T, S) -> (B, T, N, H)."""
-        return jax.nn.dot_product_attention(query, key, value, mask=mask)
+    attn_implementation: str = "auto"  # see peft_jax.models.attention
 
 
 class SelfAttention(nn.Module):
@@ -79,7 +71,7 @@ class SelfAttention(nn.Module):
         query, key = rope.rotate(query, cos, sin), rope.rotate(key, cos, sin)
         if index is not None:
             key, value = cache.remember(self, "key", key, index), cache.remember(self, "value", value, index)
-        mixed = AttentionCore(name="core")(query, key, value, mask)
+        mixed = AttentionCore(c.attn_implementation, name="core")(query, key, value, mask)
         out = nn.Dense(c.hidden_size, c.out_bias, self.dtype, self.param_dtype, name="o_proj")
         return keep(out(mixed.reshape(*mixed.shape[:2], c.num_attention_heads * c.head_dim)))
 

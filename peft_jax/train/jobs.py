@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
-from peft_jax import quant, tree
+from peft_jax import quant, sharding, tree
 from peft_jax.data import encode_prompts
 from peft_jax.data.sources import is_chat
 from peft_jax.errors import PeftJaxError
@@ -18,6 +19,7 @@ from peft_jax.evaluation.objectives import objective_of
 from peft_jax.generation import Sampling
 from peft_jax.hub import load_pretrained, load_tokenizer, save_pretrained
 from peft_jax.hub.adapters import load_adapter
+from peft_jax.mesh import make_mesh, several
 from peft_jax.method import BASE, bind
 from peft_jax.methods import requantize
 from peft_jax.train import plan, report, session, workdir
@@ -34,25 +36,28 @@ class Tuned(NamedTuple):
     merge: Callable[[tree.Tree], tree.Tree] | None
 
 
-def _tuned(folder: Path, config, model, base: tree.Tree) -> Tuned:
+def _tuned(folder: Path, config, model, base: tree.Tree, mesh: Mesh) -> Tuned:
     if (folder / "adapter").is_dir():
-        return _adapter(folder / "adapter", model, base)
-    _, params = load_pretrained(folder / "model", dtype=config.model.param_dtype)
-    return Tuned("model", model.apply, params, lambda params: params)
+        return _adapter(folder / "adapter", model, base, mesh)
+    _, params = load_pretrained(folder / "model", dtype=config.model.param_dtype, mesh=several(mesh))
+    return Tuned("model", bind(BASE, model, mesh), params, lambda params: params)
 
 
-def _adapter(source: str | Path, model, base: tree.Tree) -> Tuned:
+def _adapter(source: str | Path, model, base: tree.Tree, mesh: Mesh) -> Tuned:
     method, params = load_adapter(source, base)
-    return Tuned("adapter", bind(method, model), params, method.merge)
+    if several(mesh):
+        params = sharding.place(params, sharding.shardings(params, mesh, model.sharding, method))
+    return Tuned("adapter", bind(method, model, mesh), params, method.merge)
 
 
 def evaluate(command) -> int:
     """The base model and what the workdir's run trained side by side; also written to ``eval.json``."""
     folder = _trained(command)
     ready = session.load(command.config, command.probe, session.trained_on(command.config))
-    tuned = _tuned(folder, command.config, ready.model, ready.base)
+    tuned = _tuned(folder, command.config, ready.model, ready.base, ready.mesh)
     found = {}
-    for name, apply, params in (("base", bind(BASE, ready.model), ready.base), (tuned.name, tuned.apply, tuned.params)):
+    base = bind(BASE, ready.model, ready.mesh)
+    for name, apply, params in (("base", base, ready.base), (tuned.name, tuned.apply, tuned.params)):
         run = make_evaluator(apply, ready.model, ready.tokenizer, ready.held, command.config, ready.mesh)
         found[name] = run(params)
     workdir.write_json(folder / "eval.json", found)
@@ -65,14 +70,14 @@ def merge(command) -> int:
     folder, source = _trained(command), command.config.model.source
     output = Path(command.output).expanduser() if command.output else folder / "merged"
     workdir.check_output(output, folder, source)
-    changes, ready = session.trained_on(command.config), None
+    changes, ready, mesh = session.trained_on(command.config), None, make_mesh(**command.config.mesh)
     if command.requantize:
         ready = session.load(command.config, command.probe, changes)
         tokenizer, model, base = ready.tokenizer, ready.model, ready.base
         session.check_codes(base)
     else:
-        tokenizer, (model, base) = load_tokenizer(source), session.load_model(command.config, changes)
-    tuned = _tuned(folder, command.config, model, base)
+        tokenizer, (model, base) = load_tokenizer(source), session.load_model(command.config, changes, mesh)
+    tuned = _tuned(folder, command.config, model, base, mesh)
     if tuned.merge is None:
         raise PeftJaxError(f"{folder / 'adapter'} is of a method that cannot be folded into weights: use it as it is")
     merged = tree.map_paths(lambda _, leaf: quant.plain(leaf), tuned.merge(tuned.params))  # also what has no adapter
@@ -89,7 +94,8 @@ def _requantized(config, ready: Session, merged: tree.Tree) -> tree.Tree:
     print("relative error that quantising adds again:")
     for path, error in sorted(errors.items(), key=lambda item: -item[1]):
         print(f"  {error:.4f}  {path}")
-    run = make_evaluator(bind(BASE, ready.model), ready.model, ready.tokenizer, ready.held, config)
+    run = make_evaluator(bind(BASE, ready.model, ready.mesh), ready.model, ready.tokenizer, ready.held, config,
+                         ready.mesh)
     print(report.metrics_table({"merged": run(merged), "quantised": run(again)}), flush=True)
     return again
 
@@ -104,33 +110,34 @@ def generate(command) -> int:
         _trained(command)  # an error before anything is loaded
     if command.prompts:
         tokenizer = load_tokenizer(config.model.source)
-        model, base = session.load_model(config, session.trained_on(config))
+        mesh = make_mesh(**config.mesh)
+        model, base = session.load_model(config, session.trained_on(config), mesh)
         examples = [_as_asked(prompt, config.task) for prompt in command.prompts]
     else:
         ready = session.load(config, method=session.trained_on(config))
-        tokenizer, model, base = ready.tokenizer, ready.model, ready.base
+        tokenizer, model, base, mesh = ready.tokenizer, ready.model, ready.base, ready.mesh
         examples = [_opening(example) for example in ready.held.examples[: config.generate.num_prompts]]
     prompts = encode_prompts(examples, tokenizer)
-    options = {"batch_size": len(prompts), "width_multiple": config.data.width_multiple}
+    options = {"batch_size": len(prompts), "width_multiple": config.data.width_multiple, "mesh": mesh}
     options |= {"max_new_tokens": config.generate.max_new_tokens, "rng": jax.random.key(config.seed)}
     options |= {"sampling": Sampling(*(config.generate[key] for key in Sampling._fields))}
-    answers = {"base": complete(bind(BASE, model), model, base, prompts, tokenizer, **options)}
-    for name, tuned in _candidates(command, model, base).items():
+    answers = {"base": complete(bind(BASE, model, mesh), model, base, prompts, tokenizer, **options)}
+    for name, tuned in _candidates(command, model, base, mesh).items():
         answers[name] = complete(tuned.apply, model, tuned.params, prompts, tokenizer, **options)
     for prompt, texts in zip(prompts, zip(*answers.values(), strict=True), strict=True):
         print(report.answers(tokenizer.decode(prompt), dict(zip(answers, texts, strict=True))))
     return 0
 
 
-def _candidates(command, model, base: tree.Tree) -> dict[str, Tuned]:
+def _candidates(command, model, base: tree.Tree, mesh: Mesh) -> dict[str, Tuned]:
     """What to try beside the base, by the name to show: the adapters of the command line or what the run trained."""
     if not command.adapters:
-        tuned = _tuned(_trained(command), command.config, model, base)
+        tuned = _tuned(_trained(command), command.config, model, base, mesh)
         return {tuned.name: tuned}
     short = [Path(source).parent.name if Path(source).name == "adapter" else Path(source).name
              for source in command.adapters]
     unlike = len(set(short)) == len(short) and "base" not in short
-    return {name: _adapter(source, model, base) for name, source in
+    return {name: _adapter(source, model, base, mesh) for name, source in
             zip(short if unlike else command.adapters, command.adapters, strict=True)}
 
 

@@ -1,6 +1,7 @@
 """What a training step needs of memory, from the model's config alone: the real step, compiled for shapes."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from peft_jax.hub import config as hub_config
 from peft_jax.hub import families, load_config
 from peft_jax.hub.pretrained import quantised_as, with_head
 from peft_jax.loss import cross_entropy, squared_error
-from peft_jax.mesh import ROWS, describe_mesh, make_mesh, row_shards
+from peft_jax.mesh import ROWS, describe_mesh, make_mesh, row_shards, several
 from peft_jax.method import Method, bind
 from peft_jax.planner import Plan, Target, compile_step, describe, h100, sum_of_parts
 from peft_jax.train import session, workdir
@@ -70,7 +71,7 @@ def plan(model: Any, method: Method, optimizer: optax.GradientTransformation, *,
         raise PeftJaxError("this method's sizes depend on data that it looks at before training, of which a plan has "
                            "none: plan it with another initialisation, such as init_lora_weights=True.")
     params = jax.eval_shape(method.init, jax.random.key(0), abstract(model) if base is None else base)
-    mesh = mesh if mesh and mesh.size > 1 else None
+    mesh = several(mesh)
     if mesh:
         params = sharding.shapes(params, sharding.shardings(params, mesh, model.sharding, method))
     apply = bind(method, model, mesh)
@@ -154,7 +155,8 @@ def plan_config(config, target: Target | None = None) -> Plan:
     sizes = load_config(config.model.source)
     session.check_answers(config.task, sizes)
     objective = objective_of(config.task)
-    sizes = with_head(sizes, objective.head(config.task))
+    sizes = replace(with_head(sizes, objective.head(config.task)),
+                    attn_implementation=config.model.attn_implementation)
     kinds = {name: jnp.dtype(config.model[name]) for name in ("dtype", "param_dtype")}
     model = families.of(sizes).model(sizes, **kinds, remat=config.model.remat)
     base = tree.unflatten({path: jax.ShapeDtypeStruct(shape, kinds["param_dtype"])

@@ -1,6 +1,7 @@
 """From a configuration to what a job needs: data, tokenizer, model, method. Cheap things first: quick errors."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from peft_jax.evaluation.evaluate import HeldOut, hold_out
 from peft_jax.evaluation.objectives import objective_of
 from peft_jax.hub import bnb, families, load_config, load_pretrained, load_tokenizer
 from peft_jax.hub.pretrained import with_head
-from peft_jax.mesh import make_mesh
+from peft_jax.mesh import make_mesh, several
 from peft_jax.method import BASE, Method, chain
 from peft_jax.methods import METHODS
 
@@ -100,8 +101,9 @@ def load_model(config, method: Method = BASE, mesh: Mesh | None = None) -> tuple
     model, params = load_pretrained(config.model.source, dtype=jnp.dtype(config.model.param_dtype),
                                     remat=config.model.remat, head=objective_of(config.task).head(config.task),
                                     rng=jax.random.key(config.seed), method=method,
-                                    mesh=mesh if mesh and mesh.size > 1 else None)
-    return model.clone(dtype=jnp.dtype(config.model.dtype)), params
+                                    mesh=several(mesh))
+    sizes = replace(model.config, attn_implementation=config.model.attn_implementation)
+    return model.clone(config=sizes, dtype=jnp.dtype(config.model.dtype)), params
 
 
 def trained_on(config) -> Method:

@@ -1,0 +1,68 @@
+"""Which program computes attention, and that the GPU's, lowered here without one, is flash attention."""
+
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+
+from peft_jax import PeftJaxError, bind, lora, prefix
+from peft_jax.models import attention
+from peft_jax.models.llama import CausalLM, LlamaConfig
+
+SIZES = LlamaConfig(64, 32, 48, 2, 4, 2, 8, 1e-5, 1e4, 64, True)
+H100 = SimpleNamespace(platform="gpu", compute_capability="9.0")
+
+
+def shape(tokens=16, size=64, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct((2, tokens, 4, size), dtype)
+
+
+@pytest.mark.parametrize(("query", "key", "device", "fits"), [
+    (shape(), shape(), H100, True),
+    (shape(dtype=jnp.float16), shape(tokens=36), H100, True),
+    (shape(size=128), shape(size=128), SimpleNamespace(platform="gpu", compute_capability="8.0"), True),
+    (shape(), shape(), SimpleNamespace(platform="gpu", compute_capability="7.5"), False),
+    (shape(), shape(), SimpleNamespace(platform="gpu", compute_capability="gfx90a"), False),
+    (shape(), shape(), SimpleNamespace(platform="tpu"), False),
+    (shape(), shape(), None, False),
+    (shape(dtype=jnp.float32), shape(), H100, False),
+    (shape(size=60), shape(size=60), H100, False),
+    (shape(size=256), shape(size=256), H100, False),
+    (shape(tokens=1), shape(), H100, False),
+    (shape(), shape(tokens=37), H100, False),
+])
+def test_flash_attention_is_chosen_where_it_can_be(query, key, device, fits):
+    assert attention.flash_fits(query, key, device) is fits
+
+
+def lowered(method, monkeypatch, implementation):
+    """The training gradient of a small bfloat16 model, lowered for CUDA; the library's version is not there to ask."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    here = CausalLM(SIZES, jnp.bfloat16, jnp.bfloat16)  # which can also run
+    params = method.init(jax.random.key(0), here.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
+    apply = bind(method, here.clone(config=replace(SIZES, attn_implementation=implementation)))
+
+    def loss(params, ids):
+        return apply({"params": params}, ids, segment_ids=jnp.ones_like(ids), method="hidden").sum().astype(jnp.float32)
+
+    traced = jax.jit(jax.grad(loss)).trace(params, jnp.zeros((2, 16), jnp.int32))
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("method", [lora(r=2), prefix(num_virtual_tokens=4)], ids=["lora", "prefix"])
+def test_a_model_with_cudnn_lowers_to_flash_attention_forward_and_back(method, monkeypatch):
+    text = lowered(method, monkeypatch, "cudnn")
+    assert len(re.findall(r"__cudnn\$fmhaScaleBiasSoftmax\b", text)) >= 1
+    assert len(re.findall(r"__cudnn\$fmhaScaleBiasSoftmaxBackward\b", text)) == 1
+    assert "__cudnn" not in lowered(method, monkeypatch, "auto")  # there is no GPU here
+
+
+def test_an_unknown_implementation_says_which_there_are():
+    model = CausalLM(replace(SIZES, attn_implementation="flash"))
+    with pytest.raises(PeftJaxError, match=r"attn_implementation='flash'.*auto, cudnn, xla"):
+        model.init(jax.random.key(0), np.zeros((1, 2), np.int32))
