@@ -5,10 +5,11 @@
     python run.py --config=experiments/lora.py --mode=generate --prompt="Review: A delight."
 
 Modes: train (evaluates before and after; the same command again resumes), eval (the base and the adapter of a workdir),
-merge, or export, which is the same (the workdir's adapter into the weights: a folder that transformers loads,
-workdir/merged or --output; with --requantize what was quantised, as nf4 or fp4 in blocks, is so again, and what that
-costs is said), generate (base and adapter side by side; or the adapters of --adapters=runs/a/adapter,owner/name,
-folders or Hub ids), plan (what memory the training step needs, from shapes alone).
+measure (what its result is worth on data kept for tests, neighbouring tasks and general text, and in time), merge, or
+export, which is the same (the workdir's adapter into the weights: a folder that transformers loads, workdir/merged or
+--output; with --requantize what was quantised, as nf4 or fp4 in blocks, is so again, and what that costs is said),
+generate (base and adapter side by side; or the adapters of --adapters=runs/a/adapter,owner/name, folders or Hub ids),
+plan (what memory the training step needs, from shapes alone).
 """
 
 import sys
@@ -22,7 +23,7 @@ from configs.check import check, tidy
 from peft_jax.errors import PeftJaxError, nearest
 
 GUARDS = ("allow", "log", "disallow")
-MODES = ("train", "eval", "merge", "export", "generate", "plan")
+MODES = ("train", "eval", "measure", "merge", "export", "generate", "plan")
 
 
 class Command(NamedTuple):
@@ -37,6 +38,7 @@ class Command(NamedTuple):
     output: str | None
     requantize: bool
     probe: ConfigDict | None  # the task behind eval.probe
+    tasks: dict[str, ConfigDict]  # those behind measure.neighbours and measure.general
     distributed: bool
     coordinator: str | None
     num_processes: int | None
@@ -96,11 +98,12 @@ def parse_command(argv: list[str]) -> Command | None:
     check(tidy(config))
     check_runtime(values)
     probe = base.task_config(config.eval.probe) if config.eval.probe else None
+    tasks = {name: base.task_config(name) for name in (*config.measure.neighbours, *config.measure.general)}
     if values.adapters and values.mode != "generate":
         raise PeftJaxError(f"--adapters is for --mode=generate; this is --mode={values.mode}")
     adapters = [source for source in values.adapters if source.strip()]
     return Command(config, values.workdir or f"runs/{name}", values.mode, values.prompt, adapters, values.overwrite,
-                   values.output, values.requantize, probe, values.distributed, values.coordinator,
+                   values.output, values.requantize, probe, tasks, values.distributed, values.coordinator,
                    values.num_processes, values.process_id, values.debug_nans, values.transfer_guard, values.profile)
 
 

@@ -72,6 +72,8 @@ def get_config(model: str = "smollm2-135m", task: str = "movie_rating", method: 
     config.eval = ConfigDict()
     config.eval.every = 0  # steps between evaluations during training, besides those before and after; 0: none
     config.eval.every_epoch = False  # and after each pass over the data
+    config.eval.before = True  # evaluate before training, too
+    config.eval.part = "all"  # of what is held out; or validation, test: one half each, to choose by and to report
     config.eval.limit = 200  # held-out examples, a fixed sample; 0: all
     config.eval.batch_size = 16
     config.eval.width_multiple = 32
@@ -79,6 +81,18 @@ def get_config(model: str = "smollm2-135m", task: str = "movie_rating", method: 
     config.eval.max_new_tokens = 4  # rating tasks: enough for the first word
     config.eval.probe = "newspaper"  # general text, to see forgetting: a plain-text task of configs/tasks.py; "": none
     config.eval.probe_limit = 64  # 0: all
+
+    config.measure = ConfigDict()  # --mode=measure
+    config.measure.of = "trained"  # what the workdir's run trained; or base, the model as it was
+    config.measure.limit = 200  # held-out examples, of the half for tests; 0: all
+    config.measure.neighbours = ("amazon_rating", "tweet_rating")  # like tasks of configs/tasks.py that nothing trains
+    config.measure.neighbour_limit = 100  # 0: all
+    config.measure.general = ("newspaper", "python_reference")  # plain-text tasks: what was forgotten?
+    config.measure.general_limit = 64  # 0: all
+    config.measure.rows = 1  # of a prompt whose time is taken
+    config.measure.prompt_tokens = 128
+    config.measure.new_tokens = 32  # over which the time of one is averaged
+    config.measure.repeats = 5  # all variants in turn; medians
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 20  # steps; one more at the end; 0: only there

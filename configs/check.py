@@ -12,6 +12,8 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.attn_implementation": ("auto", "xla", "cudnn"),
+    "measure.of": ("trained", "base"),
+    "eval.part": ("all", "validation", "test"),
     "data.collate": ("pack", "bucket", "pad"),
     "data.on_too_long": ("error", "truncate_left", "drop", "split"),
     "data.chat_loss": ("all", "last"),
@@ -20,11 +22,13 @@ CHOICES = {
 AT_LEAST_ONE = (
     "data.batch_size", "data.width_multiple", "data.buckets", "optim.accumulate_steps", "optim.loss_chunk",
     "eval.batch_size", "eval.width_multiple", "eval.buckets", "eval.max_new_tokens",
-    "checkpoint.keep", "log.every", "generate.max_new_tokens",
+    "checkpoint.keep", "log.every", "generate.max_new_tokens", "measure.rows", "measure.prompt_tokens",
+    "measure.new_tokens", "measure.repeats",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "data.rows", "data.row_length", "data.max_length", "optim.learning_rate", "optim.weight_decay", "optim.clip_norm",
     "optim.steps", "optim.epochs", "optim.eps", "seed", "eval.every", "eval.limit", "eval.probe_limit",
+    "measure.limit", "measure.neighbour_limit", "measure.general_limit",
     "checkpoint.every", "generate.num_prompts", "generate.temperature", "generate.top_k",
 )  # fmt: skip
 

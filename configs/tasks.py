@@ -2,7 +2,8 @@
 
 Every key that a task of that kind may have is here with its default. Strings: "" means "not set"; limits: 0 means
 "all". Kinds (see ``peft_jax/data/sources.py``): ``rating`` rated sentences, answered in one word or by a head,
-``sentences`` plain text, ``file`` local .jsonl, .json, .csv or .parquet, ``hub`` a data set of the Hugging Face Hub.
+``sentences`` plain text, ``reference`` Python's own documentation, ``file`` local .jsonl, .json, .csv or .parquet,
+``hub`` a data set of the Hugging Face Hub.
 """
 
 # Hutto and Gilbert, "VADER", ICWSM 2014: sentences with the mean of about 20 human ratings from -4 to 4. The wheel has
@@ -53,6 +54,12 @@ TASKS = {
     "movie_rating": {"name": "movie_rating", **MOVIES},
     "movie_classes": {"name": "movie_classes", **MOVIES, "answer": "class"},
     "movie_score": {"name": "movie_score", **MOVIES, "answer": "score"},
+    # Its neighbours: the same question of other sentences, with their own human ratings (same authors, same archive).
+    "amazon_rating": {"name": "amazon_rating", **MOVIES,
+                      "file": "hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt",
+                      "prompt_template": "Review: {text}\nIn one word, the product is"},
+    "tweet_rating": {"name": "tweet_rating", **MOVIES, "file": "hutto_ICWSM_2014/tweets_GroundTruth.txt",
+                     "prompt_template": "Tweet: {text}\nIn one word, the mood is"},
     # General text, held out as a whole: what does fine-tuning on something else do to it?
     "newspaper": {
         "name": "newspaper",
@@ -65,6 +72,10 @@ TASKS = {
         "train_limit": 0,
         "validation_limit": 0,
     },
+    # The same of another kind: paragraphs of the Python language reference, as help() has it (each version its own).
+    "python_reference": {"name": "python_reference", "kind": "reference", "answer": "word",
+                         "source": "pydoc_data.topics", "validation_fraction": 1.0, "train_limit": 0,
+                         "validation_limit": 0},
     "file": {
         "name": "file",
         "kind": "file",

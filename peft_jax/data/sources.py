@@ -104,6 +104,13 @@ def sample_by_hash(examples: Sequence[Example], limit: int) -> list[Example]:
     return [examples[i] for i in sorted(chosen)]
 
 
+def half_by_hash(examples: Sequence[Example], part: str) -> list[Example]:
+    """Held-out examples by a hash of the text: half for "validation", to choose by, half for "test"; or "all"."""
+    if part == "all":
+        return list(examples)
+    return [one for one in examples if (hash_fraction("half " + text_key(one)) < 0.5) == (part == "validation")]
+
+
 # Rated sentences: the default task and the newspaper probe.
 
 
@@ -182,6 +189,16 @@ def _sentences_task(task):
     return [{"text": text, "origin": origin} for _, text, origin in _fetched_sentences(task)], None
 
 
+def _reference_task(task):
+    """Paragraphs of the Python language reference, which Python's help() has: prose, 200 to 1000 characters long."""
+    from pydoc_data.topics import topics
+
+    found = ((name, number, " ".join(text.split())) for name, topic in topics.items()
+             for number, text in enumerate(topic.split("\n\n")))
+    return [{"text": text, "origin": f"help({name!r}), paragraph {number}"} for name, number, text in found
+            if 200 <= len(text) <= 1000 and sum(c.isalpha() or c.isspace() for c in text) > 0.9 * len(text)], None
+
+
 def _file_task(task):
     columns = list(named_columns(task).values()) or [name for use in KNOWN for name in use.values()]
 
@@ -201,6 +218,7 @@ def _hub_task(task):
 KINDS: dict[str, Callable] = {
     "rating": _rating_task,
     "sentences": _sentences_task,
+    "reference": _reference_task,
     "file": _file_task,
     "hub": _hub_task,
 }

@@ -68,17 +68,24 @@ def make_evaluator(apply: Callable, model, tokenizer, held: HeldOut, config,
     The metrics are those of the task's objective (:mod:`peft_jax.evaluation.objectives`), its loss among them;
     ``probe_loss`` and ``probe_perplexity`` where there is general text.
     """
+    evaluate = make_evaluator_of_any(apply, model, tokenizer, config, mesh)
+    return lambda params: evaluate(params, held, config.task)
+
+
+def make_evaluator_of_any(apply: Callable, model, tokenizer, config, mesh: Mesh | None = None) -> Callable:
+    """``evaluate(params, held, task) -> metrics`` as of :func:`make_evaluator`, for more than one task of the objective
+    of ``config.task``: what is alike in their batches is compiled once."""
     objective = objective_of(config.task)
     score = make_score(apply, config.optim.loss_chunk, objective, mesh)
 
-    def evaluate(params: tree.Tree) -> dict[str, float]:
+    def evaluate(params: tree.Tree, held: HeldOut, task) -> dict[str, float]:
         found: dict[str, float] = {}
         loss, answers = score_all(score, params, held.encoded, held.choices, config.eval, len(held.examples))
         if held.choices is not None:
             texts = complete(apply, model, params, held.prompts, tokenizer, batch_size=config.eval.batch_size,
                              width_multiple=config.eval.width_multiple, max_new_tokens=config.eval.max_new_tokens,
                              mesh=mesh)
-            found |= _rate(objective, config.task, held.examples, answers, texts)
+            found |= _rate(objective, task, held.examples, answers, texts)
         found |= objective.losses(loss)
         if held.probe:
             loss, _ = score_all(score, params, held.probe, None, config.eval, len(held.probe))

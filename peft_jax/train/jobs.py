@@ -1,63 +1,38 @@
-"""What ``run.py`` can be asked to do: train, eval, merge (export), generate, plan.
+"""What ``run.py`` can be asked to do: train, eval, measure, merge (export), generate, plan.
 
 Each prints for people and returns an exit code.
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from peft_jax import quant, sharding, tree
+from peft_jax import quant, tree
 from peft_jax.data import encode_prompts
 from peft_jax.data.sources import is_chat
 from peft_jax.errors import PeftJaxError
 from peft_jax.evaluation.evaluate import complete, make_evaluator
 from peft_jax.evaluation.objectives import objective_of
 from peft_jax.generation import Sampling
-from peft_jax.hub import load_pretrained, load_tokenizer, save_pretrained
-from peft_jax.hub.adapters import load_adapter
-from peft_jax.mesh import make_mesh, several
+from peft_jax.hub import load_tokenizer, save_pretrained
+from peft_jax.mesh import make_mesh
 from peft_jax.method import BASE, bind
 from peft_jax.methods import requantize
-from peft_jax.train import plan, report, session, workdir
+from peft_jax.train import measure, plan, report, session, tuned, workdir
 from peft_jax.train.session import Session
 from peft_jax.train.training import train
 
 
-class Tuned(NamedTuple):
-    """What a run has trained, ``"adapter"`` or a whole ``"model"``: how to apply it, and how to get plain weights."""
-
-    name: str
-    apply: Callable
-    params: tree.Tree
-    merge: Callable[[tree.Tree], tree.Tree] | None
-
-
-def _tuned(folder: Path, config, model, base: tree.Tree, mesh: Mesh) -> Tuned:
-    if (folder / "adapter").is_dir():
-        return _adapter(folder / "adapter", model, base, mesh)
-    _, params = load_pretrained(folder / "model", dtype=config.model.param_dtype, mesh=several(mesh))
-    return Tuned("model", bind(BASE, model, mesh), params, lambda params: params)
-
-
-def _adapter(source: str | Path, model, base: tree.Tree, mesh: Mesh) -> Tuned:
-    method, params = load_adapter(source, base)
-    if several(mesh):
-        params = sharding.place(params, sharding.shardings(params, mesh, model.sharding, method))
-    return Tuned("adapter", bind(method, model, mesh), params, method.merge)
-
-
 def evaluate(command) -> int:
     """The base model and what the workdir's run trained side by side; also written to ``eval.json``."""
-    folder = _trained(command)
+    folder = tuned.folder_of(command)
     ready = session.load(command.config, command.probe, session.trained_on(command.config))
-    tuned = _tuned(folder, command.config, ready.model, ready.base, ready.mesh)
+    made = tuned.load(folder, command.config, ready.model, ready.base, ready.mesh)
     found = {}
     base = bind(BASE, ready.model, ready.mesh)
-    for name, apply, params in (("base", base, ready.base), (tuned.name, tuned.apply, tuned.params)):
+    for name, apply, params in (("base", base, ready.base), (made.name, made.apply, made.params)):
         run = make_evaluator(apply, ready.model, ready.tokenizer, ready.held, command.config, ready.mesh)
         found[name] = run(params)
     workdir.write_json(folder / "eval.json", found)
@@ -67,7 +42,7 @@ def evaluate(command) -> int:
 
 def merge(command) -> int:
     """Fold the workdir's adapter into the weights: a folder that transformers loads."""
-    folder, source = _trained(command), command.config.model.source
+    folder, source = tuned.folder_of(command), command.config.model.source
     output = Path(command.output).expanduser() if command.output else folder / "merged"
     workdir.check_output(output, folder, source)
     changes, ready, mesh = session.trained_on(command.config), None, make_mesh(**command.config.mesh)
@@ -77,10 +52,10 @@ def merge(command) -> int:
         session.check_codes(base)
     else:
         tokenizer, (model, base) = load_tokenizer(source), session.load_model(command.config, changes, mesh)
-    tuned = _tuned(folder, command.config, model, base, mesh)
-    if tuned.merge is None:
+    made = tuned.load(folder, command.config, model, base, mesh)
+    if made.merge is None:
         raise PeftJaxError(f"{folder / 'adapter'} is of a method that cannot be folded into weights: use it as it is")
-    merged = tree.map_paths(lambda _, leaf: quant.plain(leaf), tuned.merge(tuned.params))  # also what has no adapter
+    merged = tree.map_paths(lambda _, leaf: quant.plain(leaf), made.merge(made.params))  # also what has no adapter
     if ready:
         merged = _requantized(command.config, ready, merged)
     save_pretrained(output, model, merged, tokenizer)
@@ -107,7 +82,7 @@ def generate(command) -> int:
         raise PeftJaxError(f"the task {config.task.name!r} is answered by a head, which writes no text: see "
                            "--mode=eval for what it tells")
     if not command.adapters:
-        _trained(command)  # an error before anything is loaded
+        tuned.folder_of(command)  # an error before anything is loaded
     if command.prompts:
         tokenizer = load_tokenizer(config.model.source)
         mesh = make_mesh(**config.mesh)
@@ -122,22 +97,22 @@ def generate(command) -> int:
     options |= {"max_new_tokens": config.generate.max_new_tokens, "rng": jax.random.key(config.seed)}
     options |= {"sampling": Sampling(*(config.generate[key] for key in Sampling._fields))}
     answers = {"base": complete(bind(BASE, model, mesh), model, base, prompts, tokenizer, **options)}
-    for name, tuned in _candidates(command, model, base, mesh).items():
-        answers[name] = complete(tuned.apply, model, tuned.params, prompts, tokenizer, **options)
+    for name, made in _candidates(command, model, base, mesh).items():
+        answers[name] = complete(made.apply, model, made.params, prompts, tokenizer, **options)
     for prompt, texts in zip(prompts, zip(*answers.values(), strict=True), strict=True):
         print(report.answers(tokenizer.decode(prompt), dict(zip(answers, texts, strict=True))))
     return 0
 
 
-def _candidates(command, model, base: tree.Tree, mesh: Mesh) -> dict[str, Tuned]:
+def _candidates(command, model, base: tree.Tree, mesh: Mesh) -> dict[str, tuned.Tuned]:
     """What to try beside the base, by the name to show: the adapters of the command line or what the run trained."""
     if not command.adapters:
-        tuned = _tuned(_trained(command), command.config, model, base, mesh)
-        return {tuned.name: tuned}
+        made = tuned.load(tuned.folder_of(command), command.config, model, base, mesh)
+        return {made.name: made}
     short = [Path(source).parent.name if Path(source).name == "adapter" else Path(source).name
              for source in command.adapters]
     unlike = len(set(short)) == len(short) and "base" not in short
-    return {name: _adapter(source, model, base, mesh) for name, source in
+    return {name: tuned.adapter(source, model, base, mesh) for name, source in
             zip(short if unlike else command.adapters, command.adapters, strict=True)}
 
 
@@ -153,13 +128,5 @@ def _opening(example: dict[str, Any], words: int = 8) -> dict[str, Any]:
     return {"prompt": " ".join(example["text"].split(" ")[:words])} if "text" in example else example
 
 
-def _trained(command) -> Path:
-    """The workdir, if it holds an adapter, or a whole model, trained from the model of the configuration."""
-    folder = Path(command.workdir)
-    if not any((folder / name).is_dir() for name in ("adapter", "model")):
-        raise PeftJaxError(f"{folder} holds no adapter: train one first (the same command with --mode=train)")
-    workdir.check_config(folder, command.config.to_dict(), workdir.ADAPTER_MATTERS)
-    return folder
-
-
-JOBS = {"train": train, "eval": evaluate, "merge": merge, "export": merge, "generate": generate, "plan": plan.job}
+JOBS = {"train": train, "eval": evaluate, "merge": merge, "export": merge, "generate": generate, "plan": plan.job,
+        "measure": measure.job}

@@ -114,7 +114,7 @@ def fit(
     done = int(state.step)
     clock = _Clock(before=log.last["seconds"] if log.last else 0.0)
     progress = Progress(total_steps, done)
-    batch, stopping = _at(batches, done) if done < total_steps else None, False
+    batch, stopping = at_step(batches, done) if done < total_steps else None, False
     with stop or StopRequest() as stop:
         while done < total_steps and not stopping:
             with trace or contextlib.nullcontext():
@@ -124,7 +124,7 @@ def fit(
                 if trace:
                     jax.block_until_ready(metrics)
             tokens, done = int((batch["segment_ids"] > 0).sum()), done + 1
-            batch = _at(batches, done) if done < total_steps else None  # while the device works
+            batch = at_step(batches, done) if done < total_steps else None  # while the device works
             values = {name: float(value) for name, value in metrics.items()}  # waits for it
             _check_finite(values, done, checkpoints)
             values |= clock.lap(tokens) | {"learning_rate": float(schedule(done - 1))}
@@ -146,7 +146,7 @@ def due(every: int, also: Collection[int] = ()) -> Callable[[int], bool]:
     return lambda step: step in also or (every > 0 and step % every == 0)
 
 
-def _at(batches: Batches, step: int) -> dict[str, np.ndarray]:
+def at_step(batches: Batches, step: int) -> dict[str, np.ndarray]:
     """A step's batch with the axis of micro-batches in front, also where there is but one."""
     batch = batches.at(step)
     return batch if batches.accumulate_steps > 1 else {name: array[None] for name, array in batch.items()}

@@ -1,9 +1,11 @@
 """What a run tells a person: parameter counts, progress, the table at the end. All of it fits 80 columns."""
 
+import contextlib
 import resource
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -74,7 +76,7 @@ def summary(results: Mapping[str, Any]) -> str:
         ("peak memory", " + ".join(f"{size(value)} {where}" for where, value in results["peak_memory"].items())),
         ("saved", f"{size(results['adapter_bytes'])}  {results['adapter']}"),
     ]
-    found = {name: results[name] for name in ("before", "after")}
+    found = {name: results[name] for name in ("before", "after") if results[name]}
     return "\n".join((metrics_table(found), "", *(f"{name:<34}{value}" for name, value in cost)))
 
 
@@ -95,10 +97,11 @@ TITLES = {
 
 def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> str:
     """Metrics as rows, ``{"before": {metric: value}, "after": ...}`` as columns."""
-    head = " " * 34 + "".join(f"{name:>12}" for name in columns)
+    wide = max(12, *(len(name) + 2 for name in columns))
+    head = " " * 34 + "".join(f"{name:>{wide}}" for name in columns)
     metrics = dict.fromkeys(metric for column in columns.values() for metric in column)
-    rows = [f"{TITLES[metric]:<34}" + "".join(f"{column[metric]:>12.3f}" for column in columns.values())
-            for metric in metrics]  # fmt: skip
+    rows = [f"{TITLES[metric]:<34}" + "".join(f"{column[metric]:>{wide}.3f}" if metric in column else " " * wide
+                                              for column in columns.values()) for metric in metrics]
     return "\n".join((head, "-" * len(head), *rows))
 
 
@@ -144,8 +147,15 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def forget_peak() -> None:
+    """Count the host's peak anew from here, where Linux lets us; a device's own count cannot be."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def peak_memory() -> dict[str, int]:
-    """The most bytes used so far, ``{"host": ..., "device": ...}``; "device" where there is one that tells."""
+    """The most bytes used so far, or since :func:`forget_peak`, ``{"host": ..., "device": ...}``; "device" where there
+    is one that tells."""
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak = {"host": kilobytes if sys.platform == "darwin" else kilobytes * 1024}
     stats = jax.local_devices()[0].memory_stats()

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from peft_jax import quant, tree
 from peft_jax.data import load_examples
 from peft_jax.data.batches import One
-from peft_jax.data.sources import Example, sample_by_hash
+from peft_jax.data.sources import Example, half_by_hash, sample_by_hash
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.evaluation.evaluate import HeldOut, hold_out
 from peft_jax.evaluation.objectives import objective_of
@@ -45,7 +45,11 @@ def load(config, probe_task=None, method: Method = BASE) -> Session:
         raise PeftJaxError(
             f"task {config.task.name!r} holds nothing out to evaluate on; set --config.task.validation_fraction"
         )
-    held_out = sample_by_hash(examples["validation"], config.eval.limit)
+    part = half_by_hash(examples["validation"], config.eval.part)
+    if not part:
+        raise PeftJaxError(f"of the {len(examples['validation'])} held-out examples none is in the half "
+                           f"{config.eval.part!r}: set --config.eval.part=all, or hold more out")
+    held_out = sample_by_hash(part, config.eval.limit)
     probe = load_probe(config, probe_task)
     tokenizer = load_tokenizer(config.model.source)
     held = hold_out(held_out, probe, tokenizer, config.task, config.data)

@@ -14,11 +14,12 @@ from peft_jax.evaluation.evaluate import make_evaluator
 from peft_jax.evaluation.objectives import objective_of
 from peft_jax.hub import save_pretrained
 from peft_jax.hub.adapters import is_stored, save_adapter
-from peft_jax.mesh import row_shards
+from peft_jax.mesh import feed, row_shards
 from peft_jax.method import Method, bind
+from peft_jax.planner.program import memory_of
 from peft_jax.train import hosts, report, session, workdir
 from peft_jax.train.checkpoint import Checkpoints
-from peft_jax.train.loop import StopRequest, Trace, due, fit
+from peft_jax.train.loop import StopRequest, Trace, at_step, due, fit
 from peft_jax.train.metrics import MetricsLog
 from peft_jax.train.optim import make_optimizer, make_schedule
 from peft_jax.train.session import Session
@@ -55,10 +56,12 @@ def _train_run(command) -> int:
     apply = bind(method, ready.model, ready.mesh)
     jax.eval_shape(apply, {"params": params}, np.zeros((1, 8), np.int32))  # an adapter that nothing reads stops here
     evaluate = make_evaluator(apply, ready.model, ready.tokenizer, ready.held, config, ready.mesh)
-    before = _before(folder, evaluate, params, config.eval.to_dict())
+    before = _before(folder, evaluate, params, config.eval.to_dict()) if config.eval.before else {}
     step, state, frozen = _start(config, method, apply, params, total, ready.mesh)
     ready = ready._replace(base={})  # what does not train is in ``frozen``: a full run has no use for the old weights
     del params
+    needed, earlier = _compiled(step, state, frozen, batches, ready.mesh), report.peak_memory()
+    report.forget_peak()
     stop = StopRequest()
     more = {"mesh": ready.mesh, "stop": stop, "guard": command.transfer_guard}
     if command.profile:
@@ -68,6 +71,7 @@ def _train_run(command) -> int:
         print(f"stopped after step {int(state.step)} of {total}; the same command goes on from there")
         return 128 + stop.asked
 
+    training = report.peak_memory()
     params = tree.combine(frozen, state.trainable)
     after = found.get(total) or evaluate(params)
     params = hosts.brought(params)
@@ -76,12 +80,19 @@ def _train_run(command) -> int:
         return 0
     saved = _save(folder, method, params, ready, config)
     results = {"before": before, "after": after, "steps": total, "seconds": seconds}
-    results |= {"trainable": counts[0], "all": counts[1], "peak_memory": report.peak_memory()}
+    peak = {where: max(size, earlier[where]) for where, size in report.peak_memory().items()}
+    results |= {"trainable": counts[0], "all": counts[1], "peak_memory": peak}
+    results |= {"training_memory": {**training, "compiled": needed}}
     results |= {"adapter": str(saved), "adapter_bytes": workdir.bytes_in(saved)}
     workdir.write_json(folder / "results.json", results)
     hosts.barrier("saved")
     print("\n" + report.summary(results))
     return 0
+
+
+def _compiled(step, state: TrainState, frozen: tree.Tree, batches: Batches, mesh) -> int:
+    """Bytes that XLA says a step on the first batch needs of a device; the loop then finds it compiled."""
+    return memory_of(step.lower(state, frozen, feed(mesh, at_step(batches, 0), axis=1)).compile()).total
 
 
 def _start(config, method: Method, apply, params, total: int, mesh) -> tuple[Callable, TrainState, tree.Tree]:

@@ -25,7 +25,7 @@ from peft_jax.errors import PeftJaxError
 
 WRITTEN = (
     "results.json", "config.json", "checkpoints", "metrics.jsonl", "tensorboard", "before.json", "adapter", "model",
-    "merged", "eval.json", "profile",
+    "merged", "eval.json", "profile", "measured.json",
 )  # fmt: skip
 KEPT = tuple(name for name in WRITTEN if name != "merged")  # which merge does not write
 MATTERS = ("seed", "model", "method", "task", "data", "optim")  # sections that a resumed run may not change

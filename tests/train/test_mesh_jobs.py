@@ -2,11 +2,12 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 import run
-from peft_jax.train import jobs
+from peft_jax.train import tuned
 
 pytestmark = pytest.mark.usefixtures("quick_compiles", "at_the_root")
 MESH = ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
@@ -30,15 +31,15 @@ def trained(request, tiny_folder, films, tmp_path_factory):
 def lying(monkeypatch):
     """How the weights lay that the job used: the most devices that share a leaf of them."""
     seen = []
-    tuned = jobs._tuned
+    load = tuned.load
 
     def look(*args):
-        found = tuned(*args)
+        found = load(*args)
         seen.append(max(len(leaf.sharding.device_set) if not leaf.sharding.is_fully_replicated else 1
-                        for leaf in jobs.jax.tree.leaves(found.params)))
+                        for leaf in jax.tree.leaves(found.params)))
         return found
 
-    monkeypatch.setattr(jobs, "_tuned", look)
+    monkeypatch.setattr(tuned, "load", look)
     return seen
 
 

@@ -14,7 +14,7 @@ from peft_jax.errors import PeftJaxError
 from peft_jax.method import bind
 from peft_jax.planner.program import memory_of
 from peft_jax.train import jobs, session, training
-from peft_jax.train.loop import _at
+from peft_jax.train.loop import at_step
 from peft_jax.train.optim import make_optimizer
 from peft_jax.train.plan import _sizes, plan_config
 from tests.test_run import data  # noqa: F401, the fixture of a small run
@@ -42,7 +42,7 @@ def test_it_is_the_memory_of_the_program_that_training_runs(asked, experiment, o
     batches, total = training._batches(config, ready, method)
     params = method.init(jax.random.key(0), ready.base)
     step, state, frozen = training._start(config, method, bind(method, ready.model), params, total, ready.mesh)
-    batch = _at(batches, 0)
+    batch = at_step(batches, 0)
     real = memory_of(step.lower(state, frozen, batch).compile())
 
     _, rows, length = batch["input_ids"].shape
