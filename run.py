@@ -9,7 +9,10 @@ measure (what its result is worth on data kept for tests, neighbouring tasks and
 export, which is the same (the workdir's adapter into the weights: a folder that transformers loads, workdir/merged or
 --output; with --requantize what was quantised, as nf4 or fp4 in blocks, is so again, and what that costs is said),
 generate (base and adapter side by side; or the adapters of --adapters=runs/a/adapter,owner/name, folders or Hub ids),
-plan (what memory the training step needs, from shapes alone).
+plan (what memory the training step needs, from shapes alone), report (tables and plots of a sweep).
+
+A sweep (experiments/compare.py, experiments/ablations/) is many runs, each in a process of its own; what is finished is
+not run again. With --sweep_index=N one of them is run here and now, for the job array of a cluster.
 """
 
 import sys
@@ -23,7 +26,7 @@ from configs.check import check, tidy
 from peft_jax.errors import PeftJaxError, nearest
 
 GUARDS = ("allow", "log", "disallow")
-MODES = ("train", "eval", "measure", "merge", "export", "generate", "plan")
+MODES = ("train", "eval", "measure", "merge", "export", "generate", "plan", "report")
 
 
 class Command(NamedTuple):
@@ -39,6 +42,8 @@ class Command(NamedTuple):
     requantize: bool
     probe: ConfigDict | None  # the task behind eval.probe
     tasks: dict[str, ConfigDict]  # those behind measure.neighbours and measure.general
+    cells: list  # of a sweep, see configs/sweeps.py
+    sweep_index: int | None  # which of them this is
     distributed: bool
     coordinator: str | None
     num_processes: int | None
@@ -61,6 +66,8 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_string("output", None, "folder that merge writes; default workdir/merged", flag_values=values)
     flags.DEFINE_bool("requantize", False, "merge into a quantised base (nf4 or fp4, in blocks) again, not into plain "
                       "weights", flag_values=values)
+    flags.DEFINE_integer("sweep_index", None, "which cell of a sweep to run, from 0, here and now; default all, each "
+                         "in a process of its own", flag_values=values)
     flags.DEFINE_bool("distributed", False, "one of several processes that train together", flag_values=values)
     flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process; Slurm, GKE and TPU VMs tell it",
                         flag_values=values)
@@ -97,14 +104,34 @@ def parse_command(argv: list[str]) -> Command | None:
             raise PeftJaxError(f"--{flag} is for --mode=merge and export; this is --mode={values.mode}")
     check(tidy(config))
     check_runtime(values)
+    cells = sweep_cells(values, config)
     probe = base.task_config(config.eval.probe) if config.eval.probe else None
     tasks = {name: base.task_config(name) for name in (*config.measure.neighbours, *config.measure.general)}
     if values.adapters and values.mode != "generate":
         raise PeftJaxError(f"--adapters is for --mode=generate; this is --mode={values.mode}")
     adapters = [source for source in values.adapters if source.strip()]
     return Command(config, values.workdir or f"runs/{name}", values.mode, values.prompt, adapters, values.overwrite,
-                   values.output, values.requantize, probe, tasks, values.distributed, values.coordinator,
+                   values.output, values.requantize, probe, tasks, cells,
+                   values.sweep_index, values.distributed, values.coordinator,
                    values.num_processes, values.process_id, values.debug_nans, values.transfer_guard, values.profile)
+
+
+def sweep_cells(values: flags.FlagValues, config: ConfigDict) -> list:
+    """The checked cells of a sweep, [] of any other experiment. Raises ``PeftJaxError`` for flags that do not fit."""
+    cells = parse.load_cells(values.config, config)
+    for cell in cells:
+        cell.config.unlock()
+        check(tidy(cell.config))
+        cell.config.lock()
+    if not cells and (values.mode == "report" or values.sweep_index is not None):
+        flag = "--mode=report" if values.mode == "report" else "--sweep_index"
+        raise PeftJaxError(f"{flag} is for sweeps, such as experiments/compare.py; {values.config} is a single run")
+    if values.sweep_index is not None and not 0 <= values.sweep_index < len(cells):
+        raise PeftJaxError(f"--sweep_index={values.sweep_index}: this sweep has the cells 0 to {len(cells) - 1}")
+    if cells and values.mode not in ("train", "report"):
+        raise PeftJaxError(f"--mode={values.mode}: a sweep is run (--mode=train, the default) or reported on "
+                           "(--mode=report); its runs are folders of workdir/runs, with a config.json each")
+    return cells
 
 
 def check_runtime(values: flags.FlagValues) -> None:
@@ -135,6 +162,22 @@ def print_help(values: flags.FlagValues) -> None:
     print("\n".join(f"  --config.{key}={value}" for key, value in parse.keys(config).items()))
 
 
+def start(command: Command, argv: list[str]) -> int:
+    """Do what the command asks; jax is imported here, so only once the command line is known to be right."""
+    if command.cells and command.sweep_index is None:
+        from peft_jax.comparison import sweep
+
+        return sweep.job(command, argv)
+    from peft_jax.train import hosts, jobs
+
+    hosts.start(command)
+    if command.cells:
+        from peft_jax.comparison import cell
+
+        return cell.run(command)
+    return jobs.JOBS[command.mode](command)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command line; returns the exit code: 0, 2 for an error that the user can mend, 130 when interrupted, 143
     when stopped by SIGTERM, as clusters send it before they take a machine away."""
@@ -142,10 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         command = parse_command(sys.argv[1:] if argv is None else argv)
         if command is None:
             return 0
-        from peft_jax.train import hosts, jobs  # jax comes with it, so only once the command line is known to be right
-
-        hosts.start(command)
-        return jobs.JOBS[command.mode](command)
+        return start(command, sys.argv[1:] if argv is None else argv)
     except PeftJaxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -46,6 +46,17 @@ def load_experiment(argument: str) -> tuple[ConfigDict, str]:
 
     The file is Python and is run. Raises ``PeftJaxError`` where there is no such file or it has no ``get_config``.
     """
+    module, args = _module(argument)
+    return module.get_config(args), Path(argument.partition(":")[0]).stem
+
+
+def load_cells(argument: str, config: ConfigDict) -> list:
+    """The runs of a sweep (``configs/sweeps.py``) whose file has been loaded as ``config``; [] of any other."""
+    return _module(argument)[0].get_cells(config) if "sweep" in config else []
+
+
+def _module(argument: str) -> tuple[Any, str]:
+    """The experiment file as a module, which runs it, and its arguments."""
     path, _, args = argument.partition(":")
     file = Path(path)
     if not file.is_file():
@@ -58,7 +69,7 @@ def load_experiment(argument: str) -> tuple[ConfigDict, str]:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise PeftJaxError(f"--config={path}: the file has no function get_config(arg)")
-    return module.get_config(args), file.stem
+    return module, args
 
 
 def keys(config: ConfigDict, prefix: str = "") -> dict[str, Any]:

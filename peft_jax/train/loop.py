@@ -19,7 +19,7 @@ from peft_jax.mesh import feed
 from peft_jax.train import hosts
 from peft_jax.train.checkpoint import Checkpoints
 from peft_jax.train.metrics import MetricsLog
-from peft_jax.train.report import Progress
+from peft_jax.train.report import Progress, memory_now
 from peft_jax.train.step import TrainState
 
 
@@ -127,7 +127,7 @@ def fit(
             batch = at_step(batches, done) if done < total_steps else None  # while the device works
             values = {name: float(value) for name, value in metrics.items()}  # waits for it
             _check_finite(values, done, checkpoints)
-            values |= clock.lap(tokens) | {"learning_rate": float(schedule(done - 1))}
+            values |= clock.lap(tokens) | {"learning_rate": float(schedule(done - 1)), "memory": memory_now()}
             if evaluated := evaluate is not None and evaluate_due(done):
                 with clock.paused():
                     values |= {f"eval_{name}": value for name, value in evaluate(state).items()}

@@ -1,0 +1,49 @@
+"""Full fine-tuning against PEFT: what is learnt, what is forgotten, what it costs, all on the same model and data.
+
+    python run.py --config=experiments/compare.py:budget=smoke            # that it runs: within 10 minutes on 2 cores
+    python run.py --config=experiments/compare.py                         # full, LoRA, QLoRA, Houlsby, prefix: hours
+    python run.py --config=experiments/compare.py:methods=all             # and prompt, IA3, BitFit, DoRA
+    python run.py --config=experiments/compare.py --sweep_index=3         # one cell of it, for a cluster's job array
+    python run.py --config=experiments/compare.py --mode=report           # tables and plots of what is there
+
+Question: the source article's table, measured. Every method has the same batches, steps and seeds, float32, and its
+own learning rate, the best of three on validation data; what is reported is of test data, over the seeds. A finished
+cell is not run again. Results: runs/compare/results/*.json, table.md, table.csv, table.json, plots/, report.html.
+Measured figures are in docs/findings.md.
+"""
+
+from configs import base, parse, sweeps
+from peft_jax.errors import PeftJaxError
+
+RATES = {  # the first is tried first; the best of experiments/ablations/methods.py's sweep is among them
+    "full": (5e-5, 2e-4, 2e-5),
+    "lora": (1e-3, 2e-3, 5e-4),
+    "qlora": (5e-4, 1e-3, 2e-4),
+    "adapter": (1e-3, 2e-3, 5e-4),
+    "prefix": (3e-2, 1e-1, 1e-2),
+    "prompt": (1e-2, 3e-2, 3e-3),
+    "ia3": (1e-2, 3e-2, 3e-3),
+    "bitfit": (3e-3, 1e-2, 1e-3),
+    "dora": (1e-3, 2e-3, 5e-4),
+}
+METHODS = {"article": ("full", "lora", "qlora", "adapter", "prefix"), "all": tuple(RATES)}
+
+
+def get_config(arg: str = ""):
+    args = parse.typed_args(arg, model="smollm2-135m", task="movie_rating", budget="short", methods="article")
+    config = base.get_config(model=args["model"], task=args["task"])
+    config.method = type(config)({"name": "each experiment's own"})
+    config.eval.update(part="validation", probe="")
+    return sweeps.sweep(config, args["budget"], methods=_methods(args["methods"]))
+
+
+def _methods(named: str) -> tuple[str, ...]:
+    """Those of a name of ``METHODS``, or named one by one, with a plus between them."""
+    methods = METHODS.get(named) or tuple(named.split("+"))
+    if unknown := [name for name in methods if name not in RATES]:
+        raise PeftJaxError(f"methods={unknown[0]}: all, article, or some of {'+'.join(RATES)}")
+    return methods
+
+
+def get_cells(config):
+    return sweeps.best_of(config, {name: RATES[name] for name in config.sweep.methods})
