@@ -40,7 +40,7 @@ class Cell(NamedTuple):
     def having(self, settings: Mapping[str, Any]) -> "Cell":
         """The cell with the chosen ``settings`` beside its own, under the name that a run with all of them has."""
         both = {**settings, **self.settings}
-        return cell(self.config, both, self.label, self.axes, self.best_of, self.measure) if settings else self
+        return cell(self.config, both, self.label, self.axes, measure=self.measure) if settings else self
 
 
 # How much: "smoke" to see that it runs, "short" for an answer within an hour or two on 2 cores, "long" on a GPU.
@@ -71,12 +71,21 @@ def sweep(config: ConfigDict, budget: str, **settings: Any) -> ConfigDict:
         "budget": budget,
         "seeds": (0,),
         "rates": 3,  # how many learning rates of each method
-        "metric": "among_choices",  # of the task, higher is better: the best on validation data is chosen by it
+        "metric": metric_of(config.task),  # the best on validation data is chosen by it, and it is reported
         **settings,
     })  # fmt: skip
+    if config.task.answer != "word":  # a head neither writes general text nor answers other tasks' questions
+        config.measure.update(neighbours=(), general=())
     for key, value in {**SAME, **BUDGETS[budget]}.items():
         put(config, key, value)
     return config
+
+
+def metric_of(task: ConfigDict) -> str:
+    """The metric of a task that runs are compared by; "-" in front of one of which less is better."""
+    if task.answer != "word":
+        return {"class": "accuracy", "score": "spearman"}[task.answer]
+    return "among_choices" if task.kind == "rating" else "-loss"
 
 
 def base_of(arg: str, experiment: str, **settings: Any) -> ConfigDict:

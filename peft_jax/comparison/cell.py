@@ -58,6 +58,7 @@ def chosen(folder: Path, command, cell) -> dict[str, Any]:
 
 def _value(done: dict[str, Any], metric: str) -> float:
     metrics = done["peft_jax"]["validation"]
-    if metric not in metrics:
-        raise PeftJaxError(f"--config.sweep.metric={metric}: the runs have {', '.join(metrics)}")
+    if metrics.get(metric) is None:
+        raise PeftJaxError(f"--config.sweep.metric={metric}: the runs have {', '.join(metrics)}; of what should be "
+                           "small write a minus in front, -loss")
     return metrics[metric]

@@ -41,7 +41,7 @@ def compose(folder: Path, cell, whole, metric: str, outcome: Outcome) -> dict[st
             "cell": {"sweep": folder.name, "name": cell.name, "label": cell.label, "settings": whole.settings,
                      "axes": cell.axes, "chosen": cell.measure or None if cell.best_of or cell.measure else None},
             "asked": workdir.plain(cell.config.to_dict()), "metric": metric,
-            "validation": results.get("after", {}), **_measured(found, base, metric),
+            "validation": with_minus(results.get("after", {}), metric), **_measured(found, base, metric),
             "memory": _memory(results), "adapter_bytes": results.get("adapter_bytes"),
             "tokens_per_second": rows[-1]["tokens_per_second"] if rows else None,
             "loss": [[row["step"], row["loss"]] for row in rows],
@@ -59,11 +59,23 @@ def _measured(found: Mapping, base: Mapping, metric: str) -> dict[str, Any]:
         return {}
 
     def pairs(section: str, name: str) -> dict[str, Any]:
-        return {task: {"before": base.get(section, {}).get(task, {}).get(name), "after": metrics.get(name)}
+        before = {task: with_minus(metrics, name) for task, metrics in base.get(section, {}).items()}
+        return {task: {"before": before.get(task, {}).get(name), "after": with_minus(metrics, name).get(name)}
                 for task, metrics in found[section].items()}
 
-    return {"test": found["test"], "base_test": base.get("test", {}), "latency": found["latency"],
+    return {"test": with_minus(found["test"], metric), "base_test": with_minus(base.get("test", {}), metric),
+            "latency": found["latency"],
             "general": pairs("general", "loss"), "neighbours": pairs("neighbours", metric)}
+
+
+def with_minus(metrics: Mapping[str, float], metric: str) -> dict[str, float]:
+    """``metrics`` and, where ``metric`` is one of them with a minus in front, that: then more is better.
+
+    >>> with_minus({"loss": 0.5}, "-loss")
+    {'loss': 0.5, '-loss': -0.5}
+    """
+    plain = metric.removeprefix("-")
+    return {**metrics, **({metric: -metrics[plain]} if metric.startswith("-") and plain in metrics else {})}
 
 
 def _memory(results: Mapping) -> dict[str, int]:
@@ -78,31 +90,33 @@ def _train_config(config, results: Mapping) -> dict[str, Any]:
             "max_steps": results.get("steps", optim.steps), "eval_steps": config.eval.every, "compile": True,
             "query_template": config.task.get("prompt_template"), "seed": config.seed,
             "grad_norm_clip": optim.clip_norm, "optimizer_type": "AdamW",
-            "optimizer_kwargs": {"lr": optim.learning_rate, "weight_decay": optim.weight_decay},
+            "optimizer_kwargs": {"lr": optim.learning_rate if config.measure.of == "trained" else None,
+                                 "weight_decay": optim.weight_decay},
             "lr_scheduler": optim.schedule, "use_amp": False, "autocast_adapter_dtype": True,
             "generation_kwargs": {"max_new_tokens": config.eval.max_new_tokens},
             "attn_implementation": config.model.attn_implementation}
 
 
 def _train_info(config, results, found, base, rows: Sequence[Mapping], metric: str, outcome: Outcome):
-    memory = [row["memory"] for row in rows if "memory" in row] or [0]
-    return {"accelerator_memory_reserved_avg": int(np.mean(memory)),
-            "accelerator_memory_max": _memory(results)["observed"] or 0,
-            "accelerator_memory_reserved_99th": int(np.percentile(memory, 99)),
-            "train_time": results.get("seconds", 0.0), "file_size": results.get("adapter_bytes", 0),
-            "num_trainable_params": results.get("trainable", 0), "num_total_params": results.get("all", 0),
+    memory = [row["memory"] for row in rows if "memory" in row]
+    return {"accelerator_memory_reserved_avg": int(np.mean(memory)) if memory else None,
+            "accelerator_memory_max": _memory(results)["observed"],
+            "accelerator_memory_reserved_99th": int(np.percentile(memory, 99)) if memory else None,
+            "train_time": results.get("seconds"), "file_size": results.get("adapter_bytes"),
+            "num_trainable_params": results.get("trainable", 0), "num_total_params": results.get("all"),
             "status": "failed" if outcome.error else "success",
             "metrics": _metric_rows(config, results, found, base, rows, metric)}
 
 
 def _metric_rows(config, results, found, base, rows: Sequence[Mapping], metric: str) -> list[dict[str, Any]]:
     """peft's rows: one for each evaluation on the way and the last one, one more of the test."""
+    after = with_minus(results.get("after", {}), metric).get(metric)
     shown = [row for row in rows if f"eval_{metric}" in row or row is rows[-1]]
-    table = [_metric_row(config, row, rows, row.get(f"eval_{metric}", results.get("after", {}).get(metric)))
-             for row in shown]
+    table = [_metric_row(config, row, rows, row.get(f"eval_{metric}", after)) for row in shown]
     if found and table:
+        tested = with_minus(found["test"], metric).get(metric)
         table.append({key: table[-1][key] for key in ("step", "train loss", "train samples")} |
-                     {"test accuracy": found["test"].get(metric), "train total tokens": _tokens(rows),
+                     {"test accuracy": tested, "train total tokens": _tokens(rows),
                       "forgetting": _forgotten(found, base)})
     return table
 
