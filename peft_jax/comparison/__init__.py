@@ -5,15 +5,16 @@
     rows.py      runs over seeds as ``Row``: mean, sample standard deviation, n
     columns.py   which numbers a table shows, and how
     table.py     terminal, Markdown, CSV, the summary of table.json
-    draw.py      colours, labels that keep off each other, SVG and PNG
+    draw.py      colours, bars, SVG and PNG; labels.py names that keep off each other
     plots.py     what is drawn of a comparison; ablation.py of an ablation
     html.py      one page without a server; page.py its style
     report.py    all of it into a folder
 """
 
 from peft_jax.comparison.record import read, write
+from peft_jax.comparison.report import report
 from peft_jax.comparison.rows import rows
 from peft_jax.comparison.runs import run_of
 from peft_jax.comparison.table import csv_table, markdown, summary, terminal
 
-__all__ = ["csv_table", "markdown", "read", "rows", "run_of", "summary", "terminal", "write"]
+__all__ = ["csv_table", "markdown", "read", "report", "rows", "run_of", "summary", "terminal", "write"]

@@ -1,17 +1,10 @@
 """Which numbers of a row a table shows, and how. Files for people round; CSV and table.json do not."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from peft_jax.comparison.rows import Row, Spread
-
-# What a person calls a metric; another name is shown as it is.
-TITLES = {
-    "exact": "exact match", "among_choices": "accuracy among the choices", "accuracy": "accuracy",
-    "spearman": "rank correlation with people",
-}  # fmt: skip
-
+from peft_jax.comparison.words import TITLES, short, three
 
 TEXT = ("model", "budget", "metric")  # columns of text, shown where the rows differ
 
@@ -40,17 +33,6 @@ def _count(value: float, like: float) -> str:
 
 def _plain(value: float, like: float) -> str:
     return f"{value:g}"
-
-
-def three(value: float, like: float | None = None) -> str:
-    """As many decimals as give ``like``, the value itself if there is none, three significant digits; no exponent.
-
-    >>> three(0.0123456), three(12.0), three(123456.0), three(0.0456, like=12.0)
-    ('0.0123', '12.0', '123,456', '0.0')
-    """
-    size = abs(value if like is None else like)
-    decimals = 2 - math.floor(math.log10(size)) if size else 0
-    return f"{value:,.{min(max(decimals, 0), 9)}f}"
 
 
 def _scaled(factor: float) -> Callable[[float, float], str]:
@@ -113,14 +95,6 @@ def spread_words(value: Spread, show: Callable[[float, float], str], runs: int) 
     """
     std = f" ± {show(value.std, value.mean).lstrip('+')}" if value.std else ""
     return f"{show(value.mean, value.mean)}{std}" + (f" ({value.n} of {runs})" if value.n < runs else "")
-
-
-def short(model: str) -> str:
-    """
-    >>> short("HuggingFaceTB/SmolLM2-135M-Instruct")
-    'SmolLM2-135M-Instruct'
-    """
-    return model.rstrip("/").split("/")[-1]
 
 
 def heading(rows: Sequence[Row]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from peft_jax.comparison.columns import NOTE, Column, cell, columns, heading
 from peft_jax.comparison.rows import Row, Spread, failures, rows
 from peft_jax.comparison.runs import run_of
+from peft_jax.comparison.words import cut, printable
 
 WIDTH = 100
 LONGEST = 36  # of a name in the terminal
@@ -19,7 +20,7 @@ def terminal(records: Records) -> str:
     runs = [run_of(record) for record in records]
     found = rows(runs)
     blocks = [_block(found, part) for kind in columns(found) for part in _parts(found, kind)] if found else []
-    failed = [_cut(f"{run.name}: {failure(run)}", WIDTH) for run in failures(runs)]
+    failed = [cut(f"{run.name}: {failure(run)}", WIDTH) for run in failures(runs)]
     return "\n\n".join([*([heading(found)] if found else []), *blocks, *([NOTE] if found else []),
                         *(["\n".join(["Not finished:", *failed])] if failed else [])])  # fmt: skip
 
@@ -50,25 +51,11 @@ def _parts(found: Sequence[Row], kind: Sequence[Column]) -> list[list[Column]]:
 
 
 def _block(found: Sequence[Row], part: Sequence[Column]) -> str:
-    lines = [[_cut(line[0], LONGEST), *line[1:]] for line in _cells(found, part)]
+    lines = [[cut(line[0], LONGEST), *line[1:]] for line in _cells(found, part)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = ["  ".join([line[0].ljust(widths[0]), *(one.rjust(width) for one, width in zip(line[1:], widths[1:]))])
             for line in lines]  # fmt: skip
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
-
-
-def _cut(text: str, most: int) -> str:
-    """
-    >>> _cut("llama-3.2-3B-rank32", 12)
-    'llama-…ank32'
-    """
-    text = _printable(text)
-    return text if len(text) <= most else f"{text[:most - most // 2]}…{text[1 - most // 2:]}"
-
-
-def _printable(text: str) -> str:
-    """A terminal must not obey what a file says."""
-    return "".join(one if one.isprintable() else " " for one in text)
 
 
 def markdown(records: Records) -> str:
@@ -92,7 +79,7 @@ def _escaped(text: str) -> str:
     >>> _escaped("a|b <i>*")
     'a\\|b &lt;i&gt;\\*'
     """
-    text = _printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return "".join(f"\\{one}" if one in "|*_`[]\\" else one for one in text)
 
 
