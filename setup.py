@@ -23,6 +23,7 @@ REQUIRES = [
     "ml_collections>=1.1,<2",
     "tensorboardX>=2.6.5,<3",
     "tqdm>=4.70,<5",
+    "matplotlib>=3.10,<4",
 ]
 
 EXTRAS = {
@@ -31,6 +32,7 @@ EXTRAS = {
     # torch and peft are the references that the tests compare with; nothing in the package imports them.
     "test": ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "ruff>=0.17,<0.18", "torch==2.13.0", "peft>=0.21.2,<0.22",
              "accelerate>=1.15,<2", "bitsandbytes>=0.50,<0.51",
+             "selenium>=4.51,<5",  # the HTML report is looked at in Debian's chromium
              "transformers<5.24"],  # with 5.24 peft 0.21's generate() loses its virtual tokens
     "dev": ["ruff>=0.17,<0.18", "pre-commit>=4,<5"],
 }

@@ -1,9 +1,9 @@
 """Metrics of a run: one JSON object per line, and TensorBoard."""
 
 import json
-import os
 from pathlib import Path
 
+from peft_jax import aside
 from peft_jax.errors import PeftJaxError
 
 
@@ -40,9 +40,7 @@ class MetricsLog:
 
 def _keep_until(path: Path, step: int) -> dict[str, float]:
     rows = [row for row in read_metrics(path) if row["step"] <= step]
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(aside, path)
+    aside.write(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows[-1] if rows else {}
 
 

@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from peft_jax import tree
+from peft_jax import aside, tree
 from peft_jax.errors import PeftJaxError
 
 WRITTEN = (
@@ -133,9 +133,7 @@ def bytes_in(folder: Path) -> int:
 
 def write_json(path: Path, value: Any) -> None:
     """Written aside, then renamed: a reader finds the old file or the new one, never half of it."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    aside.write(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path: Path, *needed: str) -> dict[str, Any]:

@@ -1,0 +1,148 @@
+"""What is drawn of a sweep over settings: a line or bars over one, a map over two, bars over more."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from peft_jax.comparison import draw
+from peft_jax.comparison.columns import spread_words
+from peft_jax.comparison.draw import Style
+from peft_jax.comparison.plots import Plot, measure, rendered, subject
+from peft_jax.comparison.rows import Row, axes_words, grouped
+from peft_jax.comparison.runs import Run
+from peft_jax.comparison.words import compact
+
+
+def ablations(runs: Sequence[Run], look: Mapping[str, Style]) -> list[Plot]:
+    """A plot of every sweep among the finished ``runs``, chosen or not; ``look`` has a style for each label.
+
+    Runs are of one sweep that share model, budget, metric and the names of the settings varied. All are drawn by the
+    metric on validation if any lacks it on test.
+    """
+    sweeps: dict[tuple, list[Run]] = {}
+    for run in runs:
+        if run.finished and run.axes and run.measured_on:
+            sweeps.setdefault((run.model, run.budget, run.metric, tuple(run.axes)), []).append(run)
+    return [plot for sweep in sweeps.values() for plot in _sweep(sweep, look)]
+
+
+def _sweep(runs: Sequence[Run], look) -> list[Plot]:
+    on = next((on for on in ("test", "validation") if all(on in run.values for run in runs)), None)
+    if on is None:
+        return []
+    found = sorted(grouped(runs), key=lambda row: runs.index(row.runs[0]))  # as they came, not best first
+    rows = [row._replace(measured_on=on, values=row.values | {"value": row.values[on]}) for row in found]
+    axes = [axis for axis in runs[0].axes if len({str(row.axes[axis]) for row in rows}) > 1]
+    with matplotlib.rc_context(draw.STYLE):
+        if len(axes) == 1:
+            numeric = all(_numeric(row.axes[axes[0]]) for row in rows)
+            return [(_line if numeric else _bars)(rows, axes[0], look)]
+        if len(axes) == 2:
+            labels = dict.fromkeys(row.label for row in rows)
+            return [_map([row for row in rows if row.label == label], axes, label) for label in labels]
+        return [_every(rows, axes)] if axes else []
+
+
+def _numeric(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _title(rows: Sequence[Row], words: str) -> str:
+    labels = list(dict.fromkeys(row.label for row in rows))
+    of = f" of {draw.name(labels[0])}" if len(labels) == 1 else ""
+    return f"{measure(rows[0]).capitalize()}{of} {words}\n{subject(rows[0])}"
+
+
+def _caption(rows: Sequence[Row], words: str) -> str:
+    return f"{_title(rows, words).replace(chr(10), ': ')}; with the sample standard deviation over seeds."
+
+
+def _ordered(rows: Sequence[Row], axis: str) -> list[Any]:
+    """The values of a setting, numbers by size, others as they came."""
+    values = list({str(row.axes[axis]): row.axes[axis] for row in rows}.values())
+    return sorted(values) if all(map(_numeric, values)) else values
+
+
+def _line(rows: Sequence[Row], axis: str, look) -> Plot:
+    """Points and a line for each label; a logarithmic axis where the setting spans more than a factor of ten."""
+    words, places = f"against {axis}", _ordered(rows, axis)
+    labels = list(dict.fromkeys(row.label for row in rows))
+    made, (axes,) = draw.figure(_title(rows, words), 7.8, draw.room(len(labels)))
+    for label in labels:
+        mine = sorted((row for row in rows if row.label == label), key=lambda row: row.axes[axis])
+        style = look[label]
+        axes.errorbar([row.axes[axis] for row in mine], [row.values["value"].mean for row in mine],
+                      [row.values["value"].std or 0 for row in mine], color=style.colour, marker=style.marker,
+                      linestyle=style.dash, capsize=2.5, linewidth=1.4, label=draw.name(label))  # fmt: skip
+    axes.set(xlabel=axis, ylabel=measure(rows[0]))
+    if places[0] > 0 and places[-1] > 10 * places[0]:
+        draw.logarithmic(axes.xaxis)
+        places = _roomy(places, np.log)
+    else:
+        places = _roomy(places, np.asarray)
+    if places:
+        axes.set_xticks(places, [compact(place) for place in places])
+        axes.minorticks_off()
+    if len(labels) > 1:
+        made.legend(loc="outside right upper", fontsize=8.5)
+    return rendered(f"ablation-{axis}", _caption(rows, words), made)
+
+
+def _roomy(places: Sequence[float], scale) -> list[float]:
+    """The places, if a number can stand at each of them; else none."""
+    at = np.asarray(scale(places), float)
+    return list(places) if np.diff(at).min() > (at[-1] - at[0]) / 12 else []
+
+
+def _bars(rows: Sequence[Row], axis: str, look) -> Plot:
+    """A bar for each value of a setting that is no number, side by side for several labels."""
+    words, places = f"against {axis}", [str(value) for value in _ordered(rows, axis)]
+    labels = list(dict.fromkeys(row.label for row in rows))
+    wide = 0.8 / len(labels)
+    made, (axes,) = draw.figure(_title(rows, words), 7.8, 1.6 + len(places) * (0.2 + 0.24 * len(labels)))
+    for at, label in enumerate(labels):
+        mine = [row for row in rows if row.label == label]
+        draw.bars(axes, [places.index(str(row.axes[axis])) + (at + 0.5) * wide - 0.4 for row in mine],
+                  [row.values["value"] for row in mine], 0.9 * wide, look[label].colour, label)  # fmt: skip
+    draw.named(axes, places)
+    axes.set(xlabel=measure(rows[0]), ylabel=axis)
+    if len(labels) > 1:
+        made.legend(loc="outside right upper", fontsize=8.5)
+    return rendered(f"ablation-{axis}", _caption(rows, words), made)
+
+
+def _map(rows: Sequence[Row], pair: Sequence[str], label: str) -> Plot:
+    """Two settings as a map, the values written in."""
+    down, right = (_ordered(rows, axis) for axis in pair)
+    table = np.full((len(down), len(right)), np.nan)
+    words = f"against {pair[0]} and {pair[1]}"
+    made, (axes,) = draw.figure(_title(rows, words), max(7.2, 2 + 0.9 * len(right)), 1.6 + 0.55 * len(down))
+    cells = {(down.index(row.axes[pair[0]]), right.index(row.axes[pair[1]])): row.values["value"] for row in rows}
+    for place, value in cells.items():
+        table[place] = value.mean
+    mesh = axes.pcolormesh(np.ma.masked_invalid(table), cmap="cividis", edgecolors="white", linewidth=1.5)
+    for (row, column), value in cells.items():
+        dark = mesh.norm(value.mean) < 0.55
+        axes.annotate(spread_words(value, lambda number, like: f"{number:.3f}", value.n).replace(" ±", "\n±"),
+                      (column + 0.5, row + 0.5), ha="center", va="center", fontsize=8.5,
+                      color="white" if dark else "black")  # fmt: skip
+    axes.set(xlabel=pair[1], ylabel=pair[0], xticks=np.arange(len(right)) + 0.5, yticks=np.arange(len(down)) + 0.5)
+    axes.set_xticklabels([draw.name(str(value)) for value in right])
+    axes.set_yticklabels([draw.name(str(value)) for value in down])
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    return rendered(f"ablation-{pair[0]}-{pair[1]}-{label}", _caption(rows, words), made)
+
+
+def _every(rows: Sequence[Row], names: Sequence[str]) -> Plot:
+    """More than two settings: a bar for each combination, best first."""
+    words, rows = f"for each {', '.join(names)}", sorted(rows, key=lambda row: -row.values["value"].mean)
+    made, (axes,) = draw.figure(_title(rows, words), 7.8, 1.6 + 0.34 * len(rows))
+    draw.bars(axes, range(len(rows)), [row.values["value"] for row in rows], 0.7, draw.COLOURS[0], "")
+    several = len({row.label for row in rows}) > 1
+    told = [axes_words({axis: row.axes[axis] for axis in names}) for row in rows]
+    draw.named(axes, [f"{row.label} {words}" if several else words for row, words in zip(rows, told)])
+    axes.set_xlabel(measure(rows[0]))
+    return rendered(f"ablation-{'-'.join(names)}", _caption(rows, words), made)

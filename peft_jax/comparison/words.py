@@ -1,0 +1,54 @@
+"""Numbers and names as a person reads them."""
+
+import math
+
+# What a person calls a metric; another name is shown as it is.
+TITLES = {
+    "exact": "exact match", "among_choices": "accuracy among the choices", "accuracy": "accuracy",
+    "spearman": "rank correlation with people",
+}  # fmt: skip
+
+
+def three(value: float, like: float | None = None) -> str:
+    """As many decimals as give ``like``, the value itself if there is none, three significant digits; no exponent.
+
+    >>> three(0.0123456), three(12.0), three(123456.0), three(0.0456, like=12.0)
+    ('0.0123', '12.0', '123,456', '0.0')
+    """
+    size = abs(value if like is None else like)
+    decimals = 2 - math.floor(math.log10(size)) if size else 0
+    return f"{value:,.{min(max(decimals, 0), 9)}f}"
+
+
+def compact(value: float) -> str:
+    """For the ticks of an axis.
+
+    >>> compact(300), compact(10_000), compact(1.5e6), compact(2e9), compact(0.001)
+    ('300', '10 k', '1.5 M', '2 G', '0.001')
+    """
+    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= factor:
+            return f"{value / factor:g} {unit}"
+    return f"{value:g}"
+
+
+def short(model: str) -> str:
+    """
+    >>> short("HuggingFaceTB/SmolLM2-135M-Instruct")
+    'SmolLM2-135M-Instruct'
+    """
+    return model.rstrip("/").split("/")[-1]
+
+
+def cut(text: str, most: int) -> str:
+    """
+    >>> cut("llama-3.2-3B-rank32", 12)
+    'llama-…ank32'
+    """
+    text = printable(text)
+    return text if len(text) <= most else f"{text[:most - most // 2]}…{text[1 - most // 2:]}"
+
+
+def printable(text: str, but: str = "") -> str:
+    """Without control characters, ``but`` those: a terminal must not obey what a file says, and XML has none."""
+    return "".join(one if one.isprintable() or one in but else " " for one in text)
