@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections.config_dict import ConfigDict
 
 from configs import base, parse
-from configs.check import check, tidy
+from configs.check import check, check_sweep, tidy
 from peft_jax.errors import PeftJaxError, nearest
 
 GUARDS = ("allow", "log", "disallow")
@@ -118,6 +118,8 @@ def parse_command(argv: list[str]) -> Command | None:
 
 def sweep_cells(values: flags.FlagValues, config: ConfigDict) -> list:
     """The checked cells of a sweep, [] of any other experiment. Raises ``PeftJaxError`` for flags that do not fit."""
+    if "sweep" in config:
+        check_sweep(config.sweep)
     cells = parse.load_cells(values.config, config)
     for cell in cells:
         cell.config.unlock()
@@ -165,14 +167,14 @@ def print_help(values: flags.FlagValues) -> None:
 def start(command: Command, argv: list[str]) -> int:
     """Do what the command asks; jax is imported here, so only once the command line is known to be right."""
     if command.cells and command.sweep_index is None:
-        from peft_jax.comparison import sweep
+        from peft_jax.sweep import job
 
-        return sweep.job(command, argv)
+        return job.run(command, argv)
     from peft_jax.train import hosts, jobs
 
     hosts.start(command)
     if command.cells:
-        from peft_jax.comparison import cell
+        from peft_jax.sweep import cell
 
         return cell.run(command)
     return jobs.JOBS[command.mode](command)

@@ -80,6 +80,16 @@ def check(config: ConfigDict) -> None:
         raise PeftJaxError(f"{both}: set exactly one, the other to 0 (--config.optim.steps=0 --config.optim.epochs=3)")
 
 
+def check_sweep(sweep: ConfigDict) -> None:
+    """Raise ``PeftJaxError`` for a size of a sweep that cannot be meant."""
+    seeds = sweep.seeds
+    if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+        raise PeftJaxError(f"--config.sweep.seeds={','.join(map(str, seeds))}: whole numbers of at least 0, each once, "
+                           "such as 0,1,2")
+    if sweep.rates < 1:
+        raise PeftJaxError(f"--config.sweep.rates={sweep.rates}: at least one learning rate of each method")
+
+
 def check_answers(config: ConfigDict) -> None:
     """Raise ``PeftJaxError`` where it is not said what a head is to tell, or something is asked that it cannot."""
     task = config.task

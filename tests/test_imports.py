@@ -13,7 +13,8 @@ HEIGHTS = {"aside": 0, "contraction": 0, "errors": 0, "kept": 0, "arguments": 1,
            "targets": 3, "quant": 3.5, "stored": 4,
            "method": 5, "beside": 6, "virtual": 6.5, "whole": 6, "methods": 7, "models": 7, "sharding": 7,
            "generation": 7, "loss": 7,
-           "hub": 8, "mixed": 8, "weighted": 8, "data": 9, "planner": 9, "evaluation": 10, "train": 11, "comparison": 1}
+           "hub": 8, "mixed": 8, "weighted": 8, "data": 9, "planner": 9, "evaluation": 10, "train": 11,
+           "comparison": 1, "sweep": 12}
 ALLOWED_IN_MODELS = {"errors", "kept", "models"}
 
 

@@ -2,7 +2,8 @@
 
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from peft_jax.errors import PeftJaxError
 from peft_jax.train import workdir
 from peft_jax.train.metrics import read_metrics
 
@@ -27,13 +29,14 @@ class Outcome(NamedTuple):
 def compose(folder: Path, cell, whole, metric: str, outcome: Outcome) -> dict[str, Any]:
     """The record of ``cell``; ``whole`` is the cell with the settings that it chose, whose name its workdir has."""
     place, config = folder / "runs" / whole.name, whole.config
-    results, found, base = (_read(path) for path in (place / "results.json", place / "measured.json",
-                                                     folder / "runs" / "base" / "measured.json"))
-    rows = read_metrics(place / "metrics.jsonl")
+    read = partial(_read, bool(outcome.error))
+    results, found, base = (read(path) for path in (place / "results.json", place / "measured.json",
+                                                    folder / "runs" / "base" / "measured.json"))
+    rows = read(place / "metrics.jsonl", read_metrics)
     return {
         "run_info": {"created_at": outcome.created_at, "total_time": outcome.seconds, "peft_branch": "main",
                      "experiment_name": cell.experiment, "train_config": _train_config(config, results),
-                     "peft_config": _read(place / "adapter" / "adapter_config.json") or None,
+                     "peft_config": read(place / "adapter" / "adapter_config.json") or None,
                      "error_msg": outcome.error},
         "train_info": _train_info(config, results, found, base, rows, metric, outcome),
         "meta_info": _meta_info(config),
@@ -49,8 +52,14 @@ def compose(folder: Path, cell, whole, metric: str, outcome: Outcome) -> dict[st
     }  # fmt: skip
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return workdir.read_json(path) if path.exists() else {}
+def _read(failed: bool, path: Path, reader: Callable[[Path], Any] = workdir.read_json) -> Any:
+    """What a file of the run holds; of a failed run, whose files may be the reason, {} where it cannot be read."""
+    try:
+        return reader(path) if path.exists() else {}
+    except PeftJaxError:
+        if failed:
+            return {}
+        raise
 
 
 def _measured(found: Mapping, base: Mapping, metric: str) -> dict[str, Any]:

@@ -12,12 +12,13 @@ from peft_jax.comparison.report import report
 from peft_jax.errors import PeftJaxError
 from peft_jax.train import workdir
 
+PROGRAM = Path(__file__).parents[2] / "run.py"
 RESULTS, LOGS = "results", "logs"
 ASKED = ("model", "method", "task", "data", "optim", "eval", "measure", "seed")  # what a finished cell is finished for
 STOPPED = (130, 143)  # exit codes of a run that was told to stop
 
 
-def job(command, argv: Sequence[str]) -> int:
+def run(command, argv: Sequence[str]) -> int:
     """Run every cell that is not finished yet, then tabulate and plot all; ``argv`` is the command line.
 
     A cell that fails does not stop the rest: its record and its log say why, and the exit code is then 2. Raises
@@ -80,7 +81,7 @@ def _run(folder: Path, cell, index: int, argv: Sequence[str]) -> tuple[int, str]
     """(exit code, last line) of the cell in a process of its own, which writes into a log."""
     log = folder / LOGS / f"{cell.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(Path(sys.argv[0]).resolve()), *argv, f"--sweep_index={index}"]
+    command = [sys.executable, str(PROGRAM), *argv, f"--sweep_index={index}"]
     with log.open("w", encoding="utf-8") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
         try:

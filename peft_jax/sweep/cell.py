@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from peft_jax.comparison import record
-from peft_jax.comparison.compose import Outcome, compose
-from peft_jax.comparison.sweep import RESULTS, record_of
 from peft_jax.errors import PeftJaxError
+from peft_jax.sweep.compose import Outcome, compose
+from peft_jax.sweep.job import RESULTS, record_of
 from peft_jax.train import measure, workdir
 from peft_jax.train.training import train
 

@@ -1,0 +1,92 @@
+"""Sweeps as data: cells, budgets, what is the same for all; every sweep of the repository is well formed."""
+
+from pathlib import Path
+
+import pytest
+
+import run
+from configs import base, parse, sweeps
+from peft_jax.errors import PeftJaxError
+
+ROOT = Path(__file__).parents[2]
+FILES = [path for path in sorted((ROOT / "experiments").rglob("*.py")) if "def get_cells" in path.read_text()]
+pytestmark = pytest.mark.usefixtures("at_the_root")
+
+
+def cells_of(argument, *more):
+    return run.parse_command([f"--config={argument}", *more]).cells
+
+
+@pytest.mark.parametrize("budget", sweeps.BUDGETS)
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+def test_every_sweep_has_cells_of_their_own_names_that_are_checked(file, budget):
+    cells = cells_of(f"{file}:budget={budget}")
+    names = [cell.name for cell in cells]
+    assert len(names) == len(set(names)) >= 2
+    assert all("/" not in name and " " not in name for name in names)
+    for cell in cells:
+        assert "sweep" not in cell.config and cell.config.eval.part == "validation"
+        assert set(cell.best_of) <= set(names)
+        for key, value in cell.settings.items():
+            assert parse.keys(cell.config)[key] == value
+
+
+def test_the_nine_ablations_of_the_issue_are_there():
+    assert {file.stem for file in FILES} == {
+        "compare", "rank", "target_modules", "learning_rate", "data_size", "bottleneck", "prefix_length",
+        "quantisation", "layers", "seeds"}
+
+
+def test_a_grid_is_every_combination_and_every_seed():
+    config = sweeps.sweep(base.get_config(), "smoke", seeds=(0,))
+    config.sweep.seeds = (3, 4)
+    cells = sweeps.grid(config, {"method.r": (2, 8), "method.lora_alpha": (8,)})
+    assert [cell.settings for cell in cells] == [
+        {"method.r": r, "method.lora_alpha": 8, "seed": seed} for r in (2, 8) for seed in (3, 4)]
+    assert cells[0].name == "lora-r-2-lora_alpha-8-seed-3" and cells[0].axes == ("method.r", "method.lora_alpha")
+    assert [cell.config.seed for cell in cells] == [3, 4, 3, 4] and cells[2].config.method.r == 8
+
+
+def test_a_comparison_shares_all_but_the_method_and_its_rates():
+    cells = cells_of("experiments/compare.py:budget=smoke,methods=full+qlora", "--config.optim.steps=7",
+                     "--config.data.batch_size=4", "--config.optim.clip_norm=0.5")
+    assert [cell.label for cell in cells] == ["base", "full", "qlora", "full", "qlora", "full", "qlora"]
+    for cell in cells:
+        assert (cell.config.optim.steps, cell.config.data.batch_size, cell.config.optim.clip_norm) == (7, 4, 0.5)
+        assert cell.config.model.dtype == "float32" and not cell.config.model.remat  # qlora.py says bfloat16
+    assert cells[1].config.optim.learning_rate != cells[3].config.optim.learning_rate
+    assert cells[2].config.method.name == "chain"
+    assert cells[0].config.measure.of == "base" and cells[1].config.measure.of == "trained"
+    assert [cell.measure for cell in cells] == [True, False, False, False, False, True, True]
+
+
+def test_a_best_cell_has_the_name_of_the_run_that_it_chooses():
+    cells = cells_of("experiments/compare.py:budget=smoke,methods=lora")
+    tried, best = cells[1], cells[-1]
+    assert best.best_of == (cells[1].name, cells[2].name)
+    whole = best.having(tried.settings)
+    assert whole.name == tried.name and whole.config.to_dict() == tried.config.to_dict() and whole.measure
+    assert tried.having({}) is tried
+
+
+def test_the_metric_follows_the_task():
+    assert sweeps.metric_of(base.task_config("movie_rating")) == "among_choices"
+    assert sweeps.metric_of(base.task_config("movie_classes")) == "accuracy"
+    assert sweeps.metric_of(base.task_config("movie_score")) == "spearman"
+    assert sweeps.metric_of(base.task_config("data.jsonl")) == "-loss"
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    (["--config=experiments/compare.py:budget=tiny"], "budget=tiny: choose one of: long, short, smoke"),
+    (["--config=experiments/compare.py:methods=lora+adpter"], "methods=adpter: all, article, or some of"),
+    (["--config=experiments/compare.py", "--sweep_index=31"], "has the cells 0 to 30"),
+    (["--config=experiments/compare.py", "--sweep_index=-1"], "has the cells 0 to 30"),
+    (["--config=experiments/compare.py", "--mode=merge"], "a sweep is run"),
+    (["--config=experiments/compare.py", "--config.method.r=3"], "unknown key --config.method.r"),
+    (["--config=experiments/lora.py", "--mode=report"], "--mode=report is for sweeps"),
+    (["--config=experiments/lora.py", "--sweep_index=0"], "--sweep_index is for sweeps"),
+    (["--config=experiments/ablations/rank.py", "--config.sweep.seeds=0,x"], "sweep.seeds"),
+])
+def test_what_cannot_be_meant(argv, words):
+    with pytest.raises(PeftJaxError, match=words):
+        run.parse_command(argv)
