@@ -9,7 +9,8 @@ measure (what its result is worth on data kept for tests, neighbouring tasks and
 export, which is the same (the workdir's adapter into the weights: a folder that transformers loads, workdir/merged or
 --output; with --requantize what was quantised, as nf4 or fp4 in blocks, is so again, and what that costs is said),
 generate (base and adapter side by side; or the adapters of --adapters=runs/a/adapter,owner/name, folders or Hub ids),
-plan (what memory the training step needs, from shapes alone), report (tables and plots of a sweep).
+plan (what memory the training step needs, from shapes alone), report (tables and plots of a sweep),
+cells (its runs, with their numbers).
 
 A sweep (experiments/compare.py, experiments/ablations/) is many runs, each in a process of its own; what is finished is
 not run again. With --sweep_index=N one of them is run here and now, for the job array of a cluster.
@@ -26,7 +27,8 @@ from configs.check import check, check_sweep, tidy
 from peft_jax.errors import PeftJaxError, nearest
 
 GUARDS = ("allow", "log", "disallow")
-MODES = ("train", "eval", "measure", "merge", "export", "generate", "plan", "report")
+MODES = ("train", "eval", "measure", "merge", "export", "generate", "plan", "report", "cells")
+OF_SWEEPS = ("train", "report", "cells")  # modes
 
 
 class Command(NamedTuple):
@@ -125,14 +127,15 @@ def sweep_cells(values: flags.FlagValues, config: ConfigDict) -> list:
         cell.config.unlock()
         check(tidy(cell.config))
         cell.config.lock()
-    if not cells and (values.mode == "report" or values.sweep_index is not None):
-        flag = "--mode=report" if values.mode == "report" else "--sweep_index"
+    only = values.mode in OF_SWEEPS and values.mode != "train"
+    if not cells and (only or values.sweep_index is not None):
+        flag = f"--mode={values.mode}" if only else "--sweep_index"
         raise PeftJaxError(f"{flag} is for sweeps, such as experiments/compare.py; {values.config} is a single run")
     if values.sweep_index is not None and not 0 <= values.sweep_index < len(cells):
         raise PeftJaxError(f"--sweep_index={values.sweep_index}: this sweep has the cells 0 to {len(cells) - 1}")
-    if cells and values.mode not in ("train", "report"):
-        raise PeftJaxError(f"--mode={values.mode}: a sweep is run (--mode=train, the default) or reported on "
-                           "(--mode=report); its runs are folders of workdir/runs, with a config.json each")
+    if cells and values.mode not in OF_SWEEPS:
+        raise PeftJaxError(f"--mode={values.mode}: a sweep is run (--mode=train, the default), reported on "
+                           "(--mode=report) or listed (--mode=cells)")
     return cells
 
 

@@ -27,6 +27,8 @@ def run(command, argv: Sequence[str]) -> int:
     folder, failed = Path(command.workdir), 0
     if command.mode == "report":
         return tell(folder, argv)
+    if command.mode == "cells":
+        return show(folder, command.cells)
     workdir.check_writable(folder)
     if not command.overwrite:
         for cell in command.cells:
@@ -46,6 +48,15 @@ def run(command, argv: Sequence[str]) -> int:
         failed += bool(code)
         print(f"{head}: {f'failed: {last}' if code else said(folder, cell, command)}, {seconds:.0f} s", flush=True)
     return max(tell(folder, argv), 2 if failed else 0)
+
+
+def show(folder: Path, cells: Sequence) -> int:
+    """Print the cells with their numbers, and which are finished."""
+    for index, cell in enumerate(cells):
+        how = f"the best of {len(cell.best_of)} finished ones, then measured" if cell.best_of else ""
+        how = ", ".join(filter(None, (how, "finished" if finished(folder, cell) else "")))
+        print(f"{index:>4}  {cell.name}{f'  ({how})' if how else ''}")
+    return 0
 
 
 def tell(folder: Path, argv: Sequence[str]) -> int:

@@ -84,6 +84,7 @@ def test_the_metric_follows_the_task():
     (["--config=experiments/compare.py", "--mode=merge"], "a sweep is run"),
     (["--config=experiments/compare.py", "--config.method.r=3"], "unknown key --config.method.r"),
     (["--config=experiments/lora.py", "--mode=report"], "--mode=report is for sweeps"),
+    (["--config=experiments/lora.py", "--mode=cells"], "--mode=cells is for sweeps"),
     (["--config=experiments/lora.py", "--sweep_index=0"], "--sweep_index is for sweeps"),
     (["--config=experiments/ablations/rank.py", "--config.sweep.seeds=0,x"], "sweep.seeds"),
 ])

@@ -81,6 +81,13 @@ def test_a_finished_sweep_runs_nothing_and_tells(compared, arguments, capsys, mo
     assert {"base", "lora", "full"} <= rows.keys() and rows["lora"]["value"]["n"] == 1
 
 
+def test_the_cells_are_listed_with_the_numbers_of_a_job_array(compared, arguments, capsys):
+    assert run.main([*arguments, f"--workdir={compared}", "--mode=cells"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7 and all("finished" in line for line in lines)
+    assert lines[1].startswith("   1  lora-learning_rate-0.001-seed-0") and "the best of 2" in lines[-1]
+
+
 def test_other_settings_are_refused_before_anything_runs(compared, arguments, capsys):
     assert run.main([*arguments, f"--workdir={compared}", "--config.optim.steps=3"]) == 2
     assert "optim.steps was 2, now 3" in capsys.readouterr().err
