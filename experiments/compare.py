@@ -3,6 +3,7 @@
     python run.py --config=experiments/compare.py:budget=smoke            # that it runs: within 10 minutes on 2 cores
     python run.py --config=experiments/compare.py                         # full, LoRA, QLoRA, Houlsby, prefix: hours
     python run.py --config=experiments/compare.py:methods=all             # and prompt, IA3, BitFit, DoRA
+    python run.py --config=experiments/compare.py:methods=lora+vera+oft   # any experiments
     python run.py --config=experiments/compare.py --sweep_index=3         # one cell of it, for a cluster's job array
     python run.py --config=experiments/compare.py --mode=report           # tables and plots of what is there
 
@@ -12,8 +13,10 @@ cell is not run again. Results: runs/compare/results/*.json, table.md, table.csv
 Measured figures are in docs/findings.md.
 """
 
+from pathlib import Path
+
 from configs import base, parse, sweeps
-from peft_jax.errors import PeftJaxError
+from peft_jax.errors import PeftJaxError, nearest
 
 RATES = {  # the first is tried first; the best of experiments/ablations/methods.py's sweep is among them
     "full": (5e-5, 2e-4, 2e-5),
@@ -26,6 +29,7 @@ RATES = {  # the first is tried first; the best of experiments/ablations/methods
     "bitfit": (3e-3, 1e-2, 1e-3),
     "dora": (1e-3, 2e-3, 5e-4),
 }
+TIMES = (1, 2, 0.5)  # of any other experiment's own rate
 METHODS = {"article": ("full", "lora", "qlora", "adapter", "prefix"), "all": tuple(RATES)}
 
 
@@ -38,12 +42,19 @@ def get_config(arg: str = ""):
 
 
 def _methods(named: str) -> tuple[str, ...]:
-    """Those of a name of ``METHODS``, or named one by one, with a plus between them."""
-    methods = METHODS.get(named) or tuple(named.split("+"))
-    if unknown := [name for name in methods if name not in RATES]:
-        raise PeftJaxError(f"methods={unknown[0]}: all, article, or some of {'+'.join(RATES)}")
+    """Those of a name of ``METHODS``, or experiments named one by one, with a plus between them."""
+    methods = METHODS[named] if named in METHODS else tuple(named.split("+"))
+    known = {file.stem for file in Path(__file__).parent.glob("*.py")} - {"compare"}
+    if unknown := [name for name in methods if name not in known]:
+        raise PeftJaxError(f"methods={unknown[0]}: all, article, or experiments with a plus between them; "
+                           f"{nearest(unknown[0], known)}")
     return methods
 
 
 def get_cells(config):
-    return sweeps.best_of(config, {name: RATES[name] for name in config.sweep.methods})
+    return sweeps.best_of(config, {name: _rates(name) for name in config.sweep.methods})
+
+
+def _rates(name: str) -> tuple[float, ...]:
+    own = sweeps.experiment_config(name).optim.learning_rate
+    return RATES[name] if name in RATES else tuple(factor * own for factor in TIMES)

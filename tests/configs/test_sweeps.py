@@ -60,6 +60,12 @@ def test_a_comparison_shares_all_but_the_method_and_its_rates():
     assert [cell.measure for cell in cells] == [True, False, False, False, False, True, True]
 
 
+def test_any_experiment_can_be_compared_around_its_own_rate():
+    cells = cells_of("experiments/compare.py:methods=oft")
+    own = sweeps.experiment_config("oft").optim.learning_rate
+    assert [cell.config.optim.learning_rate for cell in cells[1:4]] == [own, 2 * own, own / 2]
+
+
 def test_a_best_cell_has_the_name_of_the_run_that_it_chooses():
     cells = cells_of("experiments/compare.py:budget=smoke,methods=lora")
     tried, best = cells[1], cells[-1]
@@ -78,7 +84,7 @@ def test_the_metric_follows_the_task():
 
 @pytest.mark.parametrize(("argv", "words"), [
     (["--config=experiments/compare.py:budget=tiny"], "budget=tiny: choose one of: long, short, smoke"),
-    (["--config=experiments/compare.py:methods=lora+adpter"], "methods=adpter: all, article, or some of"),
+    (["--config=experiments/compare.py:methods=lora+adpter"], "methods=adpter: all, article, or .*adapter"),
     (["--config=experiments/compare.py", "--sweep_index=31"], "has the cells 0 to 30"),
     (["--config=experiments/compare.py", "--sweep_index=-1"], "has the cells 0 to 30"),
     (["--config=experiments/compare.py", "--mode=merge"], "a sweep is run"),
