@@ -124,13 +124,15 @@ def _map(rows: Sequence[Row], pair: Sequence[str], label: str) -> Plot:
         table[place] = value.mean
     mesh = axes.pcolormesh(np.ma.masked_invalid(table), cmap="cividis", edgecolors="white", linewidth=1.5)
     for (row, column), value in cells.items():
-        dark = mesh.norm(value.mean) < 0.55
+        dark = mesh.norm(value.mean) < 0.47
         axes.annotate(spread_words(value, lambda number, like: f"{number:.3f}", value.n).replace(" ±", "\n±"),
                       (column + 0.5, row + 0.5), ha="center", va="center", fontsize=8.5,
                       color="white" if dark else "black")  # fmt: skip
     axes.set(xlabel=pair[1], ylabel=pair[0], xticks=np.arange(len(right)) + 0.5, yticks=np.arange(len(down)) + 0.5)
     axes.set_xticklabels([draw.name(str(value)) for value in right])
     axes.set_yticklabels([draw.name(str(value)) for value in down])
+    if not all(map(_numeric, down)):
+        axes.invert_yaxis()  # in the order of the sweep, from the top
     axes.tick_params(length=0)
     axes.grid(visible=False)
     return rendered(f"ablation-{pair[0]}-{pair[1]}-{label}", _caption(rows, words), made)

@@ -55,6 +55,8 @@ COST = [
     Column("trainable", "trainable", _count), Column("share", "% of all", three),
     Column("memory.observed", "memory (GB)", _scaled(1e9)), Column("memory.compiled", "compiled (GB)", _scaled(1e9)),
     Column("tokens_per_second", "tokens/s", _count), Column("adapter_bytes", "adapter (MB)", _scaled(1e6)),
+]  # fmt: skip
+LATENCY = [
     *(Column(f"latency.{state}.{phase}", f"{phase}, {state} (ms)", _scaled(1e-3), f"ratio.{state}.{phase}")
       for state in ("unmerged", "merged") for phase in ("prefill", "token")),
 ]  # fmt: skip
@@ -66,10 +68,13 @@ memory: peak in training, observed and as the compiled step says. (×): as a mul
 model's. ±: sample standard deviation over seeds; n of them."""
 
 
-def columns(rows: Sequence[Row]) -> tuple[list[Column], list[Column]]:
-    """The columns of the two tables, what was learnt and what it cost, without those that no row has."""
+def columns(rows: Sequence[Row]) -> dict[str, list[Column]]:
+    """The columns of each table, under its title, without those that no row has and without empty tables."""
     there = {key for row in rows for key in row.values} | set(TEXT)
-    return tuple([column for column in kind if column.key in there] for kind in (learnt(rows), COST))
+    kinds = {"What was learnt, and what was forgotten for it": learnt(rows), "What it cost": COST,
+             "How fast it is in use": LATENCY}  # fmt: skip
+    shown = {title: [column for column in kind if column.key in there] for title, kind in kinds.items()}
+    return {title: kind for title, kind in shown.items() if kind}
 
 
 def _keys(rows: Sequence[Row], start: str) -> list[str]:
@@ -79,7 +84,7 @@ def _keys(rows: Sequence[Row], start: str) -> list[str]:
 def cell(row: Row, column: Column) -> str:
     """A number with its spread; how many runs have it where that is not all; its ratio to the base."""
     if column.key in TEXT:
-        return short(getattr(row, column.key)) or "–"
+        return TITLES.get(text := getattr(row, column.key), short(text)) or "–"
     if column.key not in row.values:
         return "–"
     text = spread_words(row.values[column.key], column.show, len(row.runs))

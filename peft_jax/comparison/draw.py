@@ -95,14 +95,25 @@ def png(made: Figure) -> bytes:
     return _saved(made, format="png", dpi=DPI, facecolor="white")
 
 
-def svg(made: Figure, background: str = "white") -> str:
-    return _saved(made, format="svg", facecolor=background, metadata={"Date": None}).decode()
+def svg(made: Figure) -> str:
+    return _saved(made, format="svg", facecolor="white", metadata={"Date": None}).decode()
 
 
 def _saved(made: Figure, **options) -> bytes:
     out = io.BytesIO()
     made.savefig(out, **options)
     return out.getvalue()
+
+
+def leave_room(axes) -> None:
+    """Limits with room for names around the points; of a single point, or of equal ones, too."""
+    for axis, (low, high) in (("x", axes.dataLim.intervalx), ("y", axes.dataLim.intervaly)):
+        if getattr(axes, f"get_{axis}scale")() == "log":
+            factor = max(1.5, (high / low) ** 0.14)
+            axes.set(**{f"{axis}lim": (low / factor, high * factor)})
+        else:
+            room = max(0.14 * (high - low), 0.05 * max(abs(low), abs(high)), 1e-3)
+            axes.set(**{f"{axis}lim": (low - room, high + room)})
 
 
 def bars(axes, places: Sequence[float], values: Sequence[Spread], wide: float, colour: str, label: str, hatch=None,

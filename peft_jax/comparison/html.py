@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from peft_jax.comparison.columns import NOTE, Column, cell, columns, heading
+from peft_jax.comparison.columns import NOTE, TEXT, Column, cell, columns, heading
 from peft_jax.comparison.draw import INK
 from peft_jax.comparison.page import FOOT, HEAD, STYLE
 from peft_jax.comparison.plots import Plot
@@ -102,8 +102,7 @@ def _time(runs: Sequence[Run]) -> str:
 def _tables(found: Sequence[Row]) -> str:
     if not found:
         return "<p>No run finished.</p>"
-    captions = ("What was learnt, and what was forgotten for it", "What it cost")
-    return "\n".join([*(_table(found, kind, caption) for kind, caption in zip(columns(found), captions) if kind),
+    return "\n".join([*(_table(found, kind, title) for title, kind in columns(found).items()),
                       f'<p class="faint">{_text(NOTE)}</p>'])  # fmt: skip
 
 
@@ -118,6 +117,8 @@ def _table(found: Sequence[Row], kind: Sequence[Column], caption: str) -> str:
 
 def _cell(row: Row, column: Column) -> str:
     """Where room is short a line may end before ± and before a bracket, never inside a number."""
+    if column.key in TEXT:
+        return _text(cell(row, column))
     parts = re.split(r" (?=±|\()", cell(row, column))
     return " ".join(f"<span>{_text(part)}</span>" for part in parts)
 
@@ -129,9 +130,10 @@ def _plots(plots: Sequence[Plot]) -> str:
 
 
 def _inline(plot: Plot) -> str:
-    """The SVG without its prolog, in the page's text colour; its ids made its own, as many share the page."""
-    svg = plot.inline[plot.inline.index("<svg"):].replace(INK, "currentColor")
+    """The SVG without its prolog and its white ground, in the page's text colour, its ids made its own."""
+    svg = plot.svg[plot.svg.index("<svg"):].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="patch_1">.*?</g>', "", svg, count=1, flags=re.DOTALL)  # what matplotlib draws first
     svg = re.sub(r'( id="|url\(#|href="#)', lambda found: f"{found.group()}{_text(plot.name)}-", svg)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{_text(plot.caption)}" ', 1)
 

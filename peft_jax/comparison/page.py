@@ -47,5 +47,6 @@ details pre { background: var(--raised); padding: 12px; border-radius: 6px; marg
 @media (max-width: 1000px) { th, td { padding: 5px 5px; } table { font-size: 12.5px; } }
 @media print { main { max-width: none; padding: 0; } body { font-size: 11px; } table { font-size: 9px; }
   th, td { padding: 3px 4px; } .scroll { overflow: visible; } figure, tr { break-inside: avoid; }
-  .plots { grid-template-columns: 1fr 1fr; } #runs { display: none; } }
+  .plots { grid-template-columns: 1fr; } figure svg { max-width: 600px; } caption { font-size: 11px; }
+  figcaption, code { font-size: 10px; } #runs { display: none; } }
 """

@@ -17,13 +17,12 @@ from peft_jax.comparison.words import TITLES, short
 
 
 class Plot(NamedTuple):
-    """name: of its files. caption: what it shows, in one sentence. inline: the SVG on no background, for a page."""
+    """name: of its files. caption: what it shows, in one sentence. svg, png: on white."""
 
     name: str
     caption: str
     svg: str
     png: bytes
-    inline: str
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -67,7 +66,7 @@ def measure(row: Row) -> str:
 
 def rendered(name: str, caption: str, made: Figure) -> Plot:
     """Drawn; ``name`` becomes one that every file system takes."""
-    return Plot(draw.slug(name), caption, draw.svg(made), draw.png(made), draw.svg(made, "none"))
+    return Plot(draw.slug(name), caption, draw.svg(made), draw.png(made))
 
 
 # name, key, unit, what one says of it, whether the axis is logarithmic
@@ -87,7 +86,10 @@ def _priced(rows, look, file: str, key: str, unit: float, words: str, log: bool)
         made, (axes,) = draw.figure(title, height=draw.room(len(rows)))
         axes.set(xlabel=words, ylabel=metric, **({"xscale": "log"} if log else {}))
         points = _scatter(axes, rows, look, (key, unit), ("value", 1))
-        lines = [*_front(axes, points), *_base(axes, rows)]
+        base = base_of(rows)
+        axes.update_datalim([(points[0][0], value) for value in base])
+        draw.leave_room(axes)
+        lines = [*_front(axes, points), *(_level(axes, value) for value in base)]
         if log:
             draw.logarithmic(axes.xaxis)
         label(axes, [(*point, row.name) for point, row in zip(points, rows)], lines)
@@ -104,19 +106,21 @@ def _front(axes, points) -> list[list]:
             for corner in ([(x, y), (right, y)], [(right, y), (right, up)])]  # fmt: skip
 
 
-def _base(axes, rows: Sequence[Row]) -> list[list]:
-    """The untouched model's metric, a line to measure a gain by; named where no point is near."""
-    bases = [row.values["base"].mean for row in rows if "base" in row.values]
-    if not bases or rows[0].measured_on != "test":
-        return []
-    axes.axhline(bases[0], color=GREY, linewidth=1, linestyle=":")
-    axes.annotate("base model", (1, bases[0]), (-2, 3), xycoords=("axes fraction", "data"), ha="right",
+def base_of(rows: Sequence[Row]) -> list[float]:
+    """The untouched model's metric; nothing where it was not measured on the same examples."""
+    return [row.values["base"].mean for row in rows if "base" in row.values and row.measured_on == "test"][:1]
+
+
+def _level(axes, base: float) -> list[tuple[float, float]]:
+    """A line to measure a gain by."""
+    axes.axhline(base, color=GREY, linewidth=1, linestyle=":")
+    axes.annotate("base model", (1, base), (-2, 3), xycoords=("axes fraction", "data"), ha="right",
                   textcoords="offset points", fontsize=8)  # fmt: skip
-    return [[(x, bases[0]) for x in axes.get_xlim()]]
+    return [(x, base) for x in axes.get_xlim()]
 
 
 def _scatter(axes, rows, look, across, up) -> list[tuple[float, float]]:
-    """Points with their spread in both directions; (key, unit) of each. Leaves room for the names."""
+    """Points with their spread in both directions; (key, unit) of each."""
     points = []
     for row in rows:
         style = look[row.name]
@@ -125,7 +129,6 @@ def _scatter(axes, rows, look, across, up) -> list[tuple[float, float]]:
         axes.errorbar(x, y, xerr=wide or None, yerr=high or None, color=style.colour, marker=style.marker,
                       markersize=7, linestyle="none", elinewidth=1.2, capsize=2.5)  # fmt: skip
         points.append((x, y))
-    axes.margins(0.14)
     return points
 
 
@@ -141,8 +144,9 @@ def _forgetting(rows, look, source: str) -> Plot | None:
                  ylabel=f"loss on {draw.name(text)}, after − before\n(nats per token)")  # fmt: skip
         axes.axhline(0, color=GREY, linewidth=1, linestyle=":")
         points = _scatter(axes, rows, look, ("gain", 1), (source, 1))
+        draw.leave_room(axes)
         label(axes, [(*point, row.name) for point, row in zip(points, rows)],
-                   [[(x, 0.0) for x in axes.get_xlim()]])  # fmt: skip
+              [[(x, 0.0) for x in axes.get_xlim()]])  # fmt: skip
         return rendered(f"forgetting-{text}", f"How much worse the model became at general text ({text}) for what it "
                         f"gained in {metric} ({subject(rows[0])}): right and low is best; bars are the sample "
                         "standard deviation over seeds.", made)  # fmt: skip

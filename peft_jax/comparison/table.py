@@ -19,7 +19,7 @@ def terminal(records: Records) -> str:
     """Tables of at most 100 columns: as many as the numbers need, each with the methods in front; failures below."""
     runs = [run_of(record) for record in records]
     found = rows(runs)
-    blocks = [_block(found, part) for kind in columns(found) for part in _parts(found, kind)] if found else []
+    blocks = [_block(found, part) for kind in columns(found).values() for part in _parts(found, kind)] if found else []
     failed = [cut(f"{run.name}: {failure(run)}", WIDTH) for run in failures(runs)]
     return "\n\n".join([*([heading(found)] if found else []), *blocks, *([NOTE] if found else []),
                         *(["\n".join(["Not finished:", *failed])] if failed else [])])  # fmt: skip
@@ -37,14 +37,21 @@ def _cells(found: Sequence[Row], part: Sequence[Column]) -> list[list[str]]:
 
 
 def _parts(found: Sequence[Row], kind: Sequence[Column]) -> list[list[Column]]:
-    """The columns of one table, cut into as many as fit the width."""
+    """The columns of one table, cut into as few as fit the width, those as narrow as they may be."""
     front = sum(min(LONGEST, max(map(len, names))) + 2 for names in zip(*_cells(found, [])))
-    parts, used = [], WIDTH
-    for column in kind:
-        width = max(len(line[-1]) for line in _cells(found, [column])) + 2
-        if used + width > WIDTH + 2:  # the last column needs no gap
+    widths = [max(len(line[-1]) for line in _cells(found, [column])) + 2 for column in kind]
+    fewest = len(_filled(kind, widths, WIDTH + 2 - front))  # the last column needs no gap
+    return next(parts for room in range(WIDTH + 3 - front)
+                if len(parts := _filled(kind, widths, room)) == fewest)  # fmt: skip
+
+
+def _filled(kind: Sequence[Column], widths: Sequence[int], room: int) -> list[list[Column]]:
+    """The columns in order, as many to a part as ``room`` takes, at least one."""
+    parts, used = [], room + 1
+    for column, width in zip(kind, widths):
+        if used + width > room:
             parts.append([])
-            used = front
+            used = 0
         parts[-1].append(column)
         used += width
     return parts
@@ -59,10 +66,10 @@ def _block(found: Sequence[Row], part: Sequence[Column]) -> str:
 
 
 def markdown(records: Records) -> str:
-    """Two tables, what was learnt and what it cost, and what did not finish."""
+    """A table each of what was learnt, what it cost, how fast it is, and what did not finish."""
     runs = [run_of(record) for record in records]
     found = rows(runs)
-    parts = [_markdown(_cells(found, kind)) for kind in columns(found)] if found else []
+    parts = [_markdown(_cells(found, kind)) for kind in columns(found).values()] if found else []
     failed = [_markdown([["not finished", "why"], *([run.name, failure(run)] for run in failures(runs))], "---|")]
     text = [*([f"**{_escaped(heading(found))}**"] if found else []), *parts, *([NOTE] if found else []),
             *(failed if failures(runs) else [])]  # fmt: skip

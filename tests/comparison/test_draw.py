@@ -109,6 +109,16 @@ def test_hostile_names_damaged_numbers_and_missing_keys_are_drawn_without_a_warn
     assert any("<script>alert(1)" in word and "$" in word for plot in found for word in lines_of(plot.svg))
 
 
+@pytest.mark.parametrize("labels", [["full"], ["lora", "qlora"], ["full", "lora"]])
+def test_one_point_or_points_of_one_price_are_drawn_as_well(labels):
+    found = rows(map(run_of, [made.record(label, seed, general={}, latency={}, loss=[])  # the front's plots alone
+                              for label in labels for seed in (0, 1)]))  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (first, *_) = plots(found, draw.styles(labels))
+    assert set(labels) <= set(lines_of(first.svg))
+
+
 def test_no_runs_no_plots():
     assert drawings([]) == [] and drawings([run_of(made.failed())]) == []
 
