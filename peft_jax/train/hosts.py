@@ -4,8 +4,10 @@ The runtime is jax's own, ``jax.distributed``. The workdir is one that all proce
 """
 
 import contextlib
+import json
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -60,6 +62,19 @@ def agreed(value: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+
+
+def check_alike(settings: Mapping[str, Any]) -> None:
+    """Raise ``PeftJaxError``, in all processes, where their ``settings``, of values that JSON has, are not the same."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    digests = [zlib.crc32(json.dumps(value, sort_keys=True).encode()) for value in settings.values()]
+    everyone = multihost_utils.process_allgather(np.array(digests, np.uint32))
+    if odd := [name for name, column in zip(settings, everyone.T, strict=True) if len(set(column.tolist())) > 1]:
+        raise PeftJaxError(f"the processes differ in {', '.join(odd)}: start all of them with the same command, but "
+                           "for --process_id.")
 
 
 def barrier(name: str) -> None:

@@ -91,6 +91,7 @@ def test_killed_in_a_step_they_go_on_and_end_as_if_nothing_had_been(arguments, a
     assert first[0] == second[0] == 0, (first, second)
     assert "resuming" in first[1] and "trainable params" in first[1]
     assert "trainable params" not in second[1] and "steps" not in second[1]  # one voice, but for Gloo's
+    assert "tokens/s" in first[2] and "tokens/s" not in second[2]
     same_end(tmp_path, alone)
 
 
