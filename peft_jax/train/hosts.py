@@ -18,6 +18,8 @@ from peft_jax.errors import PeftJaxError
 from peft_jax.hub import assets
 from peft_jax.mesh import fetch
 
+GRACE = 30  # seconds; jax's 300 would keep a process that met an error waiting for those that wait for it
+
 
 def start(command) -> None:
     """Settle how jax runs, as the command line says, and join the other processes where there are some.
@@ -33,7 +35,8 @@ def start(command) -> None:
     given = {"coordinator_address": command.coordinator, "num_processes": command.num_processes,
              "process_id": command.process_id}
     try:
-        jax.distributed.initialize(**{name: value for name, value in given.items() if value is not None})
+        jax.distributed.initialize(**{name: value for name, value in given.items() if value is not None},
+                                   shutdown_timeout_seconds=GRACE)
     except (ValueError, RuntimeError) as error:
         raise PeftJaxError(f"--distributed: {' '.join(str(error).split())[:200]}; under Slurm, on GKE and on TPU VMs "
                            "jax finds the other processes itself, elsewhere give --coordinator=HOST:PORT, "
