@@ -18,7 +18,7 @@ from peft_jax.errors import PeftJaxError
 from peft_jax.hub import assets
 from peft_jax.mesh import fetch
 
-GRACE = 30  # seconds; jax's 300 would keep a process that met an error waiting for those that wait for it
+GRACE = 60  # seconds; jax's 300 would keep a process that met an error waiting for those that wait for it
 
 
 def start(command) -> None:
