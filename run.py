@@ -104,6 +104,9 @@ def parse_command(argv: list[str]) -> Command | None:
     for flag in ("output", "requantize"):
         if values[flag].value and values.mode not in ("merge", "export"):
             raise PeftJaxError(f"--{flag} is for --mode=merge and export; this is --mode={values.mode}")
+    for flag in ("profile", "transfer_guard"):
+        if values[flag].value != values[flag].default and values.mode != "train":
+            raise PeftJaxError(f"--{flag} is for --mode=train; this is --mode={values.mode}")
     check(tidy(config))
     check_runtime(values)
     cells = sweep_cells(values, config)
@@ -154,7 +157,19 @@ def check_runtime(values: flags.FlagValues) -> None:
     if named and len(named) < len(given):
         missing = " and ".join(f"--{name}" for name in given if name not in named)
         raise PeftJaxError(f"--{named[0]} goes with {missing}")
-    if named and not 0 <= values.process_id < values.num_processes:
+    if named:
+        check_place(values)
+
+
+def check_place(values: flags.FlagValues) -> None:
+    """Raise ``PeftJaxError`` where a process among several cannot be the one that it is said to be."""
+    port = values.coordinator.rpartition(":")[2] if ":" in values.coordinator else ""
+    if values.coordinator.startswith(":") or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise PeftJaxError(f"--coordinator={values.coordinator}: HOST:PORT, such as localhost:29500, of the first "
+                           "process")
+    if values.num_processes < 1:
+        raise PeftJaxError(f"--num_processes={values.num_processes}: at least 1")
+    if not 0 <= values.process_id < values.num_processes:
         raise PeftJaxError(f"--process_id={values.process_id}: from 0 to {values.num_processes - 1}")
 
 

@@ -1,5 +1,6 @@
 """Hugging Face's ``config.json`` to a model's config and back; what is in it is each family's own matter."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,7 +62,9 @@ def to_hf(config: Any, dtype: str = "float32", token_ids: Mapping[str, int | Non
     kind = config.model_type
     result = {"model_type": kind, "torch_dtype": dtype, **unknown, **families.of(config).write(config),
               **(token_ids or {})}
-    if from_hf(result) != config:
+    again = from_hf(result)
+    # Which program computes attention is a run's matter, and not the model's.
+    if again != dataclasses.replace(config, attn_implementation=again.attn_implementation):
         raise PeftJaxError(f"this {type(config).__name__} cannot be written as a '{kind}' config.json: its biases, "
                            f"norms or windowed layers are not those of a {kind} model. Change model_type.")
     return result

@@ -22,6 +22,7 @@ from peft_jax.hub.family import Family, table_of
 from peft_jax.hub.saving import save_pretrained
 from peft_jax.hub.stacking import converted, stack
 from peft_jax.method import Method
+from peft_jax.models.attention import on_heads
 from peft_jax.models.heads import POOLINGS, TASK_TYPES, Head
 
 __all__ = ["load_config", "load_pretrained", "save_pretrained"]
@@ -92,6 +93,9 @@ def load_pretrained(source: str | os.PathLike, dtype: Any = jnp.float32, remat: 
         path = gguf.convert(path)
     given = gguf.read_config(path) if blocks else hub_config.read(path)
     config = with_head(hub_config.from_hf(given), head)
+    if mesh:
+        chosen = on_heads(config.attn_implementation, config, mesh.shape["tensor"])
+        config = dataclasses.replace(config, attn_implementation=chosen)
     model = families.of(config).model(config, dtype=dtype, param_dtype=dtype, remat=remat)
     shapes = hub_config.param_shapes(config)
     fresh = {} if head is None else fresh_head(shapes, config, jax.random.key(0) if rng is None else rng, dtype)

@@ -25,12 +25,11 @@ class AttentionCore(nn.Module):
     @nn.compact
     def __call__(self, query, key, value, mask):
         """(B, T, N, H), two (B, S, K, H) and a boolean mask (B, 1, T, S) -> (B, T, N, H)."""
-        if self.implementation not in IMPLEMENTATIONS:
-            raise PeftJaxError(f"attn_implementation={self.implementation!r}: "
-                               f"{nearest(str(self.implementation), IMPLEMENTATIONS)}")
-        chosen = self.implementation
+        chosen = _checked(self.implementation)
         if chosen == "auto":
             chosen = "cudnn" if flash_fits(query, key) else "xla"
+        elif chosen == "cudnn" and (why := flash_lacks(query)):
+            raise PeftJaxError(f"attn_implementation='cudnn' wants {why}: choose auto, which is cudnn where it can be.")
         return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=chosen)
 
 
@@ -40,10 +39,41 @@ def flash_fits(query: Any, key: Any, device: Any = None) -> bool:
     It wants an NVIDIA GPU from Ampere on, 16-bit floats, heads of a multiple of 8 and at most 128 values, and, with a
     mask in training, even numbers of queries and keys. One query alone, as in decoding, gains nothing by it.
     """
+    (queries, keys) = query.shape[1], key.shape[1]
+    return not flash_lacks(query, device) and queries > 1 and queries % 2 == 0 and keys % 2 == 0
+
+
+def flash_lacks(query: Any, device: Any = None) -> str:
+    """What cuDNN's flash attention wants that ``query``, an array or a shape, or the device has not; "" if nothing."""
     device = jax.devices()[0] if device is None else device
-    capability = getattr(device, "compute_capability", None)
-    if device.platform != "gpu" or capability is None or "." not in str(capability) or float(capability) < AMPERE:
-        return False  # AMD's say "gfx90a"
-    (queries, size), keys = (query.shape[1], query.shape[3]), key.shape[1]
-    return (query.dtype in (jnp.bfloat16, jnp.float16) and size % 8 == 0 and size <= HEAD_MOST and queries > 1 and
-            queries % 2 == 0 and keys % 2 == 0)
+    capability, size = str(getattr(device, "compute_capability", None)), query.shape[3]
+    if device.platform != "gpu" or "." not in capability or float(capability) < AMPERE:  # AMD's say "gfx90a"
+        return "an NVIDIA GPU from Ampere on"
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"model.dtype=bfloat16, not {query.dtype}"
+    return "" if size % 8 == 0 and size <= HEAD_MOST else f"heads of a multiple of 8 and at most {HEAD_MOST} values"
+
+
+def on_heads(implementation: str, config: Any, parts: int) -> str:
+    """``implementation`` for a model whose heads are cut over ``parts`` devices.
+
+    jax cuts cuDNN's program between whole heads only, queries and keys alike: "auto" is "xla" where a device would not
+    have as many of them as every other. Raises ``PeftJaxError`` for "cudnn" there, and for an unknown one.
+
+    >>> from peft_jax.models import GPT2Config
+    >>> on_heads("auto", GPT2Config(64, 48, 64, 2, 6, 32), 2), on_heads("auto", GPT2Config(64, 48, 64, 2, 6, 32), 4)
+    ('auto', 'xla')
+    """
+    heads = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
+    if _checked(implementation) == "xla" or not any(count % parts for count in heads):
+        return implementation
+    if implementation == "cudnn":
+        raise PeftJaxError(f"attn_implementation='cudnn' with mesh.tensor={parts}: the model's {heads[0]} heads, "
+                           f"{heads[1]} of keys, cannot be shared evenly; choose a divisor of both, or auto.")
+    return "xla"
+
+
+def _checked(implementation: str) -> str:
+    if implementation not in IMPLEMENTATIONS:
+        raise PeftJaxError(f"attn_implementation={implementation!r}: {nearest(str(implementation), IMPLEMENTATIONS)}")
+    return implementation

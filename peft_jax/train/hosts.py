@@ -4,8 +4,10 @@ The runtime is jax's own, ``jax.distributed``. The workdir is one that all proce
 """
 
 import contextlib
+import json
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +17,8 @@ from peft_jax import tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub import assets
 from peft_jax.mesh import fetch
+
+GRACE = 60  # seconds; jax's 300 would keep a process that met an error waiting for those that wait for it
 
 
 def start(command) -> None:
@@ -31,7 +35,8 @@ def start(command) -> None:
     given = {"coordinator_address": command.coordinator, "num_processes": command.num_processes,
              "process_id": command.process_id}
     try:
-        jax.distributed.initialize(**{name: value for name, value in given.items() if value is not None})
+        jax.distributed.initialize(**{name: value for name, value in given.items() if value is not None},
+                                   shutdown_timeout_seconds=GRACE)
     except (ValueError, RuntimeError) as error:
         raise PeftJaxError(f"--distributed: {' '.join(str(error).split())[:200]}; under Slurm, on GKE and on TPU VMs "
                            "jax finds the other processes itself, elsewhere give --coordinator=HOST:PORT, "
@@ -60,6 +65,19 @@ def agreed(value: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+
+
+def check_alike(settings: Mapping[str, Any]) -> None:
+    """Raise ``PeftJaxError``, in all processes, where their ``settings``, of values that JSON has, are not the same."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    digests = [zlib.crc32(json.dumps(value, sort_keys=True).encode()) for value in settings.values()]
+    everyone = multihost_utils.process_allgather(np.array(digests, np.uint32))
+    if odd := [name for name, column in zip(settings, everyone.T, strict=True) if len(set(column.tolist())) > 1]:
+        raise PeftJaxError(f"the processes differ in {', '.join(odd)}: start all of them with the same command, but "
+                           "for --process_id.")
 
 
 def barrier(name: str) -> None:

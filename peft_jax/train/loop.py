@@ -60,20 +60,28 @@ class StopRequest:
 class Trace:
     """Entered around each step: a profile of ``steps`` of them, after the compiling first one, in ``folder``.
 
-    For TensorBoard's profile plugin, XProf or Perfetto.
+    For TensorBoard's profile plugin, XProf or Perfetto. ``close`` writes what there is when training ends before.
     """
 
     def __init__(self, folder: Path, steps: int):
-        self.folder, self.steps, self.seen = folder, steps, 0
+        self.folder, self.steps, self.seen, self.running = folder, steps, 0, False
 
     def __enter__(self):
         self.seen += 1
         if self.seen == 2:
             jax.profiler.start_trace(str(self.folder))
+            self.running = True
 
     def __exit__(self, *exception):
-        if self.seen == 1 + self.steps or (self.seen > 1 and exception[0]):
+        if self.seen == 1 + self.steps or exception[0]:
+            self.close()
+
+    def close(self) -> None:
+        if self.running:
             jax.profiler.stop_trace()
+        elif self.seen < 2:
+            print("no step was profiled: only steps after the first one, which compiles, are, and there was none")
+        self.running = False
 
 
 def fit(
@@ -113,7 +121,7 @@ def fit(
     """
     done = int(state.step)
     clock = _Clock(before=log.last["seconds"] if log.last else 0.0)
-    progress = Progress(total_steps, done)
+    progress = Progress(total_steps, done, hosts.first())
     batch, stopping = at_step(batches, done) if done < total_steps else None, False
     with stop or StopRequest() as stop:
         while done < total_steps and not stopping:

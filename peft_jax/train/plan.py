@@ -20,6 +20,7 @@ from peft_jax.hub.pretrained import quantised_as, with_head
 from peft_jax.loss import cross_entropy, squared_error
 from peft_jax.mesh import ROWS, describe_mesh, make_mesh, row_shards, several
 from peft_jax.method import Method, bind
+from peft_jax.models.attention import on_heads
 from peft_jax.planner import Plan, Target, compile_step, describe, h100, sum_of_parts
 from peft_jax.train import session, workdir
 from peft_jax.train.optim import make_optimizer
@@ -155,8 +156,10 @@ def plan_config(config, target: Target | None = None) -> Plan:
     sizes = load_config(config.model.source)
     session.check_answers(config.task, sizes)
     objective = objective_of(config.task)
-    sizes = replace(with_head(sizes, objective.head(config.task)),
-                    attn_implementation=config.model.attn_implementation)
+    mesh = make_mesh(**config.mesh)
+    sizes = with_head(sizes, objective.head(config.task))
+    chosen = on_heads(config.model.attn_implementation, sizes, mesh.shape["tensor"])
+    sizes = replace(sizes, attn_implementation=chosen)
     kinds = {name: jnp.dtype(config.model[name]) for name in ("dtype", "param_dtype")}
     model = families.of(sizes).model(sizes, **kinds, remat=config.model.remat)
     base = tree.unflatten({path: jax.ShapeDtypeStruct(shape, kinds["param_dtype"])
@@ -164,7 +167,6 @@ def plan_config(config, target: Target | None = None) -> Plan:
     held = quantised_as(config.model.source)
     base = jax.eval_shape(held.init, jax.random.key(0), base) if held else base
     method = session.build_method(config)
-    mesh = make_mesh(**config.mesh)
     rows, row_length, words = _sizes(config.data, sizes, row_shards(mesh))
     params = base if method.prepare else jax.eval_shape(method.init, jax.random.key(0), base)
     optimizer = make_optimizer(config.optim, config.optim.steps or STEPS, method.labels(params))

@@ -37,12 +37,12 @@ def parameter_line(trainable: int, total: int) -> str:
 
 
 class Progress:
-    """A bar on a terminal; where standard error is none, a line now and then."""
+    """A bar on a terminal; where standard error is none, a line now and then; nothing where it is not ``shown``."""
 
-    def __init__(self, total: int, done: int):
-        self.total, self.started, self.first = total, time.perf_counter(), done
+    def __init__(self, total: int, done: int, shown: bool = True):
+        self.total, self.started, self.first, self.shown = total, time.perf_counter(), done, shown
         self.printed = self.started
-        terminal = sys.stderr.isatty()
+        terminal = shown and sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=done, unit="step", ncols=79, dynamic_ncols=False) if terminal else None
 
     def update(self, step: int, loss: float, rate: float) -> None:
@@ -57,7 +57,7 @@ class Progress:
             print(f"{line}  {duration(left)} left", file=sys.stderr, flush=True)
 
     def _due(self, step: int) -> bool:
-        return step in (self.first + 1, self.total) or time.perf_counter() - self.printed >= 10
+        return self.shown and (step in (self.first + 1, self.total) or time.perf_counter() - self.printed >= 10)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -21,6 +21,7 @@ from peft_jax.hub.pretrained import with_head
 from peft_jax.mesh import make_mesh, several
 from peft_jax.method import BASE, Method, chain
 from peft_jax.methods import METHODS
+from peft_jax.models.attention import on_heads
 
 
 class Session(NamedTuple):
@@ -106,7 +107,8 @@ def load_model(config, method: Method = BASE, mesh: Mesh | None = None) -> tuple
                                     remat=config.model.remat, head=objective_of(config.task).head(config.task),
                                     rng=jax.random.key(config.seed), method=method,
                                     mesh=several(mesh))
-    sizes = replace(model.config, attn_implementation=config.model.attn_implementation)
+    chosen = on_heads(config.model.attn_implementation, model.config, mesh.shape["tensor"] if mesh else 1)
+    sizes = replace(model.config, attn_implementation=chosen)
     return model.clone(config=sizes, dtype=jnp.dtype(config.model.dtype)), params
 
 

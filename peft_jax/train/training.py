@@ -36,7 +36,8 @@ def train(command) -> int:
 
 def _train_run(command) -> int:
     config, folder = command.config, Path(command.workdir)
-    workdir.check_writable(folder)
+    hosts.check_alike({**config.to_dict(), "--overwrite": command.overwrite})
+    workdir.check_writable(folder, leave=jax.process_count() > 1)
     if not command.overwrite:
         workdir.check_config(folder, config.to_dict())
         if hosts.agreed((folder / "results.json").exists()):
@@ -64,8 +65,7 @@ def _train_run(command) -> int:
     report.forget_peak()
     stop = StopRequest()
     more = {"mesh": ready.mesh, "stop": stop, "guard": command.transfer_guard}
-    if command.profile:
-        more["trace"] = Trace(folder / "profile", command.profile)
+    more["trace"] = Trace(folder / "profile", command.profile) if command.profile else None
     state, seconds, found = _train(config, folder, step, state, frozen, batches, total, evaluate, more)
     if int(state.step) < total:
         print(f"stopped after step {int(state.step)} of {total}; the same command goes on from there")
@@ -168,8 +168,9 @@ def _train(config, folder: Path, step, state: TrainState, frozen, batches: Batch
                     checkpoints=checkpoints, log=log, checkpoint_due=checkpoint_due, log_every=config.log.every,
                     evaluate=evaluated, evaluate_due=evaluate_due, **more)  # fmt: skip
     finally:
-        checkpoints.close()
-        log.close()
+        for one in (checkpoints, log, more["trace"]):
+            if one:
+                one.close()
     return state, log.last["seconds"], found
 
 

@@ -32,8 +32,12 @@ MATTERS = ("seed", "model", "method", "task", "data", "optim")  # sections that 
 ADAPTER_MATTERS = ("model.source",)  # what its adapter needs; the method is in the adapter's own files
 
 
-def check_writable(folder: Path) -> None:
-    """Raise ``PeftJaxError`` where ``folder`` cannot be made or written; leaves nothing behind."""
+def check_writable(folder: Path, leave: bool = False) -> None:
+    """Raise ``PeftJaxError`` where ``folder`` cannot be made or written.
+
+    Leaves nothing behind, or, with ``leave``, the folder: of several processes that look at once, one would take it
+    away under another.
+    """
     missing = [path for path in (folder, *folder.absolute().parents) if not os.path.exists(path)]
     try:  # not os.access, which answers root "yes" for folders that nobody can write, such as /proc
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +45,7 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         raise _unwritable(folder, error) from error
     finally:
-        for path in missing:
+        for path in () if leave else missing:
             with contextlib.suppress(OSError):  # never made
                 path.rmdir()
 

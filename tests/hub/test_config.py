@@ -113,6 +113,12 @@ def test_a_config_that_its_type_cannot_say_is_not_written():
         hub_config.to_hf(dataclasses.replace(read(), qk_norm=True))
 
 
+@pytest.mark.parametrize("chosen", ["xla", "cudnn"])
+def test_which_program_computes_attention_is_no_part_of_it(chosen):
+    config = read()
+    assert hub_config.to_hf(dataclasses.replace(config, attn_implementation=chosen)) == hub_config.to_hf(config)
+
+
 def test_a_folder_without_a_readable_config_is_named(tmp_path):
     with pytest.raises(PeftJaxError, match=r"has no config.json"):
         hub_config.read(tmp_path)

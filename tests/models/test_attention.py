@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from peft_jax import PeftJaxError, bind, lora, prefix
+from peft_jax import PeftJaxError, bind, load_pretrained, lora, make_mesh, prefix
 from peft_jax.models import attention
 from peft_jax.models.llama import CausalLM, LlamaConfig
 
@@ -47,6 +47,9 @@ def lowered(method, monkeypatch, implementation):
     params = method.init(jax.random.key(0), here.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
     apply = bind(method, here.clone(config=replace(SIZES, attn_implementation=implementation)))
 
+    if implementation == "cudnn":
+        monkeypatch.setattr(attention, "flash_lacks", lambda query: "")  # nor is the GPU
+
     def loss(params, ids):
         return apply({"params": params}, ids, segment_ids=jnp.ones_like(ids), method="hidden").sum().astype(jnp.float32)
 
@@ -59,6 +62,7 @@ def test_a_model_with_cudnn_lowers_to_flash_attention_forward_and_back(method, m
     text = lowered(method, monkeypatch, "cudnn")
     assert len(re.findall(r"__cudnn\$fmhaScaleBiasSoftmax\b", text)) >= 1
     assert len(re.findall(r"__cudnn\$fmhaScaleBiasSoftmaxBackward\b", text)) == 1
+    monkeypatch.undo()
     assert "__cudnn" not in lowered(method, monkeypatch, "auto")  # there is no GPU here
 
 
@@ -66,3 +70,32 @@ def test_an_unknown_implementation_says_which_there_are():
     model = CausalLM(replace(SIZES, attn_implementation="flash"))
     with pytest.raises(PeftJaxError, match=r"attn_implementation='flash'.*auto, cudnn, xla"):
         model.init(jax.random.key(0), np.zeros((1, 2), np.int32))
+
+
+@pytest.mark.parametrize(("query", "device", "wants"), [
+    (shape(), None, "an NVIDIA GPU"), (shape(dtype=jnp.float32), H100, "model.dtype=bfloat16, not float32"),
+    (shape(size=60), H100, "heads of a multiple of 8"), (shape(tokens=1), H100, ""),
+])
+def test_what_flash_attention_lacks_is_said(query, device, wants):
+    assert attention.flash_lacks(query, device).startswith(wants) and bool(wants) == bool(
+        attention.flash_lacks(query, device))
+
+
+def test_cudnn_without_a_gpu_is_an_error_that_says_so():
+    model = CausalLM(replace(SIZES, attn_implementation="cudnn"), jnp.bfloat16)
+    with pytest.raises(PeftJaxError, match="attn_implementation='cudnn' wants an NVIDIA GPU from Ampere on"):
+        model.init(jax.random.key(0), np.zeros((1, 2), np.int32))
+
+
+def test_heads_that_a_mesh_cannot_share_evenly_do_without_cudnn():
+    """jax refuses to cut cuDNN's program where queries and keys are cut differently: 4 heads and 2 of keys over 8."""
+    assert [attention.on_heads("auto", SIZES, parts) for parts in (1, 2, 4, 8)] == ["auto", "auto", "xla", "xla"]
+    assert attention.on_heads("cudnn", SIZES, 2) == "cudnn" and attention.on_heads("xla", SIZES, 3) == "xla"
+    with pytest.raises(PeftJaxError, match=r"mesh\.tensor=4: the model's 4 heads, 2 of keys"):
+        attention.on_heads("cudnn", SIZES, 4)
+
+
+def test_a_model_read_onto_a_mesh_has_attention_that_can_be_cut(tiny_folder):
+    found = [load_pretrained(tiny_folder, mesh=make_mesh(1, 1, parts))[0].config.attn_implementation
+             for parts in (2, 4)]
+    assert found == ["auto", "xla"]

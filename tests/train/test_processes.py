@@ -40,14 +40,15 @@ def alone(arguments, tmp_path_factory):
     return folder
 
 
-def start(arguments, folder):
-    """Both processes, four devices each."""
+def start(arguments, folder, second=()):
+    """Both processes, four devices each; the second one with flags of its own."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     return [subprocess.Popen([sys.executable, "run.py", *arguments, f"--workdir={folder}", "--distributed",
-                              f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={number}"],
+                              f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={number}",
+                              *(second if number else ())],
                              cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             for number in range(2)]
 
@@ -91,6 +92,7 @@ def test_killed_in_a_step_they_go_on_and_end_as_if_nothing_had_been(arguments, a
     assert first[0] == second[0] == 0, (first, second)
     assert "resuming" in first[1] and "trainable params" in first[1]
     assert "trainable params" not in second[1] and "steps" not in second[1]  # one voice, but for Gloo's
+    assert "tokens/s" in first[2] and "tokens/s" not in second[2]
     same_end(tmp_path, alone)
 
 
@@ -105,6 +107,13 @@ def test_a_preemption_of_one_stops_both_and_the_code_says_so(arguments, alone, t
     again = [argument for argument in arguments if "config.mesh" not in argument]
     assert run.main([*again, "--config.mesh.data=1", "--config.mesh.fsdp=2", f"--workdir={tmp_path}"]) == 0
     same_end(tmp_path, alone)
+
+
+def test_processes_that_were_started_differently_say_so_and_train_nothing(arguments, tmp_path):
+    found = ended(start(arguments, tmp_path, ["--config.optim.learning_rate=0.5", "--overwrite"]))
+    assert [code for code, _, _ in found] == [2, 2]
+    assert all("error: the processes differ in optim, --overwrite: " in errors for _, _, errors in found)
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_a_run_can_be_watched_closely(arguments, tmp_path):

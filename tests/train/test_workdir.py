@@ -73,6 +73,11 @@ def test_looking_whether_a_folder_is_writable_changes_nothing_in_it(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_of_several_processes_none_takes_the_folder_away(tmp_path):
+    workdir.check_writable(tmp_path / "deep" / "run", leave=True)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "deep", tmp_path / "deep" / "run"]
+
+
 def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"seed": ')
     with pytest.raises(PeftJaxError, match=r"config.json cannot be read"):
