@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -34,6 +34,22 @@ def train(command) -> int:
         return _train_run(command)
 
 
+class Run(NamedTuple):
+    """What stays as it is while a run trains. counts: (trainable, all) parameters. before: metrics, {} for none."""
+
+    folder: Path
+    config: Any
+    method: Method
+    ready: Session
+    batches: Batches
+    total: int
+    counts: tuple[int, int]
+    evaluate: Callable
+    before: dict[str, float]
+    step: Callable
+    frozen: tree.Tree
+
+
 def _train_run(command) -> int:
     config, folder = command.config, Path(command.workdir)
     hosts.check_alike({**config.to_dict(), "--overwrite": command.overwrite})
@@ -42,7 +58,23 @@ def _train_run(command) -> int:
         workdir.check_config(folder, config.to_dict())
         if hosts.agreed((folder / "results.json").exists()):
             return _already_done(folder)
-    method = session.build_method(config)
+    run, state = _begun(command, folder)
+    memory = {"compiled": _compiled(run, state)}
+    earlier = report.peak_memory()
+    report.forget_peak()
+    stop = StopRequest()
+    trace = Trace(folder / "profile", command.profile) if command.profile else None
+    state, seconds, found = _train(run, state, trace, mesh=run.ready.mesh, stop=stop, guard=command.transfer_guard)
+    if int(state.step) < run.total:
+        print(f"stopped after step {int(state.step)} of {run.total}; the same command goes on from there")
+        return 128 + stop.asked
+    memory |= report.peak_memory()
+    return _finished(run, state, {"seconds": seconds, "training_memory": memory}, found, earlier)
+
+
+def _begun(command, folder: Path) -> tuple[Run, TrainState]:
+    """All that training needs, the metrics before it, and the state before its first step."""
+    config, method = command.config, session.build_method(command.config)
     ready = session.load(config, command.probe, method)
     batches, total = _batches(config, ready, method)
     if method.prepare:
@@ -60,39 +92,32 @@ def _train_run(command) -> int:
     before = _before(folder, evaluate, params, config.eval.to_dict()) if config.eval.before else {}
     step, state, frozen = _start(config, method, apply, params, total, ready.mesh)
     ready = ready._replace(base={})  # what does not train is in ``frozen``: a full run has no use for the old weights
-    del params
-    needed, earlier = _compiled(step, state, frozen, batches, ready.mesh), report.peak_memory()
-    report.forget_peak()
-    stop = StopRequest()
-    more = {"mesh": ready.mesh, "stop": stop, "guard": command.transfer_guard}
-    more["trace"] = Trace(folder / "profile", command.profile) if command.profile else None
-    state, seconds, found = _train(config, folder, step, state, frozen, batches, total, evaluate, more)
-    if int(state.step) < total:
-        print(f"stopped after step {int(state.step)} of {total}; the same command goes on from there")
-        return 128 + stop.asked
+    return Run(folder, config, method, ready, batches, total, counts, evaluate, before, step, frozen), state
 
-    training = report.peak_memory()
-    params = tree.combine(frozen, state.trainable)
-    after = found.get(total) or evaluate(params)
+
+def _finished(run: Run, state: TrainState, results: dict[str, Any], found, earlier: dict[str, int]) -> int:
+    """Evaluate, save, and tell; ``found`` are the metrics of evaluations on the way, ``earlier`` the peak memory until
+    training began."""
+    params = tree.combine(run.frozen, state.trainable)
+    after = found.get(run.total) or run.evaluate(params)
     params = hosts.brought(params)
-    if not hosts.first():
-        hosts.barrier("saved")
-        return 0
-    saved = _save(folder, method, params, ready, config)
-    results = {"before": before, "after": after, "steps": total, "seconds": seconds}
-    peak = {where: max(size, earlier[where]) for where, size in report.peak_memory().items()}
-    results |= {"trainable": counts[0], "all": counts[1], "peak_memory": peak}
-    results |= {"training_memory": {**training, "compiled": needed}}
-    results |= {"adapter": str(saved), "adapter_bytes": workdir.bytes_in(saved)}
-    workdir.write_json(folder / "results.json", results)
+    if hosts.first():
+        saved = _save(run.folder, run.method, params, run.ready, run.config)
+        peak = {where: max(size, earlier[where]) for where, size in report.peak_memory().items()}
+        results |= {"before": run.before, "after": after, "steps": run.total, "trainable": run.counts[0],
+                    "all": run.counts[1], "peak_memory": peak, "adapter": str(saved),
+                    "adapter_bytes": workdir.bytes_in(saved)}
+        workdir.write_json(run.folder / "results.json", results)
     hosts.barrier("saved")
-    print("\n" + report.summary(results))
+    if hosts.first():
+        print("\n" + report.summary(results))
     return 0
 
 
-def _compiled(step, state: TrainState, frozen: tree.Tree, batches: Batches, mesh) -> int:
+def _compiled(run: Run, state: TrainState) -> int:
     """Bytes that XLA says a step on the first batch needs of a device; the loop then finds it compiled."""
-    return memory_of(step.lower(state, frozen, feed(mesh, at_step(batches, 0), axis=1)).compile()).total
+    laid = feed(run.ready.mesh, at_step(run.batches, 0), axis=1)
+    return memory_of(run.step.lower(state, run.frozen, laid).compile()).total
 
 
 def _start(config, method: Method, apply, params, total: int, mesh) -> tuple[Callable, TrainState, tree.Tree]:
@@ -146,31 +171,31 @@ def _before(folder: Path, evaluate, params, settings: dict[str, Any]) -> dict[st
     return workdir.read_json(path)["metrics"]
 
 
-def _train(config, folder: Path, step, state: TrainState, frozen, batches: Batches, total: int, evaluate, more):
+def _train(run: Run, state: TrainState, trace: Trace | None, **more):
     """(state, seconds of training, metrics by step of evaluations on the way) after training or a request to stop."""
-    found: dict[int, dict[str, float]] = {}
+    config, found = run.config, {}
 
     def evaluated(state: TrainState) -> dict[str, float]:
-        found[int(state.step)] = evaluate(tree.combine(frozen, state.trainable))
+        found[int(state.step)] = run.evaluate(tree.combine(run.frozen, state.trainable))
         print(report.metrics_line(*list(found.items())[-1]), flush=True)
         return found[int(state.step)]
 
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
+    checkpoints = Checkpoints(run.folder / "checkpoints", config.checkpoint.keep)
     state = checkpoints.restore(state)
     if int(state.step):
-        print(f"resuming {folder} after step {int(state.step)} of {total}", flush=True)
-    log = MetricsLog(folder if hosts.first() else None, int(state.step), config.log.tensorboard)
-    ends = {batches.num_steps(epoch + 1) for epoch in range(total)}
+        print(f"resuming {run.folder} after step {int(state.step)} of {run.total}", flush=True)
+    log = MetricsLog(run.folder if hosts.first() else None, int(state.step), config.log.tensorboard)
+    ends = {run.batches.num_steps(epoch + 1) for epoch in range(run.total)}
     checkpoint_due, evaluate_due = (due(part.every, ends if part.every_epoch else ())
                                     for part in (config.checkpoint, config.eval))
     try:
-        state = fit(step, state, frozen, batches, total_steps=total, schedule=make_schedule(config.optim, total),
-                    checkpoints=checkpoints, log=log, checkpoint_due=checkpoint_due, log_every=config.log.every,
-                    evaluate=evaluated, evaluate_due=evaluate_due, **more)  # fmt: skip
+        state = fit(run.step, state, run.frozen, run.batches, total_steps=run.total,
+                    schedule=make_schedule(config.optim, run.total), checkpoints=checkpoints, log=log,
+                    checkpoint_due=checkpoint_due, log_every=config.log.every, evaluate=evaluated,
+                    evaluate_due=evaluate_due, trace=trace, **more)  # fmt: skip
     finally:
-        for one in (checkpoints, log, more["trace"]):
-            if one:
-                one.close()
+        for one in filter(None, (checkpoints, log, trace)):
+            one.close()
     return state, log.last["seconds"], found
 
 
