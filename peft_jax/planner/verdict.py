@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from peft_jax.planner.parts import Part, total
+from peft_jax.planner.parts import GROUPS, Part, groups, total
 from peft_jax.planner.program import Program
 from peft_jax.planner.traffic import moved
 
@@ -21,10 +21,10 @@ DEVICES = (Device("80 GB (80e9 bytes)", 80 * 10**9), Device("80 GiB (85.9e9 byte
 
 
 class Plan(NamedTuple):
-    """What one training step needs.
+    """What one training step needs of each device.
 
     assumed: the shapes and settings that it was compiled for, in words by name. program: what the compiler says.
-    parts: what it is made of.
+    parts: what it is made of, before a compiler has seen it.
     """
 
     assumed: dict[str, Any]
@@ -35,6 +35,12 @@ class Plan(NamedTuple):
     def sum(self) -> int:
         """Bytes of the parts that count."""
         return total(self.parts)
+
+    @property
+    def groups(self) -> dict[str, int]:
+        """Bytes of the parts that count, by what they are of: weights, gradients, optimiser, activations, logits and
+        batch. Logits are 0 where they are never there at the same time as something larger."""
+        return groups(self.parts)
 
     def fits(self, device: Device) -> bool:
         """Whether the compiled program, with the device's margin, is no larger than the device."""
@@ -48,7 +54,7 @@ class Plan(NamedTuple):
                              "total": memory.total, "float32_copies": self.program.copies,
                              "devices": self.program.devices, "flops": self.program.flops,
                              "bytes_received_by_each": moved(self.program.traffic, self.program.devices)},
-                "parts": [part._asdict() for part in self.parts], "sum_of_parts": self.sum,
+                "parts": [part._asdict() for part in self.parts], "groups": self.groups, "sum_of_parts": self.sum,
                 "devices": [{**device._asdict(), "fits": self.fits(device)} for device in DEVICES]}
 
 
@@ -61,7 +67,7 @@ def describe(plan: Plan) -> str:
     """The plan for people, sizes in GB (1e9 bytes); what is in brackets is not counted again in the sum."""
     memory, where = plan.program.memory, plan.program.device
     assumed = [f"{name:<24}{value}" for name, value in plan.assumed.items()]
-    parts = [_row(part.name, part.bytes, part.recipe, part.counted) for part in plan.parts]
+    parts = [line for group in GROUPS for line in _group(plan, group)]
     compiled = [_row("arguments", memory.arguments, "weights, trained parameters, optimiser, batch"),
                 _row("outputs", memory.outputs, "the new state"),
                 _row("aliases", -memory.aliases, "outputs in the place of arguments"),
@@ -70,14 +76,21 @@ def describe(plan: Plan) -> str:
                  for path, size in plan.program.copies.items() if size > memory.total / 100),
                 _row("total", memory.total, f"compiled for {where}")]
     fits = [_verdict(plan, device) for device in DEVICES]
-    summed = ["Sum of parts (GB)", *parts, _row("sum", plan.sum, ""), ""] if plan.parts else []
     each = f", each of {plan.program.devices} devices" if plan.program.devices > 1 else ""
     if plan.program.devices > 1:
         compiled.append(_row("received in a step", moved(plan.program.traffic, plan.program.devices),
                              "from other devices, no memory", False))
     compiled.append(f"{plan.program.flops / 1e12:.3f} TFLOP a step in products of matrices, of all devices")
-    return "\n".join([*assumed, "", *summed, f"Compiled step (GB){each}", *compiled,
-                      *([ESTIMATE] if plan.program.estimate else []), "", *fits])
+    return "\n".join([*assumed, "", f"Sum of parts (GB){each}", *parts, _row("sum", plan.sum, ""), "",
+                      f"Compiled step (GB){each}", *compiled, *([ESTIMATE] if plan.program.estimate else []), "",
+                      *fits])
+
+
+def _group(plan: Plan, group: str) -> list[str]:
+    parts = [part for part in plan.parts if part.group == group]
+    return [_row(group, plan.groups[group], parts[0].recipe if len(parts) == 1 and parts[0].counted else ""),
+            *(_row(f"  {part.name}", part.bytes, part.recipe, False) for part in parts
+              if len(parts) > 1 or not part.counted)]
 
 
 def _row(name: str, size: int, words: str, counted: bool = True) -> str:

@@ -34,7 +34,8 @@ def test_every_layer_decoded_at_once_is_found_unless_another_array_has_that_shap
 
 def planned(need, estimate=True):
     program = Program(Memory(need - 10, 0, 0, 10), "cpu", estimate, {})
-    return Plan({"rows": 1}, program, [Part("weights", 7, "all"), Part("inside", 5, "of them", False)])
+    parts = [Part("weights", 7, "all", "weights"), Part("inside", 5, "of them", "weights", False)]
+    return Plan({"rows": 1}, program, parts)
 
 
 @pytest.mark.parametrize("need, fits", [(78 * 10**9, (True, True)), (78 * 10**9 + 1, (False, True)),

@@ -46,8 +46,8 @@ def test_it_is_the_memory_of_the_program_that_training_runs(asked, experiment, o
     real = memory_of(step.lower(state, frozen, batch).compile())
 
     _, rows, length = batch["input_ids"].shape
-    found = plan(ready.model, method, make_optimizer(config.optim, total, method.labels(params)), rows=rows,
-                 row_length=length, answers=batch["loss_index"].shape[-1],
+    found = plan(ready.model, method, make_optimizer(config.optim, total, method.labels(params)),
+                 rows, length, answers=batch["loss_index"].shape[-1],
                  accumulate_steps=config.optim.accumulate_steps)
     assert found.program.memory == real
 
@@ -97,7 +97,7 @@ def test_what_is_assumed_of_the_batch_is_said(asked, tiny_model, options, shape,
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"rows": 0}, "rows=0: give a whole number"), ({"row_length": 257}, "row_length=257, but the model has 256"),
+    ({"batch": 0}, "batch=0: give a whole number"), ({"seq": 257}, "seq=257, but the model has 256"),
     ({"loss_chunk": 1.5}, "loss_chunk=1.5"), ({"answers": -1}, "answers=-1")])
 def test_sizes_that_cannot_be_meant(tiny_model, change, words):
     with pytest.raises(PeftJaxError, match=words):
@@ -106,13 +106,13 @@ def test_sizes_that_cannot_be_meant(tiny_model, change, words):
 
 def test_a_method_that_needs_data_cannot_be_planned(tiny_model):
     with pytest.raises(PeftJaxError, match="depend on data"):
-        plan(tiny_model[0], lora(init_lora_weights="eva"), optax.adamw(1e-4), row_length=32)
+        plan(tiny_model[0], lora(init_lora_weights="eva"), optax.adamw(1e-4), seq=32)
 
 
 def test_a_plan_grows_with_rows_and_layers(tiny_model):
     model = tiny_model[0]
     deeper = model.clone(config=dataclasses.replace(model.config, num_hidden_layers=4))
-    small, wide, deep = (plan(one, lora(), optax.adamw(1e-4), rows=rows, row_length=32).program.memory
+    small, wide, deep = (plan(one, lora(), optax.adamw(1e-4), rows, 32).program.memory
                          for one, rows in ((model, 1), (model, 4), (deeper, 1)))
     assert wide.temporaries > small.temporaries and deep.arguments > small.arguments
 
