@@ -90,7 +90,7 @@ KEEPS = {"ScaleByAdamState": "two moments (Adam)", "ScaleByBeliefState": "two mo
 
 
 def _optimiser(state, trained: int) -> Part:
-    kinds = [KEEPS[name] for name in dict.fromkeys(_types(state)) if name in KEEPS]
+    kinds = [KEEPS[name] for name in dict.fromkeys(state_types(state)) if name in KEEPS]
     arrays = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
     what = f"{', '.join(kinds)} in {_dtypes(arrays)}" if kinds and arrays else "whatever this optimiser keeps"
     each = f"{tree.nbytes(state) / max(trained, 1):.1f} bytes for each trained parameter"
@@ -98,10 +98,10 @@ def _optimiser(state, trained: int) -> Part:
                 "optimiser")
 
 
-def _types(state) -> list[str]:
+def state_types(state) -> list[str]:
     """The names of the types in a nested state, outer ones first."""
     inner = list(state.values()) if isinstance(state, dict) else state if isinstance(state, tuple | list) else []
-    return [type(state).__name__, *(name for one in inner for name in _types(one))]
+    return [type(state).__name__, *(name for one in inner for name in state_types(one))]
 
 
 def _packed_recipe(packed) -> str:

@@ -26,9 +26,12 @@ class Shapes(NamedTuple):
 
     apply: of :func:`peft_jax.bind`, on the mesh. alone: the same for one device. plain: what trains and what is frozen,
     whole and nowhere. batch: a dict of (accumulate_steps, rows, ...). optimizer: as the method wants it.
+    parameters: how many the base has.
     """
 
     model: Any
+    method: Method
+    parameters: int
     apply: Callable
     alone: Callable
     plain: tuple[tree.Tree, tree.Tree]
@@ -72,7 +75,8 @@ def shapes(model: Any, method: Method, optimizer: optax.GradientTransformation, 
     if method.prepare:
         raise PeftJaxError("this method's sizes depend on data that it looks at before training, of which a plan has "
                            "none: plan it with another initialisation, such as init_lora_weights=True.")
-    plain = jax.eval_shape(method.init, jax.random.key(0), abstract(model) if base is None else base)
+    base = abstract(model) if base is None else base
+    plain = jax.eval_shape(method.init, jax.random.key(0), base)
     mesh = several(mesh)
     found = batch_shapes(batch, seq, answers, accumulate_steps, kind, mesh)
     model = attending(model, method, plain, found, target)
@@ -82,8 +86,8 @@ def shapes(model: Any, method: Method, optimizer: optax.GradientTransformation, 
     labels = method.labels(params)
     trainable, frozen = tree.partition(params, labels)
     optimizer = method.optimizer(optimizer, STEPS)
-    return Shapes(model, apply, bind(method, model), tree.partition(plain, labels), trainable, frozen,
-                  optimizer, _state(optimizer, trainable, mesh), found, mesh)
+    return Shapes(model, method, tree.count(base), apply, bind(method, model), tree.partition(plain, labels),
+                  trainable, frozen, optimizer, _state(optimizer, trainable, mesh), found, mesh)
 
 
 def _state(optimizer, trainable, mesh) -> Any:

@@ -21,6 +21,7 @@ from peft_jax.loss import cross_entropy, squared_error
 from peft_jax.mesh import describe_mesh, make_mesh, row_shards, several
 from peft_jax.method import Method
 from peft_jax.planner import Plan, Target, compile_step, describe, h100, sum_of_parts
+from peft_jax.planner.rule import rules
 from peft_jax.planner.shapes import STEPS, Shapes, as_model, check_sizes, shapes
 from peft_jax.train import session, workdir
 from peft_jax.train.optim import make_optimizer
@@ -78,7 +79,7 @@ def plan(model: Any, method: Method, optimizer: optax.GradientTransformation, ba
     words = {**_words(given.model, given.batch), **({"mesh": describe_mesh(given.mesh)} if given.mesh else {}),
              **(assumed or {})}
     program = compile_step(step, state, given.frozen, given.batch, target, given.mesh.size if given.mesh else 1)
-    return Plan(words, program, sum_of_parts(given, loss_chunk, error))
+    return Plan(words, program, sum_of_parts(given, loss_chunk, error), rules(given))
 
 
 def _state(given: Shapes):
@@ -95,7 +96,8 @@ def _words(model, batch) -> dict[str, Any]:
     several, rows, seq = batch["input_ids"].shape
     return {"micro-batch": f"{rows} x {seq} tokens, {batch['loss_index'].shape[-1]} answers a row",
             "micro-batches a step": several, "computing in": _dtype(model, "dtype"),
-            "weights, if plain, in": _dtype(model, "param_dtype"), "remat": getattr(model, "remat", False)}
+            "weights, if plain, in": _dtype(model, "param_dtype"), "remat": getattr(model, "remat", False),
+            "attention": getattr(getattr(model, "config", None), "attn_implementation", "the model's own")}
 
 
 def _dtype(model, field: str) -> str:

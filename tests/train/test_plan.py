@@ -59,12 +59,15 @@ def test_a_config_without_weights_is_enough(asked, tiny_folder, tmp_path, capsys
     command = asked("qlora", model=model)
     assert jobs.JOBS[command.mode](command) == 0
     shown, written = capsys.readouterr().out, json.loads((tmp_path / "run" / "plan.json").read_text())
-    assert "quantised weights" in shown and "80 GB (80e9 bytes):     fits" in shown and "assumed" in shown
+    assert "quantised weights" in shown and "RTX 4090       24 GB      1" in shown and "assumed" in shown
     compiled = written["compiled"]
     assert compiled["total"] == sum(compiled[key] for key in ("arguments", "outputs", "temporaries")) - compiled[
         "aliases"]
     assert written["sum_of_parts"] == sum(part["bytes"] for part in written["parts"] if part["counted"])
-    assert [device["fits"] for device in written["devices"]] == [True, True] and compiled["estimate"]
+    assert {device["count"] for device in written["devices"]} == {1} and compiled["estimate"]
+    full, qlora = written["rules_of_thumb"]
+    assert full["bytes"] == 14 * int(full["recipe"].split()[5].replace(",", "")) and qlora["name"] == "QLoRA"
+    assert f"{100 * full['error']:+.0f} % against the compiled step" in shown and "QLoRA" in shown
 
 
 def test_a_base_quantised_from_float32_is_computed_with_in_bfloat16(asked):
