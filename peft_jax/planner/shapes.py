@@ -79,15 +79,14 @@ def shapes(model: Any, method: Method, optimizer: optax.GradientTransformation, 
     plain = jax.eval_shape(method.init, jax.random.key(0), base)
     mesh = several(mesh)
     found = batch_shapes(batch, seq, answers, accumulate_steps, kind, mesh)
-    model = attending(model, method, plain, found, target)
     params = sharding.shapes(plain, sharding.shardings(plain, mesh, model.sharding, method)) if mesh else plain
-    apply = bind(method, model, mesh)
-    jax.eval_shape(apply, {"params": params}, jnp.zeros((1, 8), jnp.int32))  # an adapter that nothing reads stops here
+    jax.eval_shape(bind(method, model, mesh), {"params": params}, jnp.zeros((1, 8), jnp.int32))  # leaves nothing reads
+    model = attending(model, method, plain, found, target)
     labels = method.labels(params)
     trainable, frozen = tree.partition(params, labels)
     optimizer = method.optimizer(optimizer, STEPS)
-    return Shapes(model, method, tree.count(base), apply, bind(method, model), tree.partition(plain, labels),
-                  trainable, frozen, optimizer, _state(optimizer, trainable, mesh), found, mesh)
+    return Shapes(model, method, tree.count(base), bind(method, model, mesh), bind(method, model),
+                  tree.partition(plain, labels), trainable, frozen, optimizer, _state(optimizer, trainable, mesh), found, mesh)
 
 
 def _state(optimizer, trainable, mesh) -> Any:

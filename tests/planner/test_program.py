@@ -10,7 +10,7 @@ import pytest
 from peft_jax import lora, prefix, quantize
 from peft_jax.planner import Device, Memory, Part, Plan, Target, h100, shapes
 from peft_jax.planner.program import Program, whole_copies
-from peft_jax.planner.shapes import as_model
+from peft_jax.planner.shapes import abstract, as_model, attending, batch_shapes
 from peft_jax.planner.verdict import ESTIMATE, describe
 
 KERNEL = {"layers": {"up_proj": {"kernel": jax.ShapeDtypeStruct((3, 64, 8), jnp.bfloat16)}}}
@@ -76,8 +76,9 @@ def test_the_target_chooses_the_attention_that_is_left_to_the_device(tiny_model,
     given = {"platform": "gpu", "compute_capability": "9.0", "dtype": "bfloat16", "seq": 32, "asked": "auto", **change}
     target = Target("a GPU", Absent(platform=given["platform"], compute_capability=given["compute_capability"]), {})
     model = as_model(dataclasses.replace(tiny_model[0].config, attn_implementation=given["asked"]), given["dtype"])
-    found = shapes(model, method, optax.adamw(1e-4), 2, given["seq"], target=target)
-    assert found.model.config.attn_implementation == chosen
+    params = jax.eval_shape(method.init, jax.random.key(0), abstract(model))
+    found = attending(model, method, params, batch_shapes(2, given["seq"], 1), target)
+    assert found.config.attn_implementation == chosen
 
 
 def test_without_another_target_the_choice_is_left_as_it_is(tiny_model):
