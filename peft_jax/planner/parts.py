@@ -30,9 +30,9 @@ class Part(NamedTuple):
 def sum_of_parts(shapes: Shapes, loss_chunk: int, error: Callable) -> list[Part]:
     """The parts of one training step, all from shapes. ``loss_chunk``, ``error``: as of ``make_step``.
 
-    What is alive inside a layer and inside the loss counts without fusion, and the larger of the two is counted. On a
-    mesh they are those of one device: what the step is given exactly, as it is cut; activations and logits by tracing
-    with the rows of one device, and as if nothing of them were cut over "tensor", which bounds them from above.
+    Of what is alive inside a layer and inside the loss, see :func:`peft_jax.planner.liveness.peak`, the larger counts.
+    On a mesh they are those of one device: what the step is given exactly, as it is cut; activations and logits by
+    tracing with the rows of one device, as if nothing of them were cut over "tensor", which bounds them from above.
     """
     states, again, dtype = _within(shapes, loss_chunk, error)
     return [*_weights(shapes.trainable, shapes.frozen), *_gradients(shapes.trainable, shapes.batch),
@@ -124,11 +124,12 @@ def _gradients(trainable, batch) -> list[Part]:
 def _working(again: tuple[int, int], shapes: Shapes, dtype, loss_chunk: int) -> list[Part]:
     layer, loss = again
     decoded = [leaf for leaf in tree.flatten(shapes.frozen).values() if quant.is_leaf(leaf)]
-    parts = [Part("one layer, forward and back", layer, "its activations again, their gradients, decoded weights"
+    parts = [Part("one layer, forward and back", layer, "its activations again, their gradients"
                   + _uncut(shapes.mesh), "activations", layer >= loss)]
     if decoded:
         size = sum(leaf.size // math.prod(leaf.stack) for leaf in decoded) * dtype.itemsize
-        parts.append(Part("  decoded weights of a layer", size, f"all of them, in {dtype.name}", "activations", False))
+        parts.append(Part("decoded weights of a layer", size, f"all of them, in {dtype.name}: they wait for nothing, so "
+                          "a compiler may decode them early", "activations", layer >= loss))
     return [*parts, Part("loss chunk", loss, f"logits of {loss_chunk} answers and their gradient"
                          + _uncut(shapes.mesh), "logits", loss > layer)]
 

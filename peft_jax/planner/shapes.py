@@ -85,8 +85,9 @@ def shapes(model: Any, method: Method, optimizer: optax.GradientTransformation, 
     labels = method.labels(params)
     trainable, frozen = tree.partition(params, labels)
     optimizer = method.optimizer(optimizer, STEPS)
+    state = _state(optimizer, trainable, mesh)
     return Shapes(model, method, tree.count(base), bind(method, model, mesh), bind(method, model),
-                  tree.partition(plain, labels), trainable, frozen, optimizer, _state(optimizer, trainable, mesh), found, mesh)
+                  tree.partition(plain, labels), trainable, frozen, optimizer, state, found, mesh)
 
 
 def _state(optimizer, trainable, mesh) -> Any:
