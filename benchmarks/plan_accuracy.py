@@ -1,6 +1,6 @@
 """How far a plan's sum of parts is from the compiled step's own analysis: methods, models, with and without remat.
 
-    python benchmarks/plan_accuracy.py               # 36 steps compiled for the CPU, a few minutes; docs/plan.md's table
+    python benchmarks/plan_accuracy.py               # 36 steps compiled for the CPU, minutes; docs/plan.md's table
     python benchmarks/plan_accuracy.py --only=gpt2   # some of them, by words of their names
 
 Random models of six layers in float32, 8 rows of 128 tokens, AdamW: nothing is allocated, as in any plan.

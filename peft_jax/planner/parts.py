@@ -128,8 +128,8 @@ def _working(again: tuple[int, int], shapes: Shapes, dtype, loss_chunk: int) -> 
                   + _uncut(shapes.mesh), "activations", layer >= loss)]
     if decoded:
         size = sum(leaf.size // math.prod(leaf.stack) for leaf in decoded) * dtype.itemsize
-        parts.append(Part("decoded weights of a layer", size, f"all of them, in {dtype.name}: they wait for nothing, so "
-                          "a compiler may decode them early", "activations", layer >= loss))
+        parts.append(Part("decoded weights of a layer", size, f"all of them, in {dtype.name}: waiting for nothing, "
+                          "they may be decoded early", "activations", layer >= loss))
     return [*parts, Part("loss chunk", loss, f"logits of {loss_chunk} answers and their gradient"
                          + _uncut(shapes.mesh), "logits", loss > layer)]
 

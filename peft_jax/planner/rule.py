@@ -71,3 +71,31 @@ def rules(shapes: Shapes) -> tuple[Rule, ...]:
         packed = any(map(quant.is_leaf, tree.flatten(shapes.frozen).values()))
         found.append(adapter_rule(shapes.parameters, "qlora" if packed else "lora"))
     return tuple(found)
+
+
+RANKS = {"simple": 8, "moderate": 16, "complex": 32}  # of LoRA, by the task's complexity
+COMPLEXITIES = tuple(RANKS)
+
+
+def article_method(parameters: int, memory: int, tasks: int, complexity: str) -> dict:
+    """What the article's code would recommend with so many bytes of memory in all: the first of these that holds.
+
+    LoRA where its rule fits; QLoRA where that fits and the model has more than 7 billion parameters; adapters where
+    several tasks share a base; else "none". Of its three examples the first two follow; for the third, several tasks
+    on one base, the article prints adapters, but LoRA fits there, so its code stops at LoRA. The rules count no
+    activations, and below 7 billion parameters QLoRA is never said, however little memory there is.
+
+    >>> cases = ((7, 24, 1), (70, 80, 1), (7, 24, 5), (7, 8, 5), (7, 8, 1))  # billions, GB, tasks
+    >>> [article_method(b * 10**9, gb * GIB, tasks, "moderate")["choice"] for b, gb, tasks in cases]
+    ['lora', 'qlora', 'lora', 'adapters', 'none']
+    """
+    needs = {kind: adapter_rule(parameters, kind).bytes for kind in ADAPTERS}
+    if needs["lora"] <= memory:
+        choice, words = "lora", f"LoRA with rank {RANKS[complexity]}"
+    elif needs["qlora"] <= memory and parameters > 7 * 10**9:
+        choice, words = "qlora", f"QLoRA with rank {RANKS[complexity]}"
+    elif tasks > 1:
+        choice, words = "adapters", "adapter layers, for several tasks share a base"
+    else:
+        choice, words = "none", "no method"
+    return {"choice": choice, "words": words, "needs": needs, "memory": memory}
