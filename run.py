@@ -8,7 +8,8 @@ Modes: train (evaluates before and after; the same command again resumes), eval 
 merge, or export, which is the same (the workdir's adapter into the weights: a folder that transformers loads,
 workdir/merged or --output; with --requantize what was quantised, as nf4 or fp4 in blocks, is so again, and what that
 costs is said), generate (base and adapter side by side; or the adapters of --adapters=runs/a/adapter,owner/name,
-folders or Hub ids), plan (what memory the training step needs, from shapes alone).
+folders or Hub ids), plan (what memory the training step needs and which devices hold it, from shapes alone), recommend
+(which method to take with the memory, tasks and latency of config.recommend, from the model's config alone).
 """
 
 import sys
@@ -22,7 +23,7 @@ from configs.check import check, tidy
 from peft_jax.errors import PeftJaxError, nearest
 
 GUARDS = ("allow", "log", "disallow")
-MODES = ("train", "eval", "merge", "export", "generate", "plan")
+MODES = ("train", "eval", "merge", "export", "generate", "plan", "recommend")
 
 
 class Command(NamedTuple):

@@ -32,8 +32,11 @@ def kept(function: Callable, wrt: Any, *rest: Any) -> int:
 def loops(function: Callable, *args: Any) -> list[int]:
     """For each ``scan`` in ``function(*args)``, the most bytes alive at once inside one turn, beyond what it is given.
 
-    >>> loops(lambda xs: jax.lax.scan(lambda c, x: (c + jnp.sin(x).sum(), None), 0.0, xs)[0], jnp.zeros((3, 100)))
-    [404]
+    >>> xs = jnp.zeros((3, 100))  # sines are summed as they are made, a running sum has to be there whole
+    >>> loops(lambda xs: jax.lax.scan(lambda c, x: (c + jnp.sin(x).sum(), None), 0.0, xs)[0], xs)
+    [8]
+    >>> loops(lambda xs: jax.lax.scan(lambda c, x: (c + jnp.cumsum(x)[0], None), 0.0, xs)[0], xs)[0] > 400
+    True
     """
     traced = jax.make_jaxpr(function)(*args).jaxpr
     return list(_loops(dce_jaxpr(traced, [True] * len(traced.outvars))[0]))

@@ -12,17 +12,18 @@ from typing import Any, NamedTuple
 
 import optax
 
-from peft_jax import methods
+from peft_jax import tree
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.hub import families
 from peft_jax.loss import cross_entropy
 from peft_jax.method import Method, chain
+from peft_jax.methods import METHODS, lora, quantize
 from peft_jax.models import Head
 from peft_jax.planner.hardware import Device
 from peft_jax.planner.measured import Figures, read_figures
 from peft_jax.planner.parts import groups, sum_of_parts
 from peft_jax.planner.rule import COMPLEXITIES, RANKS, article_method
-from peft_jax.planner.shapes import as_model, check_sizes, shapes
+from peft_jax.planner.shapes import abstract, as_model, check_sizes, shapes
 
 LATENCIES = ("any", "none")  # what inference may cost more than the base's
 # What the modules are called that bottlenecks and IA3 change, in models that do not have Llama's names.
@@ -32,7 +33,7 @@ PLACES = {
     "gpt2": {"houlsby": {"attention_modules": ("attn",), "output_modules": ("mlp",)},
              "ia3": {"target_modules": ("c_attn", "mlp.c_proj"), "feedforward_modules": ("mlp.c_proj",)}},
     "bert": _BERT, "roberta": _BERT,
-    "distilbert": {"houlsby": {"attention_modules": ("out_lin",), "output_modules": ("ffn",)},
+    "distilbert": {"houlsby": {"attention_modules": ("out_lin",), "output_modules": ("lin2",)},
                    "ia3": {"target_modules": ("k_lin", "v_lin", "lin2"), "feedforward_modules": ("lin2",)}},
 }
 _QLORA = {"quant_type": "nf4", "block_size": 64, "double_quant": True}
@@ -90,7 +91,8 @@ class Recommendation(NamedTuple):
 
 def recommend(model: Any, memory: int, *, devices: int = 1, batch: int = 1, seq: int = 1024, tasks: int = 1,
               complexity: str = "moderate", latency: str = "any", figures: Mapping[str, Any] | None = None,
-              dtype: Any = "bfloat16", param_dtype: Any = "bfloat16", remat: bool = True) -> Recommendation:
+              methods: Sequence[str] = tuple(SETTINGS), dtype: Any = "bfloat16", param_dtype: Any = "bfloat16",
+              remat: bool = True) -> Recommendation:
     """The methods of ``SETTINGS`` for a model, best first.
 
     Args:
@@ -101,43 +103,51 @@ def recommend(model: Any, memory: int, *, devices: int = 1, batch: int = 1, seq:
       complexity: of the task, "simple", "moderate" or "complex": rank 8, 16 or 32, the article's choice.
       latency: "any", or "none" where inference may cost no more than the base's: what cannot be merged is ruled out.
       figures: measurements, the ``table.json`` of a comparison as a mapping; every key of it may be absent.
-      dtype, param_dtype, remat: how the model would train.
+      methods: to choose from. dtype, param_dtype, remat: how the model would train.
 
-    The order: what fits before what does not; then what the latency allows; with several tasks, adapters before whole
-    copies; then by measured gain, methods within one standard deviation of the best alike; then by ``SETTINGS``.
+    The order is that of :func:`ranked`.
 
     Raises ``PeftJaxError`` for sizes below 1 and words that are none of the above.
 
     >>> from peft_jax.models import LlamaConfig
     >>> sizes = LlamaConfig(99, 32, 48, 2, 4, 2, 8, 1e-5, 1e4, 256, True)
-    >>> found = recommend(sizes, 24 * 10**9, seq=16, tasks=3)
+    >>> found = recommend(sizes, 24 * 10**9, seq=16, tasks=3, methods=("full", "prefix", "lora"))
     >>> [one.method for one in found.choices], found.article["choice"]
-    (['lora', 'qlora', 'houlsby', 'prefix', 'ia3', 'full'], 'lora')
+    (['lora', 'prefix', 'full'], 'lora')
     """
     check_sizes("recommend", memory=memory, devices=devices, batch=batch, seq=seq, tasks=tasks)
     for name, value, choices in (("complexity", complexity, COMPLEXITIES), ("latency", latency, LATENCIES)):
         if value not in choices:
             raise PeftJaxError(f"recommend: {name}={value!r}: {nearest(str(value), choices)}")
-    measured = read_figures(figures or {})
+    if odd := [name for name in methods if name not in SETTINGS]:
+        raise PeftJaxError(f"recommend: methods={odd[0]!r}: {nearest(str(odd[0]), SETTINGS)}")
+    measured = read_figures({} if figures is None else figures)
     model = _with_head(as_model(model, dtype, param_dtype, remat))
     device = Device("each device", memory)
-    found = [_choice(name, model, device, devices, batch, seq, tasks, RANKS[complexity], latency, measured)
-             for name in SETTINGS]
-    order = {name: at for at, name in enumerate(SETTINGS)}
-    found.sort(key=lambda one: (not one.fits, not one.fits and -one.spare, not one.allowed,
-                                tasks > 1 and one.method == "full", *measured.place(one.method), order[one.method]))
+    base = abstract(model)
+    ask = Asked(model, base, device, devices, batch, seq, tasks, RANKS[complexity], latency, measured)
+    found = ranked([_choice(name, ask) for name in methods], tasks, measured)
     asked = {"memory of a device": memory, "devices": devices, "batch": f"{batch} x {seq} tokens", "tasks": tasks,
              "complexity": complexity, "latency": latency, "measured": measured.command or "nothing",
              "margin": device.margin}
-    parameters = _parameters(model)
-    return Recommendation(asked, found, article_method(parameters, memory * devices, tasks, complexity))
+    return Recommendation(asked, found, article_method(tree.count(base), memory * devices, tasks, complexity))
+
+
+def ranked(choices: Sequence[Choice], tasks: int, measured: Figures) -> list[Choice]:
+    """What fits before what does not, of that the nearest miss first; then what the latency allows; with several tasks,
+    adapters before whole copies; then by measured gain, methods within one standard deviation of the best alike; then
+    by ``SETTINGS``."""
+    order = {name: at for at, name in enumerate(SETTINGS)}
+    return sorted(choices, key=lambda one: (
+        not one.fits, not one.fits and -one.spare, not one.allowed, tasks > 1 and one.method == "full",
+        *measured.place(one.method), order[one.method]))
 
 
 def method_of(name: str, settings: Mapping[str, Any]) -> Method:
     """A method of ``SETTINGS`` with its settings."""
     if name == "qlora":
-        return chain(methods.quantize(**_QLORA), methods.lora(**settings))
-    return methods.METHODS[name](**settings) if name != "houlsby" else methods.houlsby(**settings)
+        return chain(quantize(**_QLORA), lora(**settings))
+    return METHODS[name](**settings)
 
 
 def _with_head(model: Any) -> Any:
@@ -147,25 +157,39 @@ def _with_head(model: Any) -> Any:
     return model
 
 
-def _parameters(model: Any) -> int:
-    return shapes(model, methods.full(), optax.identity(), 1, 8).parameters
+class Asked(NamedTuple):
+    """A question, checked. base: shapes of the model's parameters. r: the rank that the task wants."""
+
+    model: Any
+    base: tree.Tree
+    device: Device
+    devices: int
+    batch: int
+    seq: int
+    tasks: int
+    r: int
+    latency: str
+    measured: Figures
 
 
-def _choice(name, model, device, devices, batch, seq, tasks, r, latency, measured: Figures) -> Choice:
-    settings = SETTINGS[name](model.config.model_type, r)
+def _choice(name: str, asked: Asked) -> Choice:
+    settings = SETTINGS[name](asked.model.config.model_type, asked.r)
     method = method_of(name, settings)
-    answers = 1 if families.of(model.config).heads else None
-    given = shapes(model, method, optax.adamw(1e-4), batch, seq, answers=answers)
-    parts = sum_of_parts(given, 512, cross_entropy)
-    size = groups(parts)
+    size, trained = _sizes(asked, method)
     states = size["weights"] + size["gradients"] + size["optimiser"]
-    need = math.ceil(states / devices) + sum(size.values()) - states
-    spare = device.room - need
-    trained = next(part.bytes for part in parts if part.name == "trained parameters")
-    reasons = [_memory(need, spare, states, devices), *_switching(name, tasks, trained), *_inference(method, latency),
-               *[Reason(*one) for one in measured.reasons(name)]]
+    need = math.ceil(states / asked.devices) + sum(size.values()) - states
+    spare = asked.device.room - need
+    reasons = [_memory(need, spare, states, asked.devices), *_switching(name, asked.tasks, trained),
+               *_inference(method, asked.latency), *[Reason(*one) for one in asked.measured.reasons(name)]]
     return Choice(name, settings | (_QLORA if name == "qlora" else {}), need, spare >= 0, spare,
-                  latency == "any" or method.merge is not None, reasons)
+                  asked.latency == "any" or method.merge is not None, reasons)
+
+
+def _sizes(asked: Asked, method: Method) -> tuple[dict[str, int], int]:
+    """(bytes by group, bytes of what trains)."""
+    answers = 1 if families.of(asked.model.config).heads else None
+    given = shapes(asked.model, method, optax.adamw(1e-4), asked.batch, asked.seq, answers=answers, base=asked.base)
+    return groups(sum_of_parts(given, 512, cross_entropy)), tree.nbytes(given.trainable)
 
 
 def _memory(need: int, spare: int, states: int, devices: int) -> Reason:

@@ -22,7 +22,7 @@ from peft_jax.hub.adapters import load_adapter
 from peft_jax.mesh import make_mesh, several
 from peft_jax.method import BASE, bind
 from peft_jax.methods import requantize
-from peft_jax.train import plan, report, session, workdir
+from peft_jax.train import advice, plan, report, session, workdir
 from peft_jax.train.session import Session
 from peft_jax.train.training import train
 
@@ -162,4 +162,5 @@ def _trained(command) -> Path:
     return folder
 
 
-JOBS = {"train": train, "eval": evaluate, "merge": merge, "export": merge, "generate": generate, "plan": plan.job}
+JOBS = {"train": train, "eval": evaluate, "merge": merge, "export": merge, "generate": generate, "plan": plan.job,
+        "recommend": advice.job}

@@ -134,7 +134,7 @@ def plan_config(config, target: Target | None = None) -> Plan:
     base = jax.eval_shape(held.init, jax.random.key(0), base) if held else base
     method = session.build_method(config)
     mesh = make_mesh(**config.mesh)
-    batch, seq, words = _sizes(config.data, sizes, row_shards(mesh))
+    batch, seq, words = batch_sizes(config.data, sizes, row_shards(mesh))
     params = base if method.prepare else jax.eval_shape(method.init, jax.random.key(0), base)
     optimizer = make_optimizer(config.optim, config.optim.steps or STEPS, method.labels(params))
     source = f"{config.model.source}{', quantised as its config.json says, in blocks of 64' if held else ''}"
@@ -145,7 +145,7 @@ def plan_config(config, target: Target | None = None) -> Plan:
                 error=objective.error, base=base, target=None if mesh.size > 1 else target, assumed=assumed)
 
 
-def _sizes(data, sizes, multiple: int) -> tuple[int, int, str]:
+def batch_sizes(data, sizes, multiple: int) -> tuple[int, int, str]:
     """(rows, tokens of a row, where they come from) of a micro-batch; without data nobody knows how examples pack."""
     most = sizes.max_position_embeddings
     longest = min(data.max_length or LENGTH, most)  # of an example

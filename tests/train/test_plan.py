@@ -16,7 +16,7 @@ from peft_jax.planner.program import memory_of
 from peft_jax.train import jobs, session, training
 from peft_jax.train.loop import _at
 from peft_jax.train.optim import make_optimizer
-from peft_jax.train.plan import _sizes, plan_config
+from peft_jax.train.plan import batch_sizes, plan_config
 from tests.test_run import data  # noqa: F401, the fixture of a small run
 
 pytestmark = pytest.mark.usefixtures("quick_compiles", "at_the_root")
@@ -95,7 +95,7 @@ def test_weights_that_the_checkpoint_holds_quantised_are_planned_so(asked, tiny_
     (["--config.data.collate=pad"], (16, 256), "batch_size")])
 def test_what_is_assumed_of_the_batch_is_said(asked, tiny_model, options, shape, words):
     config = asked("lora", "--config.data.max_length=256", *options).config
-    *sizes, said = _sizes(config.data, tiny_model[0].config, 1)
+    *sizes, said = batch_sizes(config.data, tiny_model[0].config, 1)
     assert tuple(sizes) == shape and words in said
 
 
