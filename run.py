@@ -9,8 +9,9 @@ measure (what its result is worth on data kept for tests, neighbouring tasks and
 export, which is the same (the workdir's adapter into the weights: a folder that transformers loads, workdir/merged or
 --output; with --requantize what was quantised, as nf4 or fp4 in blocks, is so again, and what that costs is said),
 generate (base and adapter side by side; or the adapters of --adapters=runs/a/adapter,owner/name, folders or Hub ids),
-plan (what memory the training step needs, from shapes alone), report (tables and plots of a sweep),
-cells (its runs, with their numbers).
+plan (what memory the training step needs and which devices hold it, from shapes alone), recommend (which method to take
+with the memory, tasks and latency of config.recommend, from the model's config alone), report (tables and plots of a
+sweep), cells (its runs, with their numbers).
 
 A sweep (experiments/compare.py, experiments/ablations/) is many runs, each in a process of its own; what is finished is
 not run again. With --sweep_index=N one of them is run here and now, for the job array of a cluster.
@@ -27,7 +28,7 @@ from configs.check import check, check_sweep, tidy
 from peft_jax.errors import PeftJaxError, nearest
 
 GUARDS = ("allow", "log", "disallow")
-MODES = ("train", "eval", "measure", "merge", "export", "generate", "plan", "report", "cells")
+MODES = ("train", "eval", "measure", "merge", "export", "generate", "plan", "recommend", "report", "cells")
 OF_SWEEPS = ("train", "report", "cells")  # modes
 
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from peft_jax import bind, lora, tree
 from peft_jax.models.llama import CausalLM, LlamaConfig
 from peft_jax.planner.program import memory_of
-from peft_jax.train.plan import shapes_of
+from peft_jax.planner.shapes import batch_shapes
 from peft_jax.train.step import init_state, make_step
 
 MIDDLE = {"length": 256, "rows": 4, "layers": 8, "rank": 16}
@@ -41,7 +41,7 @@ def ready(length: int, rows: int, layers: int, rank: int):
     params = method.init(jax.random.key(1), base)
     trainable, frozen = tree.partition(params, method.labels(params))
     tx = optax.adamw(1e-4)
-    batch = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes_of(rows, length, length - 1, 1))
+    batch = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), batch_shapes(rows, length, length - 1))
     batch["positions"] = np.broadcast_to(np.arange(length, dtype=np.int32), batch["positions"].shape)
     return make_step(bind(method, model), tx, 512), init_state(trainable, tx, jax.random.key(2)), frozen, batch
 

@@ -109,6 +109,14 @@ def get_config(model: str = "smollm2-135m", task: str = "movie_rating", method: 
     config.generate.temperature = 0.0  # 0: greedy
     config.generate.top_k = 0  # 0: all
     config.generate.top_p = 1.0
+
+    config.recommend = ConfigDict()  # of --mode=recommend
+    config.recommend.memory_gb = 24.0  # of one device, 1e9 bytes
+    config.recommend.devices = 1
+    config.recommend.tasks = 1  # that one base is to serve
+    config.recommend.complexity = "moderate"  # of the task: simple, moderate, complex
+    config.recommend.latency = "any"  # any; none: inference may cost no more than the base's
+    config.recommend.figures = ""  # table.json of a comparison, to rank by what was measured
     return config
 
 

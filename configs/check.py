@@ -18,18 +18,21 @@ CHOICES = {
     "data.on_too_long": ("error", "truncate_left", "drop", "split"),
     "data.chat_loss": ("all", "last"),
     "optim.schedule": ("cosine", "linear", "constant"),
+    "recommend.complexity": ("simple", "moderate", "complex"),
+    "recommend.latency": ("any", "none"),
 }
 AT_LEAST_ONE = (
     "data.batch_size", "data.width_multiple", "data.buckets", "optim.accumulate_steps", "optim.loss_chunk",
     "eval.batch_size", "eval.width_multiple", "eval.buckets", "eval.max_new_tokens",
     "checkpoint.keep", "log.every", "generate.max_new_tokens", "measure.rows", "measure.prompt_tokens",
-    "measure.new_tokens", "measure.repeats",
+    "measure.new_tokens", "measure.repeats", "recommend.devices", "recommend.tasks",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "data.rows", "data.row_length", "data.max_length", "optim.learning_rate", "optim.weight_decay", "optim.clip_norm",
     "optim.steps", "optim.epochs", "optim.eps", "seed", "eval.every", "eval.limit", "eval.probe_limit",
     "measure.limit", "measure.neighbour_limit", "measure.general_limit",
     "checkpoint.every", "generate.num_prompts", "generate.temperature", "generate.top_k",
+    "recommend.memory_gb",
 )  # fmt: skip
 
 BELOW_ONE = ("optim.b1", "optim.b2")  # from 0 to 1, 1 not included

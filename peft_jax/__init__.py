@@ -55,6 +55,7 @@ CONTENTS = {
     # models, files
     "Head": "models",
     "untie": "models",
+    "load_config": "hub",
     "load_pretrained": "hub",
     "save_pretrained": "hub",
     "load_tokenizer": "hub",
@@ -71,6 +72,9 @@ CONTENTS = {
     "make_mesh": "mesh",
     "shardings": "sharding",
     "plan": "train.plan",
+    "recommend": "planner.recommend",
+    "rule_of_thumb": "planner",
+    "suggest_hardware": "planner",
     "PeftJaxError": "errors",
 }
 __all__ = list(CONTENTS)

@@ -1,11 +1,10 @@
 """Bytes that a traced program needs, before a compiler has seen it: what a backward pass keeps, what lives at once.
 
-All of it works on shapes. Nothing is fused here, so an intermediate result counts even where a compiler would never
-write it to memory; and equations run in the order they were traced in, as no scheduler changed it.
+All of it works on shapes, and on what every backend's compiler does, see :func:`peak`: nothing here is measured.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
@@ -33,8 +32,11 @@ def kept(function: Callable, wrt: Any, *rest: Any) -> int:
 def loops(function: Callable, *args: Any) -> list[int]:
     """For each ``scan`` in ``function(*args)``, the most bytes alive at once inside one turn, beyond what it is given.
 
-    >>> loops(lambda xs: jax.lax.scan(lambda c, x: (c + jnp.sin(x).sum(), None), 0.0, xs)[0], jnp.zeros((3, 100)))
-    [404]
+    >>> xs = jnp.zeros((3, 100))  # sines are summed as they are made, a running sum has to be there whole
+    >>> loops(lambda xs: jax.lax.scan(lambda c, x: (c + jnp.sin(x).sum(), None), 0.0, xs)[0], xs)
+    [8]
+    >>> loops(lambda xs: jax.lax.scan(lambda c, x: (c + jnp.cumsum(x)[0], None), 0.0, xs)[0], xs)[0] > 400
+    True
     """
     traced = jax.make_jaxpr(function)(*args).jaxpr
     return list(_loops(dce_jaxpr(traced, [True] * len(traced.outvars))[0]))
@@ -44,7 +46,7 @@ def _loops(jaxpr) -> Iterator[int]:
     for equation in jaxpr.eqns:
         for one in inside(equation):
             if equation.primitive.name == "scan":
-                yield peak(one)
+                yield peak(one, *_turn(equation))
             else:
                 yield from _loops(one)
 
@@ -57,37 +59,117 @@ def inside(equation) -> Iterator[Jaxpr]:
 
 
 # Other views of what is there already: a compiler reads through them instead of writing them to memory.
-VIEWS = ("broadcast_in_dim", "expand_dims", "reshape", "squeeze", "transpose")
+VIEWS = {"broadcast_in_dim", "copy", "expand_dims", "reshape", "squeeze", "stop_gradient", "transpose", "name",
+         "optimization_barrier"}
+# Computed value by value, so a compiler may compute them inside what reads them; DEAR ones not twice.
+DEAR = {"div", "erf", "exp", "exp2", "expm1", "log", "log1p", "logistic", "pow", "rsqrt", "sqrt", "tanh", "sin", "cos",
+        "cbrt", "erf_inv"}
+CHEAP = {"abs", "add", "add_any", "and", "clamp", "convert_element_type", "eq", "floor", "ge", "gt", "integer_pow",
+         "is_finite", "le", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "round", "select_n", "sign", "square",
+         "sub", "xor", "rem", "iota", "slice"}
+SUMS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax"}
+CALLS = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call",
+         "custom_vjp_call", "custom_vjp_call_jaxpr"}
 
 
-def peak(jaxpr: Jaxpr) -> int:
-    """The most bytes alive at once, beyond the arguments: what an equation makes lives until its last use."""
-    roots = _roots(jaxpr)
-    last = {roots[one]: at for at, equation in enumerate(jaxpr.eqns) for one in _read(equation.invars)}
-    last |= dict.fromkeys([roots[one] for one in _read(jaxpr.outvars)], len(jaxpr.eqns))
-    given = {*jaxpr.invars, *jaxpr.constvars}
-    alive = most = 0
-    for at, equation in enumerate(jaxpr.eqns):
-        made = {one for one in equation.outvars if roots.get(one) is one}
-        most = max(most, alive + max([_sum(made), *map(peak, inside(equation))]))
-        ends = {roots[one] for one in _read(equation.invars) if last[roots[one]] == at}
-        alive += _sum(made & last.keys()) - _sum(ends - given)
-    return most
+class Value:
+    """One result of one equation, wherever functions hand it on; equal to itself alone."""
+
+    def __init__(self, variable):
+        self.bytes = tree.nbytes(variable.aval)
 
 
-def _roots(jaxpr) -> dict:
-    """Each variable, and the one that it is a view of: itself for most."""
-    roots = {one: one for one in (*jaxpr.invars, *jaxpr.constvars)}
+class Flat(NamedTuple):
+    """An equation with called functions written out: what is left inside are the bodies of loops and branches."""
+
+    kind: str
+    reads: list[Value]
+    makes: list[Value]
+    inside: list[tuple]  # of arguments of :func:`peak`
+
+
+def written_out(jaxpr: Jaxpr, known: dict) -> Iterator[Flat]:
+    """The equations of ``jaxpr``; ``known`` are the values of its arguments, and gets those of all its variables."""
     for equation in jaxpr.eqns:
-        seen = [one for one in equation.invars if not isinstance(one, Literal)]
-        view = equation.primitive.name in VIEWS and len(seen) == 1
-        roots |= {one: roots[seen[0]] if view else one for one in equation.outvars}
-    return roots
+        reads = [known[one] for one in equation.invars if not isinstance(one, Literal)]
+        bodies = list(inside(equation))
+        if equation.primitive.name in CALLS and len(bodies) == 1:
+            (body,), given = bodies, equation.invars[-len(bodies[0].invars):] if bodies[0].invars else []
+            local = {own: Value(own) if isinstance(one, Literal) else known[one]
+                     for own, one in zip(body.invars, given, strict=True)}
+            local |= {one: Value(one) for one in body.constvars}
+            yield from written_out(body, local)
+            known |= {outer: Value(outer) if isinstance(inner, Literal) else local[inner]
+                      for outer, inner in zip(equation.outvars, body.outvars, strict=True)}
+        else:
+            known |= {one: Value(one) for one in equation.outvars}
+            yield Flat(equation.primitive.name, reads, [known[one] for one in equation.outvars],
+                       [(body, *_turn(equation)) for body in bodies])
 
 
-def _sum(variables) -> int:
-    return sum(tree.nbytes(one.aval) for one in variables)
+def _turn(equation) -> tuple[int, ...]:
+    """Of a scan, how many arguments of its body are the same in every turn, and how many it hands on."""
+    scan = equation.primitive.name == "scan"
+    return (equation.params["num_consts"], equation.params["num_carry"]) if scan else ()
 
 
-def _read(variables) -> set:
-    return {one for one in variables if not isinstance(one, Literal)}
+def peak(jaxpr: Jaxpr, same: int | None = None, carried: int = 0) -> int:
+    """The most bytes alive at once, beyond the arguments, where each result lives until its last use.
+
+    Of the body of a scan the first ``same`` arguments are given in every turn, the next ``carried`` ones are the last
+    turn's results, and count, and the others are cut out of a stack when they are first read.
+    As a compiler would do it, views are not written to memory, nor is what is computed value by value and read by
+    nothing else than more of that and sums, and such a result may take the place of what it is the last to read. In
+    what order equations run is a compiler's to choose; here they keep the order that they were traced in.
+    """
+    known = {one: Value(one) for one in (*jaxpr.invars, *jaxpr.constvars)}
+    flat = list(written_out(jaxpr, known))
+    if same is not None:
+        arguments = [known[one] for one in jaxpr.invars]
+        first = Flat("carry", [], arguments[same:same + carried], [])
+        flat = [first, *_cut_out(flat, set(arguments[same + carried:]))]
+    given = {known[one] for one in (*jaxpr.invars, *jaxpr.constvars)} - {made for one in flat for made in one.makes}
+    kept = [known[one] for one in jaxpr.outvars if not isinstance(one, Literal)]
+    return _most(flat, _sources(flat, kept), given, kept)
+
+
+def _cut_out(flat: list[Flat], slices: set[Value]) -> Iterator[Flat]:
+    for one in flat:
+        for value in dict.fromkeys(one.reads):
+            if value in slices:
+                slices.remove(value)
+                yield Flat("slice", [], [value], [])
+        yield one
+
+
+def _sources(flat: list[Flat], kept: list[Value]) -> dict[Value, frozenset]:
+    """Each value, and those in memory that it is made from where it is not there itself: itself for most."""
+    readers: dict[Value, list[str]] = {}
+    for one in reversed(flat):
+        through = [kind for made in one.makes for kind in readers.get(made, ())]
+        for value in one.reads:
+            readers.setdefault(value, []).extend(through if one.kind in VIEWS else [one.kind])
+    for value in kept:
+        readers.setdefault(value, []).append("the end")
+    sources: dict[Value, frozenset] = {}
+    for one in flat:
+        from_these = frozenset().union(*(sources.setdefault(value, frozenset([value])) for value in one.reads))
+        for made in one.makes:
+            inline = set(readers.get(made, ())) <= DEAR | CHEAP | SUMS and (
+                one.kind in CHEAP or (one.kind in DEAR and len(readers.get(made, ())) < 2))
+            sources[made] = from_these if inline or one.kind in VIEWS else frozenset([made])
+    return sources
+
+
+def _most(flat: list[Flat], sources: dict[Value, frozenset], given: set[Value], kept: list[Value]) -> int:
+    last = {source: at for at, one in enumerate(flat) for value in one.reads for source in sources[value]}
+    last |= {source: len(flat) for value in kept for source in sources.get(value, ())}
+    alive = most = 0
+    for at, one in enumerate(flat):
+        made = {value for value in one.makes if sources[value] == {value}}
+        ends = {source for value in one.reads for source in sources[value] if last[source] == at} - given
+        new, gone = (sum(value.bytes for value in values) for values in (made, ends))
+        place = min(new, gone) if one.kind in DEAR | CHEAP else 0
+        most = max(most, alive + max([new - place, *(peak(*body) for body in one.inside)]))
+        alive += sum(value.bytes for value in made if value in last) - gone
+    return most

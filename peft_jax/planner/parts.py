@@ -1,7 +1,7 @@
 """The sum of parts: what stands in memory and why, each part from shapes and with its recipe."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,36 +9,59 @@ import numpy as np
 
 from peft_jax import quant, tree
 from peft_jax.loss import pick, summed_loss
+from peft_jax.mesh import row_shards
 from peft_jax.planner.liveness import kept, loops
+from peft_jax.planner.shapes import Shapes
+
+GROUPS = ("weights", "gradients", "optimiser", "activations", "logits", "batch")
 
 
 class Part(NamedTuple):
-    """name, bytes, and in words what it is made of. ``counted``: whether it adds to the sum, or is a part of another,
-    or never there at the same time as a larger one."""
+    """name, bytes of one device, in words what it is made of, and which of ``GROUPS`` it belongs to. ``counted``:
+    whether it adds to the sum, or is a part of another, or never there at the same time as a larger one."""
 
     name: str
     bytes: int
     recipe: str
+    group: str
     counted: bool = True
 
 
-def sum_of_parts(apply: Callable, trainable: tree.Tree, frozen: tree.Tree, opt_state: Any, others: Any,
-                 batch: Mapping[str, jax.ShapeDtypeStruct], loss_chunk: int, error: Callable) -> list[Part]:
-    """The parts of one training step, all from shapes.
+def sum_of_parts(shapes: Shapes, loss_chunk: int, error: Callable) -> list[Part]:
+    """The parts of one training step, all from shapes. ``loss_chunk``, ``error``: as of ``make_step``.
 
-    Args:
-      apply: of :func:`peft_jax.bind`. trainable, frozen, opt_state, batch: shapes, as the step is given them; leaves
-        of ``batch`` are (accumulate_steps, rows, ...).
-      others: what else the step is given, such as its number.
-      loss_chunk, error: as of ``make_step``.
-
-    What is alive inside a layer and inside the loss counts without fusion, and the larger of the two is counted.
+    Of what is alive inside a layer and inside the loss, see :func:`peft_jax.planner.liveness.peak`, the larger counts.
+    On a mesh they are those of one device: what the step is given exactly, as it is cut; activations and logits by
+    tracing with the rows of one device, as if nothing of them were cut over "tensor", which bounds them from above.
     """
-    states, again, dtype = _within(apply, trainable, frozen, batch, loss_chunk, error)
-    return [*_arguments(trainable, frozen, opt_state, (batch, others)),
-            *_gradients(trainable, batch),
-            Part("activations kept", states, "what the backward pass keeps of the forward pass"),
-            *_working(again, frozen, dtype, loss_chunk)]
+    states, again, dtype = _within(shapes, loss_chunk, error)
+    return [*_weights(shapes.trainable, shapes.frozen), *_gradients(shapes.trainable, shapes.batch),
+            _optimiser(shapes.opt_state, tree.count(shapes.trainable)),
+            Part("activations kept", states, "what the backward pass keeps of the forward pass" + _uncut(shapes.mesh),
+                 "activations"),
+            *_working(again, shapes, dtype, loss_chunk),
+            *_gathered(shapes),
+            Part("batch", held((shapes.batch, *OTHERS)), "token ids, positions, segments, answers; the step's number, "
+                 "a key", "batch")]
+
+
+OTHERS = (jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((2,), np.uint32))  # of a state: its number, its key
+
+
+def held(leaves: Any) -> int:
+    """Bytes that one device holds of arrays or shapes that may know where they lie."""
+    return sum(tree.nbytes(shard(leaf)) for leaf in jax.tree.leaves(leaves))
+
+
+def shard(leaf: Any) -> Any:
+    """The shape of one device's part of ``leaf``."""
+    where = getattr(leaf, "sharding", None)
+    return jax.ShapeDtypeStruct(where.shard_shape(leaf.shape), leaf.dtype) if where is not None else leaf
+
+
+def _uncut(mesh) -> str:
+    words = ", of one device's rows" if mesh else ""
+    return words + (", as if not cut over tensor: an upper bound" if mesh and mesh.shape["tensor"] > 1 else "")
 
 
 def total(parts: list[Part]) -> int:
@@ -46,17 +69,39 @@ def total(parts: list[Part]) -> int:
     return sum(part.bytes for part in parts if part.counted)
 
 
-def _arguments(trainable, frozen, opt_state, others) -> list[Part]:
+def groups(parts: list[Part]) -> dict[str, int]:
+    """``{group: bytes}`` of the parts that count, in the order of ``GROUPS``."""
+    return {name: total([part for part in parts if part.group == name]) for name in GROUPS}
+
+
+def _weights(trainable, frozen) -> list[Part]:
     packed = {path: leaf for path, leaf in tree.flatten(frozen).items() if quant.is_leaf(leaf)}
     other = {path: leaf for path, leaf in tree.flatten(frozen).items() if path not in packed}
-    trained = tree.count(trainable)
-    parts = [Part("quantised weights", tree.nbytes(packed), _packed_recipe(packed))] if packed else []
-    return [*parts,
-            Part("other frozen weights", tree.nbytes(other), f"{tree.count(other):,} in {_dtypes(other)}"),
-            Part("trained parameters", tree.nbytes(trainable), f"{trained:,} in {_dtypes(trainable)}"),
-            Part("optimiser state", tree.nbytes(opt_state),
-                 f"{tree.nbytes(opt_state) / max(trained, 1):.1f} bytes for each of them"),
-            Part("batch", tree.nbytes(others), "token ids, positions, segments, answers; the step's number, a key")]
+    parts = [Part("quantised weights", held(packed), _packed_recipe(packed), "weights")] if packed else []
+    return [*parts, Part("other frozen weights", held(other), f"{tree.count(other):,} in {_dtypes(other)}", "weights"),
+            Part("trained parameters", held(trainable), f"{tree.count(trainable):,} in {_dtypes(trainable)}",
+                 "weights")]
+
+
+# What an optax state keeps for each parameter, by the state's type.
+KEEPS = {"ScaleByAdamState": "two moments (Adam)", "ScaleByBeliefState": "two moments (AdaBelief)",
+         "ScaleByLionState": "one moment (Lion)", "ScaleByRmsState": "one mean of squares (RMSProp)",
+         "TraceState": "one momentum (SGD with momentum)", "FactoredState": "factored squares (Adafactor)"}
+
+
+def _optimiser(state, trained: int) -> Part:
+    kinds = [KEEPS[name] for name in dict.fromkeys(state_types(state)) if name in KEEPS]
+    arrays = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
+    what = f"{', '.join(kinds)} in {_dtypes(arrays)}" if kinds and arrays else "whatever this optimiser keeps"
+    each = f"{tree.nbytes(state) / max(trained, 1):.1f} bytes for each trained parameter"
+    return Part("optimiser state", held(state), f"{each}: {what}" if arrays else "no array: plain SGD keeps nothing",
+                "optimiser")
+
+
+def state_types(state) -> list[str]:
+    """The names of the types in a nested state, outer ones first."""
+    inner = list(state.values()) if isinstance(state, dict) else state if isinstance(state, tuple | list) else []
+    return [type(state).__name__, *(name for one in inner for name in state_types(one))]
 
 
 def _packed_recipe(packed) -> str:
@@ -73,23 +118,38 @@ def _dtypes(leaves) -> str:
 def _gradients(trainable, batch) -> list[Part]:
     several = batch["input_ids"].shape[0] > 1
     recipe = "as the trained parameters" + (", their sum and a micro-batch's" if several else "")
-    return [Part("gradients", tree.nbytes(trainable) * (1 + several), recipe)]
+    return [Part("gradients", held(trainable) * (1 + several), recipe, "gradients")]
 
 
-def _working(again: tuple[int, int], frozen, dtype, loss_chunk: int) -> list[Part]:
+def _working(again: tuple[int, int], shapes: Shapes, dtype, loss_chunk: int) -> list[Part]:
     layer, loss = again
-    decoded = [leaf for leaf in tree.flatten(frozen).values() if quant.is_leaf(leaf)]
-    parts = [Part("one layer, forward and back", layer, "its activations again, their gradients, decoded weights",
-                  layer >= loss)]
+    decoded = [leaf for leaf in tree.flatten(shapes.frozen).values() if quant.is_leaf(leaf)]
+    parts = [Part("one layer, forward and back", layer, "its activations again, their gradients"
+                  + _uncut(shapes.mesh), "activations", layer >= loss)]
     if decoded:
         size = sum(leaf.size // math.prod(leaf.stack) for leaf in decoded) * dtype.itemsize
-        parts.append(Part("  decoded weights of a layer", size, f"all of them, in {dtype.name}", False))
-    return [*parts, Part("loss chunk", loss, f"logits of {loss_chunk} answers and their gradient", loss > layer)]
+        parts.append(Part("decoded weights of a layer", size, f"all of them, in {dtype.name}: waiting for nothing, "
+                          "they may be decoded early", "activations", layer >= loss))
+    return [*parts, Part("loss chunk", loss, f"logits of {loss_chunk} answers and their gradient"
+                         + _uncut(shapes.mesh), "logits", loss > layer)]
 
 
-def _within(apply, trainable, frozen, batch, chunk, error) -> tuple[int, tuple[int, int], np.dtype]:
+def _gathered(shapes: Shapes) -> list[Part]:
+    """On a mesh whose "fsdp" cuts the weights: what a device receives of them to compute a layer."""
+    if not shapes.mesh or shapes.mesh.shape["fsdp"] == 1:
+        return []
+    layers, more = shapes.model.config.num_hidden_layers, shapes.mesh.shape["fsdp"] - 1
+    leaves = [leaf for leaf in tree.flatten(tree.combine(shapes.frozen, shapes.trainable)).values() if leaf.ndim]
+    layer = sum(more * held(leaf) // layers for leaf in leaves if leaf.shape[0] == layers)
+    widest = max((more * held(leaf) for leaf in leaves if leaf.shape[0] != layers), default=0)
+    return [Part("weights gathered", max(layer, widest), "a layer's, or the embedding's, from other devices; at least "
+                 "those: a compiler may fetch the next ones early", "weights")]
+
+
+def _within(shapes: Shapes, chunk: int, error: Callable) -> tuple[int, tuple[int, int], np.dtype]:
     """(bytes kept for the backward pass, (the most alive inside a layer, inside the loss), type of the states)."""
-    micro = {name: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for name, leaf in batch.items()}
+    apply, (trainable, frozen) = shapes.alone, shapes.plain
+    micro = {name: jax.ShapeDtypeStruct(shard(leaf).shape[1:], leaf.dtype) for name, leaf in shapes.batch.items()}
 
     def hidden(trainable, frozen, micro):
         states = apply({"params": tree.combine(frozen, trainable)}, micro["input_ids"], positions=micro["positions"],
@@ -103,7 +163,8 @@ def _within(apply, trainable, frozen, batch, chunk, error) -> tuple[int, tuple[i
         def head(one):
             return apply({"params": tree.combine(frozen, trainable)}, one, method="head")
 
-        return jax.grad(lambda x: summed_loss(head, x, micro["loss_target"], micro["loss_weight"], chunk, error)[0])(
+        share = -(-chunk // row_shards(shapes.mesh))
+        return jax.grad(lambda x: summed_loss(head, x, micro["loss_target"], micro["loss_weight"], share, error)[0])(
             states)
 
     states = jax.eval_shape(hidden, trainable, frozen, micro)

@@ -20,7 +20,7 @@ from peft_jax.hub import load_tokenizer, save_pretrained
 from peft_jax.mesh import make_mesh
 from peft_jax.method import BASE, bind
 from peft_jax.methods import requantize
-from peft_jax.train import measure, plan, report, session, tuned, workdir
+from peft_jax.train import advice, measure, plan, report, session, tuned, workdir
 from peft_jax.train.session import Session
 from peft_jax.train.training import train
 
@@ -129,4 +129,4 @@ def _opening(example: dict[str, Any], words: int = 8) -> dict[str, Any]:
 
 
 JOBS = {"train": train, "eval": evaluate, "merge": merge, "export": merge, "generate": generate, "plan": plan.job,
-        "measure": measure.job}
+        "measure": measure.job, "recommend": advice.job}

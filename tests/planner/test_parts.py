@@ -1,21 +1,72 @@
 """The sum of parts against the compiled step, on a tiny model in float32, where a CPU computes as it is told."""
 
+import jax
 import optax
 import pytest
 
-from peft_jax import chain, houlsby, lora, plan, quantize
+from peft_jax import chain, full, houlsby, lora, make_mesh, plan, quantize
+from peft_jax.errors import PeftJaxError
+from peft_jax.loss import cross_entropy
+from peft_jax.models import CausalLM
+from peft_jax.planner import Target, shapes, sum_of_parts
 
 METHODS = {"lora": lora(r=4), "houlsby": houlsby(),
            "qlora": chain(quantize(double_quant=True), lora(r=4, target_modules="all-linear"))}
+GIVEN = ("quantised weights", "other frozen weights", "trained parameters")
+TARGET = Target("a device", None, {})
 
 
 # Measured: temporaries 0.99 to 1.11 of the compiled ones over these methods with and without remat; nothing is fused in
 # the parts, and the compiler orders as it likes.
 @pytest.mark.parametrize("name", METHODS)
 def test_arguments_are_exact_and_the_sum_is_within_15_percent(tiny_model, name):
-    found = plan(tiny_model[0].clone(remat=name == "qlora"), METHODS[name], optax.adamw(1e-4), rows=2, row_length=64)
+    found = plan(tiny_model[0].clone(remat=name == "qlora"), METHODS[name], optax.adamw(1e-4), batch=2, seq=64)
     memory, parts = found.program.memory, {part.name: part.bytes for part in found.parts}
-    given = ("quantised weights", "other frozen weights", "trained parameters", "optimiser state", "batch")
-    assert sum(parts.get(part, 0) for part in given) == memory.arguments
+    assert sum(parts.get(part, 0) for part in (*GIVEN, "optimiser state", "batch")) == memory.arguments
     assert found.sum == pytest.approx(memory.total, rel=0.15)
     assert ("quantised weights" in parts) == (name == "qlora") and not found.program.copies
+
+
+# Measured on this model: 1.0 to 1.1 of the compiled total on data and fsdp; on tensor 1.4 to 1.8, for the parts do not
+# know what of the activations is cut there, and say so.
+@pytest.mark.parametrize("name, sizes, low, high", [
+    ("full", (1, 4, 1), 0.85, 1.2), ("lora", (2, 1, 1), 0.85, 1.2), ("qlora", (1, 2, 2), 1, 2)])
+def test_on_a_mesh_arguments_are_those_of_a_device_as_it_holds_them(tiny_model, name, sizes, low, high):
+    mesh = make_mesh(*sizes, devices=jax.devices()[:4])
+    found = plan(tiny_model[0], (METHODS | {"full": full()})[name], optax.adamw(1e-4), 4, 64, mesh, True)
+    parts = {part.name: part for part in found.parts}
+    held = sum(part.bytes for part in found.parts if part.name in (*GIVEN, "optimiser state", "batch"))
+    assert held == pytest.approx(found.program.memory.arguments, abs=64)
+    assert low < found.sum / found.program.memory.total < high
+    assert ("weights gathered" in parts) == (sizes[1] > 1)
+    assert ("upper bound" in parts["activations kept"].recipe) == (sizes[2] > 1)
+
+
+def test_a_config_gives_the_plan_of_its_model(tiny_model):
+    model = tiny_model[0]
+    found = plan(model.config, METHODS["lora"], optax.adamw(1e-4), 2, 32, None, True, dtype="bfloat16")
+    given = shapes(CausalLM(model.config, "bfloat16", remat=True), METHODS["lora"], optax.adamw(1e-4), 2, 32)
+    assert found.parts == sum_of_parts(given, 512, cross_entropy)
+    assert found.assumed["remat"] and found.assumed["computing in"] == "bfloat16"
+    assert sum(found.groups.values()) == found.sum
+
+
+@pytest.mark.parametrize("optimizer, words", [
+    (optax.adamw(1e-4), "8.0 bytes for each trained parameter: two moments (Adam) in float32"),
+    (optax.adamw(1e-4, mu_dtype="bfloat16"), "6.0 bytes for each trained parameter: two moments (Adam) in bfloat16, "),
+    (optax.sgd(1e-4), "keeps nothing"), (optax.sgd(1e-4, momentum=0.9), "4.0 bytes for each trained parameter: one"),
+    (optax.lion(1e-4), "one moment (Lion)"), (optax.adagrad(1e-4), "whatever this optimiser keeps")])
+def test_the_optimiser_behind_its_bytes_is_named(tiny_model, optimizer, words):
+    parts = sum_of_parts(shapes(tiny_model[0], METHODS["lora"], optimizer, 1, 32), 512, cross_entropy)
+    assert words in next(part.recipe for part in parts if part.group == "optimiser")
+
+
+@pytest.mark.parametrize("model", ["llama3_8b", {"hidden_size": 3}, None])
+def test_what_is_no_model_is_said(model):
+    with pytest.raises(PeftJaxError, match="neither a model nor a model's config"):
+        plan(model, METHODS["lora"], optax.adamw(1e-4))
+
+
+def test_a_target_is_one_device(tiny_model):
+    with pytest.raises(PeftJaxError, match="target is one device"):
+        plan(tiny_model[0], METHODS["lora"], optax.adamw(1e-4), mesh=make_mesh(), target=TARGET)

@@ -16,7 +16,7 @@ from peft_jax.planner.program import memory_of
 from peft_jax.train import jobs, session, training
 from peft_jax.train.loop import at_step
 from peft_jax.train.optim import make_optimizer
-from peft_jax.train.plan import _sizes, plan_config
+from peft_jax.train.plan import batch_sizes, plan_config
 from tests.test_run import data  # noqa: F401, the fixture of a small run
 
 pytestmark = pytest.mark.usefixtures("quick_compiles", "at_the_root")
@@ -46,8 +46,8 @@ def test_it_is_the_memory_of_the_program_that_training_runs(asked, experiment, o
     real = memory_of(step.lower(state, frozen, batch).compile())
 
     _, rows, length = batch["input_ids"].shape
-    found = plan(ready.model, method, make_optimizer(config.optim, total, method.labels(params)), rows=rows,
-                 row_length=length, answers=batch["loss_index"].shape[-1],
+    found = plan(ready.model, method, make_optimizer(config.optim, total, method.labels(params)),
+                 rows, length, answers=batch["loss_index"].shape[-1],
                  accumulate_steps=config.optim.accumulate_steps)
     assert found.program.memory == real
 
@@ -59,12 +59,15 @@ def test_a_config_without_weights_is_enough(asked, tiny_folder, tmp_path, capsys
     command = asked("qlora", model=model)
     assert jobs.JOBS[command.mode](command) == 0
     shown, written = capsys.readouterr().out, json.loads((tmp_path / "run" / "plan.json").read_text())
-    assert "quantised weights" in shown and "80 GB (80e9 bytes):     fits" in shown and "assumed" in shown
+    assert "quantised weights" in shown and "RTX 4090       24 GB      1" in shown and "assumed" in shown
     compiled = written["compiled"]
     assert compiled["total"] == sum(compiled[key] for key in ("arguments", "outputs", "temporaries")) - compiled[
         "aliases"]
     assert written["sum_of_parts"] == sum(part["bytes"] for part in written["parts"] if part["counted"])
-    assert [device["fits"] for device in written["devices"]] == [True, True] and compiled["estimate"]
+    assert {device["count"] for device in written["devices"]} == {1} and compiled["estimate"]
+    full, qlora = written["rules_of_thumb"]
+    assert full["bytes"] == 14 * int(full["recipe"].split()[5].replace(",", "")) and qlora["name"] == "QLoRA"
+    assert f"{100 * full['error']:+.0f} % against the compiled step" in shown and "QLoRA" in shown
 
 
 def test_a_base_quantised_from_float32_is_computed_with_in_bfloat16(asked):
@@ -92,12 +95,12 @@ def test_weights_that_the_checkpoint_holds_quantised_are_planned_so(asked, tiny_
     (["--config.data.collate=pad"], (16, 256), "batch_size")])
 def test_what_is_assumed_of_the_batch_is_said(asked, tiny_model, options, shape, words):
     config = asked("lora", "--config.data.max_length=256", *options).config
-    *sizes, said = _sizes(config.data, tiny_model[0].config, 1)
+    *sizes, said = batch_sizes(config.data, tiny_model[0].config, 1)
     assert tuple(sizes) == shape and words in said
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"rows": 0}, "rows=0: give a whole number"), ({"row_length": 257}, "row_length=257, but the model has 256"),
+    ({"batch": 0}, "batch=0: give a whole number"), ({"seq": 257}, "seq=257, but the model has 256"),
     ({"loss_chunk": 1.5}, "loss_chunk=1.5"), ({"answers": -1}, "answers=-1")])
 def test_sizes_that_cannot_be_meant(tiny_model, change, words):
     with pytest.raises(PeftJaxError, match=words):
@@ -106,13 +109,13 @@ def test_sizes_that_cannot_be_meant(tiny_model, change, words):
 
 def test_a_method_that_needs_data_cannot_be_planned(tiny_model):
     with pytest.raises(PeftJaxError, match="depend on data"):
-        plan(tiny_model[0], lora(init_lora_weights="eva"), optax.adamw(1e-4), row_length=32)
+        plan(tiny_model[0], lora(init_lora_weights="eva"), optax.adamw(1e-4), seq=32)
 
 
 def test_a_plan_grows_with_rows_and_layers(tiny_model):
     model = tiny_model[0]
     deeper = model.clone(config=dataclasses.replace(model.config, num_hidden_layers=4))
-    small, wide, deep = (plan(one, lora(), optax.adamw(1e-4), rows=rows, row_length=32).program.memory
+    small, wide, deep = (plan(one, lora(), optax.adamw(1e-4), rows, 32).program.memory
                          for one, rows in ((model, 1), (model, 4), (deeper, 1)))
     assert wide.temporaries > small.temporaries and deep.arguments > small.arguments
 

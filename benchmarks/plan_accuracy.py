@@ -1,0 +1,61 @@
+"""How far a plan's sum of parts is from the compiled step's own analysis: methods, models, with and without remat.
+
+    python benchmarks/plan_accuracy.py               # 36 steps compiled for the CPU, minutes; docs/plan.md's table
+    python benchmarks/plan_accuracy.py --only=gpt2   # some of them, by words of their names
+
+Random models of six layers in float32, 8 rows of 128 tokens, AdamW: nothing is allocated, as in any plan.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import optax
+
+from peft_jax import chain, full, houlsby, ia3, lora, plan, prefix, quantize
+from peft_jax.models import GPT2, CausalLM, Encoder, EncoderConfig, GPT2Config, Head, LlamaConfig
+
+MODELS = {
+    "llama": CausalLM(LlamaConfig(2048, 256, 688, 6, 4, 2, 64, 1e-5, 1e4, 512, True)),
+    "gpt2": GPT2(GPT2Config(2048, 256, 1024, 6, 4, 512)),
+    "bert": Encoder(EncoderConfig(2048, 256, 1024, 6, 4, 512, head=Head("SEQ_CLS", 3))),
+}
+# What a method changes is called otherwise in each model.
+IA3 = {"llama": {}, "gpt2": {"target_modules": ("c_attn", "mlp.c_proj"), "feedforward_modules": ("mlp.c_proj",)},
+       "bert": {"target_modules": ("key", "value", "output.dense"), "feedforward_modules": ("output.dense",)}}
+PLACES = {"llama": {}, "gpt2": {"attention_modules": ("attn",), "output_modules": ("mlp",)},
+          "bert": {"attention_modules": ("attention.output.dense",), "output_modules": ("output.dense",)}}
+METHODS = {
+    "full": lambda model: full(),
+    "lora": lambda model: lora(r=8, target_modules="all-linear"),
+    "qlora": lambda model: chain(quantize("nf4", double_quant=True), lora(r=8, target_modules="all-linear")),
+    "houlsby": lambda model: houlsby(**PLACES[model]),
+    "prefix": lambda model: prefix(num_virtual_tokens=16),
+    "ia3": lambda model: ia3(**IA3[model]),
+}
+CASES = [(model, method, remat) for model in MODELS for method in METHODS for remat in (False, True)]
+
+
+def found(model: str, method: str, remat: bool):
+    """The plan of one case."""
+    return plan(MODELS[model], METHODS[method](model), optax.adamw(1e-4), batch=8, seq=128, remat=remat,
+                answers=1 if model == "bert" else None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="words that a case's name holds, such as 'llama qlora'")
+    words = parser.parse_args().only.split()
+    print("| model | method | remat | sum of parts, MB | compiled, MB | ratio |\n|---|---|---|---|---|---|")
+    for case in CASES:
+        if all(word in f"{case[0]} {case[1]} remat={case[2]}" for word in words):
+            one = found(*case)
+            total = one.program.memory.total
+            print(f"| {case[0]} | {case[1]} | {'yes' if case[2] else 'no'} | {one.sum / 1e6:.1f} | {total / 1e6:.1f} | "
+                  f"{one.sum / total:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

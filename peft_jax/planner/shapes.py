@@ -1,0 +1,155 @@
+"""One training step as shapes alone: a model from its config, parameters, the optimiser's state, a batch."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from peft_jax import sharding, tree
+from peft_jax.errors import PeftJaxError
+from peft_jax.hub import families
+from peft_jax.mesh import ROWS, row_shards, several
+from peft_jax.method import Method, bind
+from peft_jax.models.attention import AttentionCore, flash_fits
+from peft_jax.planner.target import Target
+
+STEPS = 1000  # of the schedule, where only epochs are set: a constant of the program, no memory
+
+
+class Shapes(NamedTuple):
+    """What a step is given. On a ``mesh`` of several devices the leaves know where they lie.
+
+    apply: of :func:`peft_jax.bind`, on the mesh. alone: the same for one device. plain: what trains and what is frozen,
+    whole and nowhere. batch: a dict of (accumulate_steps, rows, ...). optimizer: as the method wants it.
+    parameters: how many the base has.
+    """
+
+    model: Any
+    method: Method
+    parameters: int
+    apply: Callable
+    alone: Callable
+    plain: tuple[tree.Tree, tree.Tree]
+    trainable: tree.Tree
+    frozen: tree.Tree
+    optimizer: optax.GradientTransformation
+    opt_state: Any
+    batch: Mapping[str, jax.ShapeDtypeStruct]
+    mesh: Mesh | None
+
+
+def as_model(model: Any, dtype: Any = None, param_dtype: Any = None, remat: bool | None = None) -> Any:
+    """The model of a config, such as a ``LlamaConfig``, or the model given; what is not ``None`` is set in it.
+
+    Raises ``PeftJaxError`` for what is neither.
+
+    >>> from peft_jax.models import CausalLM, LlamaConfig
+    >>> sizes = LlamaConfig(99, 32, 48, 2, 4, 2, 8, 1e-5, 1e4, 256, True)
+    >>> as_model(sizes, remat=True) == CausalLM(sizes, remat=True)
+    True
+    """
+    given = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
+    given = {name: value if name == "remat" else jnp.dtype(value) for name, value in given.items() if value is not None}
+    if hasattr(model, "apply"):
+        return model.clone(**given) if given else model
+    if not hasattr(model, "model_type"):
+        raise PeftJaxError(f"plan: {model!r:.60} is neither a model nor a model's config: give "
+                           "peft_jax.load_config(\"owner/name\"), a folder's, or a config class such as LlamaConfig.")
+    return families.of(model).model(model, **given)
+
+
+def shapes(model: Any, method: Method, optimizer: optax.GradientTransformation, batch: int, seq: int, *,
+           mesh: Mesh | None = None, answers: int | None = None, accumulate_steps: int = 1, kind: Any = jnp.int32,
+           base: Mapping[str, Any] | None = None, target: Target | None = None) -> Shapes:
+    """The shapes of one step, arguments as of :func:`peft_jax.plan`; ``kind`` is the type of an answer.
+
+    Raises ``PeftJaxError`` as ``peft_jax.plan`` does.
+    """
+    answers = seq - 1 if answers is None else answers
+    _check(model, mesh, batch=batch, seq=seq, answers=answers, accumulate_steps=accumulate_steps)
+    if method.prepare:
+        raise PeftJaxError("this method's sizes depend on data that it looks at before training, of which a plan has "
+                           "none: plan it with another initialisation, such as init_lora_weights=True.")
+    base = abstract(model) if base is None else base
+    plain = jax.eval_shape(method.init, jax.random.key(0), base)
+    mesh = several(mesh)
+    found = batch_shapes(batch, seq, answers, accumulate_steps, kind, mesh)
+    params = sharding.shapes(plain, sharding.shardings(plain, mesh, model.sharding, method)) if mesh else plain
+    jax.eval_shape(bind(method, model, mesh), {"params": params}, jnp.zeros((1, 8), jnp.int32))  # leaves nothing reads
+    model = attending(model, method, plain, found, target)
+    labels = method.labels(params)
+    trainable, frozen = tree.partition(params, labels)
+    optimizer = method.optimizer(optimizer, STEPS)
+    state = _state(optimizer, trainable, mesh)
+    return Shapes(model, method, tree.count(base), bind(method, model, mesh), bind(method, model),
+                  tree.partition(plain, labels), trainable, frozen, optimizer, state, found, mesh)
+
+
+def _state(optimizer, trainable, mesh) -> Any:
+    state = jax.eval_shape(optimizer.init, trainable)
+    return jax.tree.map(sharding.shape_at, state, sharding.like(state, trainable, mesh)) if mesh else state
+
+
+def abstract(model: Any) -> tree.Tree:
+    """The shapes of a model's parameters."""
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def batch_shapes(rows: int, seq: int, answers: int, accumulate_steps: int = 1, kind: Any = jnp.int32,
+                 mesh: Mesh | None = None) -> dict[str, Any]:
+    """The shapes of a step's batch as :mod:`peft_jax.data.batches` has it, the axis of micro-batches in front."""
+    where = NamedSharding(mesh, PartitionSpec(None, ROWS)) if mesh else None
+
+    def of(width, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct((accumulate_steps, rows, width), dtype, sharding=where)
+
+    return {"input_ids": of(seq), "segment_ids": of(seq), "positions": of(seq),
+            "loss_index": of(answers), "loss_target": of(answers, kind), "loss_weight": of(answers, jnp.float32)}
+
+
+def attending(model: Any, method: Method, params: tree.Tree, batch: Mapping[str, Any],
+              target: Target | None) -> Any:
+    """``model`` with the attention that ``target`` would choose where it is left to the device: it is not there to be
+    asked. What decides are the keys that the method makes of them, a prefix included."""
+    if target is None or target.sharding is None or getattr(model.config, "attn_implementation", None) != "auto":
+        return model
+    (device,), fits = target.sharding.device_set, []
+
+    def watch(next_fun, context, *args, **kwargs):
+        if isinstance(context.module, AttentionCore):
+            fits.append(flash_fits(args[0], args[1], device))
+        return next_fun(*args, **kwargs)
+
+    def intercept(next_fun, args, kwargs, context):
+        return method.intercept(partial(watch, next_fun, context), args, kwargs, context)
+
+    ids, segments, positions = (batch[name] for name in ("input_ids", "segment_ids", "positions"))
+    plain = model.clone(config=dataclasses.replace(model.config, attn_implementation="xla"))
+    jax.eval_shape(lambda params, *given: bind(method._replace(intercept=intercept), plain)(
+        {"params": params}, given[0][0], segment_ids=given[1][0], positions=given[2][0], method="hidden"),
+        params, ids, segments, positions)
+    chosen = "cudnn" if fits and all(fits) else "xla"
+    return model.clone(config=dataclasses.replace(model.config, attn_implementation=chosen))
+
+
+def check_sizes(what: str = "plan", **sizes: int) -> None:
+    """Raise ``PeftJaxError`` where one is no whole number of at least 1."""
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise PeftJaxError(f"{what}: {name}={value!r}: give a whole number of at least 1.")
+
+
+def _check(model, mesh, **sizes: int) -> None:
+    check_sizes(**sizes)
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", sizes["seq"])
+    if sizes["seq"] > most:
+        raise PeftJaxError(f"plan: seq={sizes['seq']}, but the model has {most} positions: "
+                           "lower --config.data.row_length or --config.data.max_length.")
+    if sizes["batch"] % row_shards(mesh):
+        raise PeftJaxError(f"plan: {sizes['batch']} rows cannot be shared by {row_shards(mesh)} parts of the mesh "
+                           "(data x fsdp): give a multiple.")
