@@ -28,8 +28,6 @@ class AttentionCore(nn.Module):
         chosen = _checked(self.implementation)
         if chosen == "auto":
             chosen = "cudnn" if flash_fits(query, key) else "xla"
-        elif chosen == "cudnn" and (why := flash_lacks(query)):
-            raise PeftJaxError(f"attn_implementation='cudnn' wants {why}: choose auto, which is cudnn where it can be.")
         return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=chosen)
 
 
@@ -52,6 +50,17 @@ def flash_lacks(query: Any, device: Any = None) -> str:
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"model.dtype=bfloat16, not {query.dtype}"
     return "" if size % 8 == 0 and size <= HEAD_MOST else f"heads of a multiple of 8 and at most {HEAD_MOST} values"
+
+
+def check_device(config: Any, dtype: Any, device: Any = None) -> None:
+    """Raise ``PeftJaxError`` where ``config`` asks for cuDNN and it cannot be had here, computing in ``dtype``.
+
+    Not in :class:`AttentionCore`: a program may be compiled for a GPU that is not there.
+    """
+    size = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    query = jax.ShapeDtypeStruct((1, 2, config.num_attention_heads, size), dtype)
+    if config.attn_implementation == "cudnn" and (why := flash_lacks(query, device)):
+        raise PeftJaxError(f"attn_implementation='cudnn' wants {why}: choose auto, which is cudnn where it can be.")
 
 
 def on_heads(implementation: str, config: Any, parts: int) -> str:

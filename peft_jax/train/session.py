@@ -21,7 +21,7 @@ from peft_jax.hub.pretrained import with_head
 from peft_jax.mesh import make_mesh, several
 from peft_jax.method import BASE, Method, chain
 from peft_jax.methods import METHODS
-from peft_jax.models.attention import on_heads
+from peft_jax.models.attention import check_device, on_heads
 
 
 class Session(NamedTuple):
@@ -109,6 +109,7 @@ def load_model(config, method: Method = BASE, mesh: Mesh | None = None) -> tuple
                                     mesh=several(mesh))
     chosen = on_heads(config.model.attn_implementation, model.config, mesh.shape["tensor"] if mesh else 1)
     sizes = replace(model.config, attn_implementation=chosen)
+    check_device(sizes, jnp.dtype(config.model.dtype))
     return model.clone(config=sizes, dtype=jnp.dtype(config.model.dtype)), params
 
 

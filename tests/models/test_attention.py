@@ -47,9 +47,6 @@ def lowered(method, monkeypatch, implementation):
     params = method.init(jax.random.key(0), here.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
     apply = bind(method, here.clone(config=replace(SIZES, attn_implementation=implementation)))
 
-    if implementation == "cudnn":
-        monkeypatch.setattr(attention, "flash_lacks", lambda query: "")  # nor is the GPU
-
     def loss(params, ids):
         return apply({"params": params}, ids, segment_ids=jnp.ones_like(ids), method="hidden").sum().astype(jnp.float32)
 
@@ -62,7 +59,6 @@ def test_a_model_with_cudnn_lowers_to_flash_attention_forward_and_back(method, m
     text = lowered(method, monkeypatch, "cudnn")
     assert len(re.findall(r"__cudnn\$fmhaScaleBiasSoftmax\b", text)) >= 1
     assert len(re.findall(r"__cudnn\$fmhaScaleBiasSoftmaxBackward\b", text)) == 1
-    monkeypatch.undo()
     assert "__cudnn" not in lowered(method, monkeypatch, "auto")  # there is no GPU here
 
 
@@ -82,9 +78,10 @@ def test_what_flash_attention_lacks_is_said(query, device, wants):
 
 
 def test_cudnn_without_a_gpu_is_an_error_that_says_so():
-    model = CausalLM(replace(SIZES, attn_implementation="cudnn"), jnp.bfloat16)
     with pytest.raises(PeftJaxError, match="attn_implementation='cudnn' wants an NVIDIA GPU from Ampere on"):
-        model.init(jax.random.key(0), np.zeros((1, 2), np.int32))
+        attention.check_device(replace(SIZES, attn_implementation="cudnn"), jnp.bfloat16)
+    attention.check_device(replace(SIZES, attn_implementation="cudnn"), jnp.bfloat16, H100)
+    attention.check_device(SIZES, jnp.bfloat16)
 
 
 def test_heads_that_a_mesh_cannot_share_evenly_do_without_cudnn():
