@@ -76,7 +76,7 @@ def _need(need) -> tuple[int, int, int]:
         return math.ceil(need), 0, 0
     if not hasattr(need, "program"):
         raise PeftJaxError(f"suggest_hardware: a {type(need).__name__}: give bytes, or what peft_jax.plan returned.")
-    total, devices = need.program.memory.total, need.program.devices
+    total, devices = need.need, need.program.devices
     if devices > 1:
         return 0, total, devices
     states = min(total, sum(need.groups[name] for name in ("weights", "gradients", "optimiser")))

@@ -37,6 +37,12 @@ class Plan(NamedTuple):
         """Whether the compiled program, with the device's margin, is no larger than the device."""
         return self.program.memory.total <= device.room
 
+    @property
+    def need(self) -> int:
+        """Bytes that a device must hold: as compiled; where that is a CPU's program with whole copies in float32 that
+        no GPU makes, the sum of parts."""
+        return self.sum if self.program.copies and self.parts else self.program.memory.total
+
     def to_dict(self) -> dict[str, Any]:
         """As ``plan.json`` holds it; all sizes in bytes."""
         memory = self.program.memory
@@ -106,7 +112,8 @@ def _hardware(plan: Plan) -> list[str]:
     margin = found[0].device.margin
     rows = [f"{one.device.name:<12}{one.device.bytes / 1e9:>5.0f} GB  {one.count or '-':>5}  "
             f"{one.share / 1e9:>9.1f} GB each  {one.words}" for one in found]
-    return [f"Devices that hold it, the least number of each ({margin / 1e9:.1f} GB of each left for context and "
+    by = "by the sum of parts, for want of the copies that the CPU makes" if plan.need == plan.sum else "as compiled"
+    return [f"Devices that hold it, {by}: the least number of each ({margin / 1e9:.1f} GB of each left for context and "
             "fragmentation; an allowance)", *rows]
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from peft_jax.errors import PeftJaxError
-from peft_jax.planner import Memory, Part, Plan, adapter_rule, rule_of_thumb, suggest_hardware
+from peft_jax.planner import Memory, Part, Plan, adapter_rule, describe, rule_of_thumb, suggest_hardware
 from peft_jax.planner.program import Program
 from peft_jax.planner.rule import GIB
 
@@ -61,6 +61,17 @@ def test_a_plans_activations_are_on_every_device_and_too_large_ones_cannot_be_me
     assert found["A100 80GB"].count == math.ceil(100 / 58) and found["H200"].count == 1
     assert found["RTX 4090"].count == math.ceil(100 / 2)
     assert found["TPU v5e"].count == 0 and "fewer or shorter rows" in found["TPU v5e"].words
+
+
+def test_copies_that_only_a_cpu_makes_are_not_asked_of_a_gpu():
+    plan = planned(16e9, 1e9)
+    memory = Memory(int(48e9), 0, 0, 0)
+    with_copies = plan._replace(program=plan.program._replace(memory=memory, copies={"mlp/up_proj/kernel": 10**10}))
+    assert with_copies.need == with_copies.sum == 17e9
+    found = {one.device.name: one for one in suggest_hardware(with_copies)}
+    assert found["RTX 4090"].count == 1 and "sum of parts" in describe(with_copies)
+    without = plan._replace(program=plan.program._replace(memory=memory))
+    assert without.need == 48e9 and {one.device.name: one for one in suggest_hardware(without)}["RTX 4090"].count != 1
 
 
 def test_a_plan_on_a_mesh_is_of_as_many_devices_as_it_was_made_for():
