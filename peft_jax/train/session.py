@@ -41,6 +41,7 @@ def load(config, probe_task=None, method: Method = BASE) -> Session:
 
     ``method`` as of :func:`load_model`. Raises ``PeftJaxError`` where something of it is not to be had or does not fit.
     """
+    mesh = make_mesh(**config.mesh)
     examples = load_examples(config.task)
     if not examples["validation"]:
         raise PeftJaxError(
@@ -55,7 +56,6 @@ def load(config, probe_task=None, method: Method = BASE) -> Session:
     tokenizer = load_tokenizer(config.model.source)
     held = hold_out(held_out, probe, tokenizer, config.task, config.data)
     model_config = load_config(config.model.source)
-    mesh = make_mesh(**config.mesh)
     check_answers(config.task, model_config)
     check_fits([*held.encoded, *held.probe], model_config)
     model, base = load_model(config, method, mesh)
