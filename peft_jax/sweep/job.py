@@ -1,6 +1,7 @@
 """All cells of a sweep, each in a process of its own, and what they say together. No device is touched here."""
 
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -95,12 +96,13 @@ def _run(folder: Path, cell, index: int, argv: Sequence[str]) -> tuple[int, str]
     command = [sys.executable, str(PROGRAM), *argv, f"--sweep_index={index}"]
     with log.open("w", encoding="utf-8") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        usual = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # it saves, and says so by its exit code
         try:
             code = process.wait()
-        except BaseException:  # Ctrl-C reaches both; whatever else ends us, ends it
-            process.terminate()
-            process.wait()
-            raise
+        except KeyboardInterrupt:  # which reaches both
+            code = process.wait()
+        finally:
+            signal.signal(signal.SIGTERM, usual)
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return code, lines[-1].removeprefix("error: ") if lines else f"exit code {code}, see {log}"
 

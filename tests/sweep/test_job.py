@@ -1,7 +1,12 @@
 """A sweep from end to end on the tiny model: records, what is chosen and measured, resuming, failures."""
 
 import json
+import os
 import shutil
+import signal
+import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -109,6 +114,27 @@ def test_a_failed_cell_says_why_does_not_stop_the_rest_and_is_run_again(compared
     shutil.rmtree(folder / "runs" / "lora-learning_rate-0.001-seed-0")
     assert run.main([*arguments, f"--workdir={folder}"]) == 0
     assert "lora-learning_rate-0.001-seed-0: -loss" in capsys.readouterr().out
+
+
+def test_a_sweep_that_is_told_to_stop_tells_its_run(compared, arguments, tmp_path, capsys, monkeypatch):
+    """SIGTERM reaches the sweep alone, as a cluster's does; the run ends with 143, and so does the sweep."""
+    folder = tmp_path / "compare"
+    shutil.copytree(compared, folder)
+    (folder / "results" / "lora--lora-best-seed-0.json").unlink()
+    waits = ("import time, signal, sys; signal.signal(15, lambda *_: sys.exit(143)); print('up', flush=True); "
+             "time.sleep(60)")
+    popen = job.subprocess.Popen
+
+    def stopped(command, **options):
+        process = popen([sys.executable, "-c", waits], **options)
+        while "up" not in (folder / "logs" / "lora-best-seed-0.log").read_text():
+            time.sleep(0.05)
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return process
+
+    monkeypatch.setattr(job.subprocess, "Popen", stopped)
+    assert run.main([*arguments, f"--workdir={folder}"]) == 143
+    assert "lora-best-seed-0: stopped; the same command goes on from there" in capsys.readouterr().out
 
 
 def test_a_best_cell_needs_one_to_choose_from(arguments, tmp_path, capsys):
