@@ -95,6 +95,20 @@ def test_counts_in_closed_form(base):
     assert trainable(lora(r=1, modules_to_save=("norm",))) == 3 * (32 + 32) + 7 * 16
 
 
+@pytest.mark.parametrize(("layers", "width", "values", "count"), [
+    (28, 3072, 1024, 4_587_520),  # Llama 3.2 3B, of which the source article prints the next one's
+    (32, 4096, 1024, 6_815_744),  # Llama 3.1 8B
+    (1, 4096, 4096, 2 * 131_072),  # its one layer of 4096 x 4096: 16,777,216 -> 131,072
+])
+def test_counts_of_q_and_v_at_rank_16(layers, width, values, count):
+    base = {"layers": {"self_attn": {
+        "q_proj": {"kernel": jax.ShapeDtypeStruct((layers, width, width), jnp.bfloat16)},
+        "v_proj": {"kernel": jax.ShapeDtypeStruct((layers, width, values), jnp.bfloat16)}}}}
+    method = lora(r=16, target_modules=("q_proj", "v_proj"))
+    params = jax.eval_shape(lambda p: method.init(jax.random.key(0), p), base)
+    assert peft_jax.count(partition(params, method.labels(params))[0]) == count
+
+
 @pytest.mark.parametrize("init", [True, "gaussian"])
 def test_initial_values_have_the_stated_spread(init):
     method = lora(r=8, target_modules=("up",), init_lora_weights=init, rank_pattern={"layers.1.up": 2})
