@@ -27,9 +27,8 @@ def test_arguments_are_exact_and_the_sum_is_within_15_percent(tiny_model, name):
     assert ("quantised weights" in parts) == (name == "qlora") and not found.program.copies
 
 
-# Measured: 0.83 of the compiled total on this model, where small values that no part stands for weigh much, 0.85 to 1.02
-# on larger ones (docs/plan.md); on tensor 1.2 to 1.6, for the parts do not know what of the activations is cut there, and
-# say so.
+# Measured: 0.83 of the compiled total on this model, where small values that no part stands for weigh much;
+# docs/plan.md has larger ones. On tensor the parts do not know what of the activations is cut, and say so.
 @pytest.mark.parametrize("name, sizes, low, high", [
     ("full", (1, 4, 1), 0.8, 1.1), ("lora", (2, 1, 1), 0.8, 1.1), ("qlora", (1, 2, 2), 1, 2)])
 def test_on_a_mesh_arguments_are_those_of_a_device_as_it_holds_them(tiny_model, name, sizes, low, high):
