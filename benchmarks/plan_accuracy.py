@@ -2,6 +2,7 @@
 
     python benchmarks/plan_accuracy.py               # 36 steps compiled for the CPU, minutes; docs/plan.md's table
     python benchmarks/plan_accuracy.py --only=gpt2   # some of them, by words of their names
+    XLA_FLAGS=--xla_force_host_platform_device_count=4 python benchmarks/plan_accuracy.py --mesh   # 6 on 2 or 4 devices
     JAX_PLATFORMS=cpu python benchmarks/plan_accuracy.py --h100   # 8 steps compiled for an H100 that need not be there
 
 Models of six layers in float32, 8 rows of 128 tokens, AdamW: nothing is allocated, as in any plan. With --h100, which
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import optax
 
-from peft_jax import chain, full, houlsby, ia3, lora, plan, prefix, quantize
+from peft_jax import chain, full, houlsby, ia3, lora, make_mesh, plan, prefix, quantize
 from peft_jax.models import GPT2, CausalLM, Encoder, EncoderConfig, GPT2Config, Head, LlamaConfig
 from peft_jax.planner import h100
 
@@ -68,11 +69,26 @@ def on_h100() -> None:
               f"{total / 1e9:.2f} | {one.sum / total:.3f} |", flush=True)
 
 
+def on_meshes() -> None:
+    """Print the table of the plans for 2 and 4 devices."""
+    print("| method | data x fsdp x tensor | sum of parts, MB a device | compiled, MB a device | ratio |")
+    print("|---" * 5 + "|")
+    for method in ("full", "qlora"):
+        for sizes in ((2, 1, 1), (1, 4, 1), (1, 1, 2)):
+            one = plan(MODELS["llama"], METHODS[method]("llama"), optax.adamw(1e-4), 8, 128, make_mesh(*sizes), True)
+            total = one.program.memory.total
+            print(f"| {method} | {' x '.join(map(str, sizes))} | {one.sum / 1e6:.1f} | {total / 1e6:.1f} | "
+                  f"{one.sum / total:.3f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="words that a case's name holds, such as 'llama qlora'")
     parser.add_argument("--h100", action="store_true", help="compile for an H100")
+    parser.add_argument("--mesh", action="store_true", help="on several devices")
     args = parser.parse_args()
+    if args.mesh:
+        return on_meshes()
     if args.h100:
         return on_h100()
     words = args.only.split()
