@@ -46,8 +46,8 @@ class Cell(NamedTuple):
 # How much: "smoke" to see that it runs, "short" for an answer within an hour or two on 2 cores, "long" on a GPU.
 BUDGETS = {
     "smoke": {"optim.steps": 2, "task.train_limit": 400, "eval.limit": 16, "eval.buckets": 1, "eval.probe_limit": 4,
-              "sweep.seeds": (0,), "sweep.rates": 2, "measure.limit": 16, "measure.neighbour_limit": 16, "measure.general_limit": 8,
-              "measure.new_tokens": 8, "measure.repeats": 2},
+              "sweep.seeds": (0,), "sweep.rates": 2, "measure.limit": 16, "measure.neighbour_limit": 16,
+              "measure.general_limit": 8, "measure.new_tokens": 8, "measure.repeats": 2},
     "short": {"optim.steps": 30, "eval.limit": 100, "eval.probe_limit": 16, "sweep.seeds": (0, 1, 2), "sweep.rates": 3,
               "measure.limit": 200, "measure.neighbour_limit": 100, "measure.general_limit": 32},
     "long": {"optim.steps": 0, "optim.epochs": 3.0, "eval.limit": 0, "eval.probe_limit": 0,
