@@ -43,7 +43,7 @@ class Cell(NamedTuple):
         return cell(self.config, both, self.label, self.axes, measure=self.measure) if settings else self
 
 
-# How much: "smoke" to see that it runs, "short" for an answer within an hour or two on 2 cores, "long" on a GPU.
+# How much: "smoke" to see that it runs, "short" for an answer within hours on 2 cores, "long" on a GPU.
 BUDGETS = {
     "smoke": {"optim.steps": 2, "task.train_limit": 400, "eval.limit": 16, "eval.buckets": 1, "eval.probe_limit": 4,
               "sweep.seeds": (0,), "sweep.rates": 2, "measure.limit": 16, "measure.neighbour_limit": 16,
@@ -111,12 +111,12 @@ def put(config: ConfigDict, key: str, value: Any) -> None:
         config[name] = value
 
 
-def grid(config: ConfigDict, axes: Mapping[str, Sequence[Any]], label: str = "", **more: Any) -> list[Cell]:
+def grid(config: ConfigDict, axes: Mapping[str, Sequence[Any]], label: str = "") -> list[Cell]:
     """A cell for each combination of the values of ``axes``, by key of the configuration, and each seed."""
     cells = []
     for values in itertools.product(*axes.values(), config.sweep.seeds):
         settings = dict(zip((*axes, "seed"), values, strict=True))
-        cells.append(cell(config, settings, label or config.method.name, tuple(axes), **more))
+        cells.append(cell(config, settings, label or config.method.name, tuple(axes)))
     return cells
 
 
@@ -148,8 +148,7 @@ def short(value: Any) -> str:
 def as_experiment(config: ConfigDict, experiment: str) -> ConfigDict:
     """The configuration of ``experiments/<experiment>.py`` with all of ``config`` but the method and its rates."""
     own = experiment_config(experiment)
-    own.task, own.sweep = config.task.copy_and_resolve_references(), config.sweep
-    own.model.source = config.model.source
+    own.task = config.task.copy_and_resolve_references()
     for key, value in keys(config).items():
         if not f"{key}.".startswith(tuple(f"{name}." for name in (*OWN, "task"))):
             put(own, key, value)

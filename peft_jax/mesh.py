@@ -76,7 +76,7 @@ def rows_apart(mesh: Mesh | None, x: Any, axis: int = 0) -> Any:
 
     Left as it is where the rows cannot be split evenly.
     """
-    if mesh is None or mesh.size == 1 or x.ndim <= axis or x.shape[axis] % row_shards(mesh):
+    if not several(mesh) or x.ndim <= axis or x.shape[axis] % row_shards(mesh):
         return x
     free = [PartitionSpec.UNCONSTRAINED] * x.ndim
     free[axis] = ROWS
@@ -99,7 +99,7 @@ def feed(mesh: Mesh | None, batch: Mapping[str, Any], axis: int = 0) -> Mapping[
 
     Without a mesh they go to the default device. Rows that cannot be split evenly are on every device.
     """
-    if mesh is None or mesh.size == 1:
+    if not several(mesh):
         return jax.device_put(batch)
 
     def put(array):

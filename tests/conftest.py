@@ -39,16 +39,12 @@ def compiled_once(tmp_path_factory):
 def memory_given_back():
     """Compiled programs stay in memory, gigabytes of them in the end; from the cache on disk they come back quickly."""
     yield
-    if resident() > 3 * 2**30:
+    from peft_jax.train.report import memory_now
+
+    if memory_now() > 3 * 2**30:
         import jax
 
         jax.clear_caches()
-
-
-def resident() -> int:
-    """Bytes of this process that are in memory; 0 where /proc does not tell."""
-    status = Path("/proc/self/statm")
-    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 0
 
 
 @pytest.fixture(scope="session")

@@ -28,10 +28,15 @@ def write(folder: Path, record: Record) -> Path:
         text = json.dumps(_finite(record), indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise PeftJaxError(f"the record of {name} cannot be written as JSON: {error}") from error
-    path = Path(folder) / f"{name.replace('/', '--')}.json"
+    path = path_of(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside.write(path, text)
     return path
+
+
+def path_of(folder: Path, name: str) -> Path:
+    """Where the record of the run ``name``, its experiment_name, is or will be."""
+    return Path(folder) / f"{name.replace('/', '--')}.json"
 
 
 def _finite(value: Any) -> Any:

@@ -42,7 +42,7 @@ def compose(folder: Path, cell, whole, metric: str, outcome: Outcome) -> dict[st
         "meta_info": _meta_info(config),
         "peft_jax": {
             "cell": {"sweep": folder.name, "name": cell.name, "label": cell.label, "settings": whole.settings,
-                     "axes": cell.axes, "chosen": cell.measure or None if cell.best_of or cell.measure else None},
+                     "axes": cell.axes, "chosen": cell.measure or None},
             "asked": workdir.plain(cell.config.to_dict()), "metric": metric,
             "validation": with_minus(results.get("after", {}), metric), **_measured(found, base, metric),
             "memory": _memory(results), "adapter_bytes": results.get("adapter_bytes"),
@@ -120,14 +120,21 @@ def _train_info(config, results, found, base, rows: Sequence[Mapping], metric: s
 def _metric_rows(config, results, found, base, rows: Sequence[Mapping], metric: str) -> list[dict[str, Any]]:
     """peft's rows: one for each evaluation on the way and the last one, one more of the test."""
     after = with_minus(results.get("after", {}), metric).get(metric)
-    shown = [row for row in rows if f"eval_{metric}" in row or row is rows[-1]]
-    table = [_metric_row(config, row, rows, row.get(f"eval_{metric}", after)) for row in shown]
+    found_at = [(row, _evaluated(row, metric)) for row in rows]
+    table = [_metric_row(config, row, rows, after if value is None else value)
+             for row, value in found_at if value is not None or row is rows[-1]]
     if found and table:
         tested = with_minus(found["test"], metric).get(metric)
         table.append({key: table[-1][key] for key in ("step", "train loss", "train samples")} |
                      {"test accuracy": tested, "train total tokens": _tokens(rows),
                       "forgetting": _forgotten(found, base)})
     return table
+
+
+def _evaluated(row: Mapping, metric: str) -> float | None:
+    """The metric of an evaluation on the way, where there was one after that step."""
+    metrics = {name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")}
+    return with_minus(metrics, metric).get(metric)
 
 
 def _metric_row(config, row: Mapping, rows: Sequence[Mapping], value) -> dict[str, Any]:

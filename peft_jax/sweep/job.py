@@ -71,7 +71,7 @@ def tell(folder: Path, argv: Sequence[str]) -> int:
 
 def record_of(folder: Path, cell) -> Path:
     """Where the record of a cell is, or will be."""
-    return folder / RESULTS / f"{cell.experiment.replace('/', '--')}.json"
+    return record.path_of(folder / RESULTS, cell.experiment)
 
 
 def finished(folder: Path, cell) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from peft_jax import quant, tree
+from peft_jax import tree
 from peft_jax.data import encode_prompts
 from peft_jax.data.sources import is_chat
 from peft_jax.errors import PeftJaxError
@@ -55,7 +55,7 @@ def merge(command) -> int:
     made = tuned.load(folder, command.config, model, base, mesh)
     if made.merge is None:
         raise PeftJaxError(f"{folder / 'adapter'} is of a method that cannot be folded into weights: use it as it is")
-    merged = tree.map_paths(lambda _, leaf: quant.plain(leaf), made.merge(made.params))  # also what has no adapter
+    merged = made.merged()
     if ready:
         merged = _requantized(command.config, ready, merged)
     save_pretrained(output, model, merged, tokenizer)

@@ -71,8 +71,7 @@ def _latency(config, ready: Session, what: tuned.Tuned) -> dict[str, dict[str, f
     if what.params is not ready.base:
         variants["unmerged"] = (what.apply, what.params)
         if what.merge:
-            merged = tree.map_paths(lambda _, leaf: quant.plain(leaf), what.merge(what.params))
-            variants["merged"] = (plain, merged)
+            variants["merged"] = (plain, what.merged())
     m = config.measure
     return latency(variants, ready.model, prompt_tokens=m.prompt_tokens, new_tokens=m.new_tokens, rows=m.rows,
                    repeats=m.repeats)

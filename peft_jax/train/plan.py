@@ -144,7 +144,7 @@ def plan_config(config, target: Target | None = None) -> Plan:
                "optimiser": "AdamW"}
     return plan(model, method, optimizer, batch, seq, mesh, answers=None if objective.writes else 1,
                 accumulate_steps=config.optim.accumulate_steps, loss_chunk=config.optim.loss_chunk,
-                error=objective.error, base=base, target=None if mesh.size > 1 else target, assumed=assumed)
+                error=objective.error, base=base, target=None if several(mesh) else target, assumed=assumed)
 
 
 def batch_sizes(data, sizes, multiple: int) -> tuple[int, int, str]:

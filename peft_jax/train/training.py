@@ -14,7 +14,7 @@ from peft_jax.evaluation.evaluate import make_evaluator
 from peft_jax.evaluation.objectives import objective_of
 from peft_jax.hub import save_pretrained
 from peft_jax.hub.adapters import is_stored, save_adapter
-from peft_jax.mesh import feed, row_shards
+from peft_jax.mesh import feed, row_shards, several
 from peft_jax.method import Method, bind
 from peft_jax.planner.program import memory_of
 from peft_jax.train import hosts, report, session, workdir
@@ -125,7 +125,7 @@ def _start(config, method: Method, apply, params, total: int, mesh) -> tuple[Cal
     labels = method.labels(params)
     optimizer = method.optimizer(make_optimizer(config.optim, total, labels), total)
     trainable, frozen = tree.partition(params, labels)
-    where = state_shardings(trainable, optimizer, mesh) if mesh.size > 1 else None
+    where = state_shardings(trainable, optimizer, mesh) if several(mesh) else None
     step = make_step(apply, optimizer, config.optim.loss_chunk, objective_of(config.task).error, method.penalty, mesh,
                      where)
     return step, init_state(trainable, optimizer, jax.random.key(config.seed), where), frozen

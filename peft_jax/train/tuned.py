@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from peft_jax import sharding, tree
+from peft_jax import quant, sharding, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub import load_pretrained
 from peft_jax.hub.adapters import load_adapter
@@ -22,6 +22,10 @@ class Tuned(NamedTuple):
     apply: Callable
     params: tree.Tree
     merge: Callable[[tree.Tree], tree.Tree] | None
+
+    def merged(self) -> tree.Tree:
+        """Plain weights, also where a quantised one has no adapter."""
+        return tree.map_paths(lambda _, leaf: quant.plain(leaf), self.merge(self.params))
 
 
 def folder_of(command) -> Path:
