@@ -1,5 +1,9 @@
-"""What is drawn of a sweep over settings: a line or bars over one, a map over two, bars over more."""
+"""What is drawn of a sweep over settings: a line or bars over one, a map over two, bars over more.
 
+A panel for each of what all its runs have: the metric, the held-out loss of the answers, that of general text.
+"""
+
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +14,7 @@ from peft_jax.comparison import draw
 from peft_jax.comparison.columns import spread_words
 from peft_jax.comparison.draw import Style
 from peft_jax.comparison.plots import Plot, measure, rendered, subject
-from peft_jax.comparison.rows import Row, axes_words, grouped
+from peft_jax.comparison.rows import Row, Spread, axes_words, grouped, measured_on
 from peft_jax.comparison.runs import Run
 from peft_jax.comparison.words import compact
 
@@ -33,7 +37,7 @@ def _sweep(runs: Sequence[Run], look) -> list[Plot]:
     if on is None:
         return []
     found = sorted(grouped(runs), key=lambda row: runs.index(row.runs[0]))  # as they came, not best first
-    rows = [row._replace(measured_on=on, values=row.values | {"value": row.values[on]}) for row in found]
+    rows = [measured_on(on, row) for row in found]
     axes = [axis for axis in runs[0].axes if len({str(row.axes[axis]) for row in rows}) > 1]
     with matplotlib.rc_context(draw.STYLE):
         if len(axes) == 1:
@@ -43,6 +47,15 @@ def _sweep(runs: Sequence[Run], look) -> list[Plot]:
             labels = dict.fromkeys(row.label for row in rows)
             return [_map([row for row in rows if row.label == label], axes, label) for label in labels]
         return [_every(rows, axes)] if axes else []
+
+
+def _panels(rows: Sequence[Row]) -> dict[str, str]:
+    """{key of ``Row.values``: what it is} of what there is to draw."""
+    words = {"value": measure(rows[0]), "before.loss": "loss of the answers before training",
+             "loss": "loss of the answers", "before.general": "loss of general text before training",
+             "general": "loss of general text"}  # fmt: skip
+    same = {"loss", "before.loss"} if rows[0].metric == "-loss" else set()
+    return {key: word for key, word in words.items() if key not in same and all(key in row.values for row in rows)}
 
 
 def _numeric(value: Any) -> bool:
@@ -69,25 +82,35 @@ def _line(rows: Sequence[Row], axis: str, look) -> Plot:
     """Points and a line for each label; a logarithmic axis where the setting spans more than a factor of ten."""
     words, places = f"against {axis}", _ordered(rows, axis)
     labels = list(dict.fromkeys(row.label for row in rows))
-    made, (axes,) = draw.figure(_title(rows, words), 7.8, draw.room(len(labels)))
-    for label in labels:
-        mine = sorted((row for row in rows if row.label == label), key=lambda row: row.axes[axis])
-        style = look[label]
-        axes.errorbar([row.axes[axis] for row in mine], [row.values["value"].mean for row in mine],
-                      [row.values["value"].std or 0 for row in mine], color=style.colour, marker=style.marker,
-                      linestyle=style.dash, capsize=2.5, linewidth=1.4, label=draw.name(label))  # fmt: skip
-    axes.set(xlabel=axis, ylabel=measure(rows[0]))
+    shown = _panels(rows)
+    height = draw.room(len(labels)) if len(shown) == 1 else max(1 + 2 * len(shown), draw.room(len(labels)))
+    made, panels = draw.figure(_title(rows, words), 7.8, height, len(shown), stacked=True)
+    for axes, (key, what) in zip(panels, shown.items()):
+        for label in labels:
+            mine = sorted((row for row in rows if row.label == label), key=lambda row: row.axes[axis])
+            style = look[label]
+            axes.errorbar([row.axes[axis] for row in mine], [row.values[key].mean for row in mine],
+                          [row.values[key].std or 0 for row in mine], color=style.colour, marker=style.marker,
+                          linestyle=style.dash, capsize=2.5, linewidth=1.4, label=draw.name(label))  # fmt: skip
+        axes.set_ylabel("\n".join(textwrap.wrap(what, 24)))
+    panels[-1].set_xlabel(axis)
+    _ticks(panels, places)
+    if len(labels) > 1:
+        made.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8.5)
+    return rendered(f"ablation-{axis}", _caption(rows, words), made)
+
+
+def _ticks(panels: Sequence, places: Sequence[float]) -> None:
+    """The x axis that the panels share, with a number at every place if there is room."""
     if places[0] > 0 and places[-1] > 10 * places[0]:
-        draw.logarithmic(axes.xaxis)
+        draw.logarithmic(panels[-1].xaxis)
         places = _roomy(places, np.log)
     else:
         places = _roomy(places, np.asarray)
     if places:
-        axes.set_xticks(places, [compact(place) for place in places])
-        axes.minorticks_off()
-    if len(labels) > 1:
-        made.legend(loc="outside right upper", fontsize=8.5)
-    return rendered(f"ablation-{axis}", _caption(rows, words), made)
+        panels[-1].set_xticks(places, [compact(place) for place in places])
+        for axes in panels:
+            axes.xaxis.minorticks_off()
 
 
 def _roomy(places: Sequence[float], scale) -> list[float]:
@@ -101,50 +124,67 @@ def _bars(rows: Sequence[Row], axis: str, look) -> Plot:
     words, places = f"against {axis}", [str(value) for value in _ordered(rows, axis)]
     labels = list(dict.fromkeys(row.label for row in rows))
     wide = 0.8 / len(labels)
-    made, (axes,) = draw.figure(_title(rows, words), 7.8, 1.6 + len(places) * (0.2 + 0.24 * len(labels)))
-    for at, label in enumerate(labels):
-        mine = [row for row in rows if row.label == label]
-        draw.bars(axes, [places.index(str(row.axes[axis])) + (at + 0.5) * wide - 0.4 for row in mine],
-                  [row.values["value"] for row in mine], 0.9 * wide, look[label].colour, label)  # fmt: skip
-    draw.named(axes, places)
-    axes.set(xlabel=measure(rows[0]), ylabel=axis)
+    shown = _panels(rows)
+    made, panels = draw.figure(_title(rows, words), 7.8, 1.6 + len(places) * (0.2 + 0.24 * len(labels)), len(shown))
+    for axes, (key, what) in zip(panels, shown.items()):
+        for at, label in enumerate(labels):
+            mine = [row for row in rows if row.label == label]
+            draw.bars(axes, [places.index(str(row.axes[axis])) + (at + 0.5) * wide - 0.4 for row in mine],
+                      [row.values[key] for row in mine], 0.9 * wide, look[label].colour, label)  # fmt: skip
+        draw.named(axes, places)
+        axes.set_xlabel("\n".join(textwrap.wrap(what, 24)))
+    panels[0].set_ylabel(axis)
     if len(labels) > 1:
-        made.legend(loc="outside right upper", fontsize=8.5)
+        made.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8.5)
     return rendered(f"ablation-{axis}", _caption(rows, words), made)
 
 
 def _map(rows: Sequence[Row], pair: Sequence[str], label: str) -> Plot:
     """Two settings as a map, the values written in."""
     down, right = (_ordered(rows, axis) for axis in pair)
-    table = np.full((len(down), len(right)), np.nan)
-    words = f"against {pair[0]} and {pair[1]}"
-    made, (axes,) = draw.figure(_title(rows, words), max(7.2, 2 + 0.9 * len(right)), 1.6 + 0.55 * len(down))
-    cells = {(down.index(row.axes[pair[0]]), right.index(row.axes[pair[1]])): row.values["value"] for row in rows}
-    for place, value in cells.items():
+    words, shown = f"against {pair[0]} and {pair[1]}", _panels(rows)
+    height = 1.6 + 0.55 * len(down)
+    made, panels = draw.figure(_title(rows, words), max(7.2, 2 + 0.9 * len(right)),
+                               height if len(shown) == 1 else 0.6 + height * len(shown), len(shown), stacked=True)
+    for axes, (key, what) in zip(panels, shown.items()):
+        places = [(down.index(row.axes[pair[0]]), right.index(row.axes[pair[1]])) for row in rows]
+        _coloured(axes, places, [row.values[key] for row in rows], (len(down), len(right)), key != "value")
+        axes.set(ylabel=pair[0], xticks=np.arange(len(right)) + 0.5, yticks=np.arange(len(down)) + 0.5)
+        axes.set_title(what if len(shown) > 1 else "", fontsize=9, fontweight="normal")
+        axes.set_xticklabels([draw.name(str(value)) for value in right])
+        axes.set_yticklabels([draw.name(str(value)) for value in down])
+        axes.tick_params(length=0)
+        axes.grid(visible=False)
+    panels[-1].set_xlabel(pair[1])
+    if not all(map(_numeric, down)):
+        panels[0].invert_yaxis()  # in the order of the sweep, from the top; the panels share it
+    return rendered(f"ablation-{pair[0]}-{pair[1]}-{label}", _caption(rows, words), made)
+
+
+def _coloured(axes, places: Sequence[tuple[int, int]], values: Sequence[Spread], size: tuple[int, int],
+              less: bool) -> None:
+    """The field of a map, bright where it is better: where ``less`` is, of a loss."""
+    table = np.full(size, np.nan)
+    for place, value in zip(places, values):
         table[place] = value.mean
-    mesh = axes.pcolormesh(np.ma.masked_invalid(table), cmap="cividis", edgecolors="white", linewidth=1.5)
-    for (row, column), value in cells.items():
-        dark = mesh.norm(value.mean) < 0.47
+    mesh = axes.pcolormesh(np.ma.masked_invalid(table), cmap="cividis_r" if less else "cividis", edgecolors="white",
+                           linewidth=1.5)  # fmt: skip
+    for (row, column), value in zip(places, values):
+        dark = (mesh.norm(value.mean) < 0.47) != less
         axes.annotate(spread_words(value, lambda number, like: f"{number:.3f}", value.n).replace(" ±", "\n±"),
                       (column + 0.5, row + 0.5), ha="center", va="center", fontsize=8.5,
                       color="white" if dark else "black")  # fmt: skip
-    axes.set(xlabel=pair[1], ylabel=pair[0], xticks=np.arange(len(right)) + 0.5, yticks=np.arange(len(down)) + 0.5)
-    axes.set_xticklabels([draw.name(str(value)) for value in right])
-    axes.set_yticklabels([draw.name(str(value)) for value in down])
-    if not all(map(_numeric, down)):
-        axes.invert_yaxis()  # in the order of the sweep, from the top
-    axes.tick_params(length=0)
-    axes.grid(visible=False)
-    return rendered(f"ablation-{pair[0]}-{pair[1]}-{label}", _caption(rows, words), made)
 
 
 def _every(rows: Sequence[Row], names: Sequence[str]) -> Plot:
     """More than two settings: a bar for each combination, best first."""
     words, rows = f"for each {', '.join(names)}", sorted(rows, key=lambda row: -row.values["value"].mean)
-    made, (axes,) = draw.figure(_title(rows, words), 7.8, 1.6 + 0.34 * len(rows))
-    draw.bars(axes, range(len(rows)), [row.values["value"] for row in rows], 0.7, draw.COLOURS[0], "")
+    shown = _panels(rows)
+    made, panels = draw.figure(_title(rows, words), 7.8, 1.6 + 0.34 * len(rows), len(shown))
     several = len({row.label for row in rows}) > 1
     told = [axes_words({axis: row.axes[axis] for axis in names}) for row in rows]
-    draw.named(axes, [f"{row.label} {words}" if several else words for row, words in zip(rows, told)])
-    axes.set_xlabel(measure(rows[0]))
+    for axes, (key, what) in zip(panels, shown.items()):
+        draw.bars(axes, range(len(rows)), [row.values[key] for row in rows], 0.7, draw.COLOURS[0], "")
+        draw.named(axes, [f"{row.label} {words}" if several else words for row, words in zip(rows, told)])
+        axes.set_xlabel("\n".join(textwrap.wrap(what, 24)))
     return rendered(f"ablation-{'-'.join(names)}", _caption(rows, words), made)

@@ -44,13 +44,17 @@ def learnt(rows: Sequence[Row]) -> list[Column]:
     return [
         *(Column(name, name) for name in ("model", "budget") if len({getattr(row, name) for row in rows}) > 1),
         *([Column("metric", "of")] if len({row.metric for row in rows}) > 1 else []),
-        Column("value", "metric", _decimals), Column("gain", "gain", _signed),
+        Column("before", "before", _decimals), Column("value", "metric", _decimals), Column("gain", "gain", _signed),
         *(Column(key, f"forgot {key.partition('.')[2]}", _signed) for key in _keys(rows, "forgetting.")),
         *(Column(key, f"change {key.partition('.')[2]}", _signed) for key in _keys(rows, "neighbour.")),
         Column("rate", "rate", _plain),
     ]  # fmt: skip
 
 
+LOSSES = [
+    Column("before.loss", "answers, before", _decimals), Column("loss", "answers", _decimals),
+    Column("before.general", "general text, before", _decimals), Column("general", "general text", _decimals),
+]  # fmt: skip
 COST = [
     Column("trainable", "trainable", _count), Column("share", "% of all", three),
     Column("memory.observed", "memory (GB)", _scaled(1e9)), Column("memory.compiled", "compiled (GB)", _scaled(1e9)),
@@ -62,17 +66,18 @@ LATENCY = [
 ]  # fmt: skip
 
 NOTE = """metric: higher is better. gain: metric on test minus that of the base model on the same
-examples. forgot: loss on general text, after training minus before, nats per token (more is
-worse). change: the metric on a neighbouring task, after minus before. rate: the learning rate.
-memory: peak in training, observed and as the compiled step says. (×): as a multiple of the base
-model's. ±: sample standard deviation over seeds; n of them."""
+examples. before: before training. answers: loss of held-out answers; general text: loss of
+text that is not of the task. forgot: loss on general text, after training minus before, nats
+per token (more is worse). change: the metric on a neighbouring task, after minus before.
+rate: the learning rate. memory: peak in training, observed and as the compiled step says.
+(×): as a multiple of the base model's. ±: sample standard deviation over seeds; n of them."""
 
 
 def columns(rows: Sequence[Row]) -> dict[str, list[Column]]:
     """The columns of each table, under its title, without those that no row has and without empty tables."""
     there = {key for row in rows for key in row.values} | set(TEXT)
-    kinds = {"What was learnt, and what was forgotten for it": learnt(rows), "What it cost": COST,
-             "How fast it is in use": LATENCY}  # fmt: skip
+    kinds = {"What was learnt, and what was forgotten for it": learnt(rows), "Loss (nats per token)": LOSSES,
+             "What it cost": COST, "How fast it is in use": LATENCY}  # fmt: skip
     shown = {title: [column for column in kind if column.key in there] for title, kind in kinds.items()}
     return {title: kind for title, kind in shown.items() if kind}
 

@@ -53,11 +53,13 @@ def styles(names: Iterable[str]) -> dict[str, Style]:
             for at, name in enumerate(dict.fromkeys(names))}  # fmt: skip
 
 
-def figure(title: str, width: float = 7.2, height: float = 4.6, panels: int = 1) -> tuple[Figure, list]:
-    """A figure of ``width`` x ``height`` inches and its axes, side by side with one y axis."""
+def figure(title: str, width: float = 7.2, height: float = 4.6, panels: int = 1,
+           stacked: bool = False) -> tuple[Figure, list]:  # fmt: skip
+    """A figure of ``width`` x ``height`` inches and its axes, side by side with one y axis, or stacked with one x."""
     made = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.08, wspace=0.02), dpi=DPI)
     FigureCanvasAgg(made)
-    axes = made.subplots(1, panels, sharey=True, squeeze=False)[0]
+    down, across = (panels, 1) if stacked else (1, panels)
+    axes = made.subplots(down, across, sharex=stacked, sharey=not stacked, squeeze=False).ravel()
     lines = [textwrap.fill(line, int(width * 11)) for line in printable(title, "\n").split("\n")]
     made.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10, fontweight="bold")
     return made, list(axes)

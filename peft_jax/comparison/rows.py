@@ -18,7 +18,8 @@ class Spread(NamedTuple):
 
 class Row(NamedTuple):
     """name: the label, with what tells it from other rows of that label. values: as a run's, over the seeds.
-    measured_on: "test" where any run has it, else "validation"; ``values["value"]`` is of such runs only."""
+    measured_on: "test" where any run has it, else "validation"; ``values["value"]``, ``["loss"]`` and ``["general"]``
+    are of such runs only."""
 
     name: str
     label: str
@@ -68,10 +69,16 @@ def _row(name: str, runs: list[Run]) -> Row:
     on = next((on for on in ("test", "validation") if any(on in run.values for run in runs)), "")
     keys = dict.fromkeys(key for run in runs for key in run.values)
     values = {key: spread([run.values[key] for run in runs if key in run.values]) for key in keys if key != "value"}
-    if on in values:
-        values["value"] = values[on]
     one = runs[0]
-    return Row(name, one.label, one.axes, one.metric, on, one.model, one.budget, runs, values)
+    return measured_on(on, Row(name, one.label, one.axes, one.metric, on, one.model, one.budget, runs, values))
+
+
+def measured_on(on: str, row: Row) -> Row:
+    """``row`` with the numbers of that part, "test" or "validation", as those that count."""
+    counts = {"value": on, "loss": f"{on}.loss", "general": f"{on}.general"}
+    values = {key: value for key, value in row.values.items() if key not in counts}
+    values |= {key: row.values[source] for key, source in counts.items() if source in row.values}
+    return row._replace(measured_on=on, values=values)
 
 
 def spread(values: Sequence[float]) -> Spread:

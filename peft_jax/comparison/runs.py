@@ -93,9 +93,11 @@ def _budget(record) -> str:
 def values_of(record: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers of a record.
 
-    test, validation: the metric; value: the one of both that counts, test if there is; base, gain: the base model's
-    metric on test, and value minus base; trainable, all, share: parameters and percent; rate: the learning rate;
-    memory.observed, memory.compiled, adapter_bytes: bytes; tokens_per_second; seconds: of training;
+    test, validation: the metric; value: the one of both that counts, test if there is;
+    (test|validation).(loss|general): held-out loss of the answers and of general text, nats per token; before,
+    before.(loss|general): the same on validation before training; base, gain: the base model's metric on test, and
+    value minus base; trainable, all, share: parameters and percent; rate: the learning rate; memory.observed,
+    memory.compiled, adapter_bytes: bytes; tokens_per_second; seconds: of training;
     latency.(base|unmerged|merged).(prefill|token): seconds, and ratio.(unmerged|merged).*: to the base;
     forgetting.<source>: loss after minus before, nats per token; neighbour.<task>: metric after minus before.
     """
@@ -106,8 +108,9 @@ def values_of(record: Mapping[str, Any]) -> dict[str, float]:
         **_changes(record, "general", "forgetting"), **_changes(record, "neighbours", "neighbour"),
     }  # fmt: skip
     found |= {key: first(*(number(record, *path) for path in paths)) for key, paths in EITHER.items()}
-    for on in ("test", "validation"):
-        found[on] = first(number(record, "peft_jax", on, metric), found[on])
+    for on in ("test", "validation", "before"):
+        found[on] = first(number(record, "peft_jax", on, metric), found.get(on))
+        found |= {f"{on}.{name}": number(record, "peft_jax", on, key) for name, key in LOSSES.items()}
     return _derived({key: value for key, value in found.items() if value is not None})
 
 
@@ -116,6 +119,7 @@ PLAIN = {
     "seconds": ("train_info", "train_time"), "rate": ("run_info", "train_config", "optimizer_kwargs", "lr"),
     "memory.compiled": ("peft_jax", "memory", "compiled"),
 }  # fmt: skip
+LOSSES = {"loss": "loss", "general": "probe_loss"}
 EITHER = {  # the first that is there; cuda_memory_max is what peft called it until 2025
     "memory.observed": (("peft_jax", "memory", "observed"), ("train_info", "accelerator_memory_max"),
                         ("train_info", "cuda_memory_max")),

@@ -115,7 +115,8 @@ def summary(records: Records, command: str = "") -> dict[str, Any]:
     """What ``table.json`` holds: rows with full precision, for programs. What was not measured is not there.
 
     Returns {"command", "model": of all rows or null, "rows": [{"method", "metric", "measured_on", "n",
-    "value", "gain": {"mean", "std", "n"}, "forgetting", "neighbours": {name: {"mean", "std", "n"}},
+    "value", "gain", "loss", "general" (loss of general text), "before", "before.loss", "before.general" (before
+    training): {"mean", "std", "n"}, "forgetting", "neighbours": {name: {"mean", "std", "n"}},
     "latency": {"prefill", "token", "merged_prefill", "merged_token"} as ratios to the base, "memory": {"observed",
     "compiled"} in bytes, "adapter_bytes", "trainable", "all", "rate"}], "failed": [{"name", "status", "error"}]}.
     """
@@ -128,6 +129,7 @@ def summary(records: Records, command: str = "") -> dict[str, Any]:
             }  # fmt: skip
 
 
+SPREADS = ("value", "gain", "loss", "general", "before", "before.loss", "before.general")
 MEANS = ("trainable", "all", "rate", "adapter_bytes", "tokens_per_second")
 LATENCIES = {"prefill": "ratio.unmerged.prefill", "token": "ratio.unmerged.token",
              "merged_prefill": "ratio.merged.prefill", "merged_token": "ratio.merged.token"}  # fmt: skip
@@ -136,7 +138,7 @@ MEMORY = {"observed": "memory.observed", "compiled": "memory.compiled"}
 
 def _summary(row: Row) -> dict[str, Any]:
     facts = {"method": row.name, "metric": row.metric, "measured_on": row.measured_on, "n": len(row.runs)}
-    spreads = {key: row.values[key]._asdict() for key in ("value", "gain") if key in row.values}
+    spreads = {key: row.values[key]._asdict() for key in SPREADS if key in row.values}
     return {**facts, **spreads, "forgetting": _under(row, "forgetting."), "neighbours": _under(row, "neighbour."),
             "latency": _means(row, LATENCIES), "memory": _means(row, MEMORY),
             **_means(row, {key: key for key in MEANS})}  # fmt: skip

@@ -44,6 +44,7 @@ def compose(folder: Path, cell, whole, metric: str, outcome: Outcome) -> dict[st
             "cell": {"sweep": folder.name, "name": cell.name, "label": cell.label, "settings": whole.settings,
                      "axes": cell.axes, "chosen": cell.measure or None},
             "asked": workdir.plain(cell.config.to_dict()), "metric": metric,
+            **({"before": with_minus(results["before"], metric)} if results.get("before") else {}),
             "validation": with_minus(results.get("after", {}), metric), **_measured(found, base, metric),
             "memory": _memory(results), "adapter_bytes": results.get("adapter_bytes"),
             "tokens_per_second": rows[-1]["tokens_per_second"] if rows else None,

@@ -157,8 +157,23 @@ def test_an_ablation_is_drawn_by_what_it_varies(axes, words):
 def test_a_map_has_every_value_written_in():
     runs = swept({"method.r": (4, 8), "method.init": ("default", "pissa")}, seeds=1)[:3]
     (plot,) = ablations(runs, draw.styles(["lora"]))
-    shown = {word for word in lines_of(plot.svg) if word.startswith("0.")}
-    assert shown == {f"{run.values['test']:.3f}" for run in runs}
+    shown = [word for word in lines_of(plot.svg) if word.startswith(("0.", "1."))]
+    assert sorted(shown) == sorted([f"{run.values['test']:.3f}" for run in runs] + ["1.100"] * 3)  # the losses below
+
+
+@pytest.mark.parametrize("axes", [{"method.r": (1, 4)}, {"method.init": ("default", "pissa")},
+                                  {"method.r": (4, 8), "method.init": ("default", "pissa")},
+                                  {"a": (1, 2), "b": (1, 2), "c": (1, 2)}])  # fmt: skip
+def test_an_ablation_shows_every_loss_that_all_its_runs_have(axes):
+    parts = {"validation": {"among_choices": 0.5, "loss": 0.75, "probe_loss": 5.0},
+             "before": {"among_choices": 0.25, "loss": 8.0, "probe_loss": 4.0}}  # fmt: skip
+    runs = [run_of(made.record(settings=dict(zip(axes, values)), axes=list(axes), chosen=False, **parts))
+            for values in itertools.product(*axes.values())]  # fmt: skip
+    (plot,) = ablations(runs, draw.styles(["lora"]))
+    words = " ".join(lines_of(plot.svg))
+    assert words.count("before training") == 2 and words.count("general") == 2 and words.count("answers") == 2
+    (partly,) = ablations([*runs[:-1], runs[-1]._replace(values={"validation": 0.5})], draw.styles(["lora"]))
+    assert "answers" not in " ".join(lines_of(partly.svg))
 
 
 def test_an_ablation_uses_validation_where_not_all_have_a_test():

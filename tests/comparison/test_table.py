@@ -33,7 +33,7 @@ def test_our_rows_and_those_of_peft_come_out_as_one_table(tmp_path):
     assert all(f"\n{method}  " in text for method in methods)
     assert "Llama-3.2-3B" in text and "SmolLM2-135M-Instruct" in text  # which model a number is of
     cells = [line.split(" | ") for line in markdown(records).splitlines() if line.startswith("| lora llama")]
-    assert len(cells) == 3 and {"0.480", "Llama-3.2-3B"} <= set(cells[0])
+    assert len(cells) == 4 and {"0.480", "Llama-3.2-3B"} <= set(cells[0])
 
 
 @pytest.mark.parametrize("records", [made.comparison(), made.comparison(1), made.hostile(), [made.failed()],
@@ -84,6 +84,7 @@ def test_the_summary():
     assert set(rows) == set(made.METHODS)
     lora, adapter = rows["lora"], rows["adapter"]
     assert lora["metric"] == "among_choices" and lora["value"]["n"] == 2
+    assert lora["loss"]["mean"] == 1.1  # of the test, as the value
     assert lora["gain"]["mean"] == pytest.approx(lora["value"]["mean"] - 0.31)
     assert set(lora["forgetting"]) == {"newspaper", "amazon"} and set(lora["neighbours"]) == {"tweets"}
     assert lora["latency"]["merged_token"] == pytest.approx(0.01203 / 0.012)

@@ -47,6 +47,15 @@ def test_a_grid_is_every_combination_and_every_seed():
     assert [cell.config.seed for cell in cells] == [3, 4, 3, 4] and cells[2].config.method.r == 8
 
 
+def test_lora_without_quantisation_stands_beside_the_quantised_ones():
+    plain, *others = cells_of("experiments/ablations/quantisation.py")[::3]
+    own, theirs = parse.keys(plain.config), parse.keys(others[0].config)
+    assert plain.label == "lora" and not plain.axes and {cell.label for cell in others} == {"qlora"}
+    differ = {key for key in own.keys() & theirs.keys() if own[key] != theirs[key] and not key.startswith("method.")}
+    assert not differ and own["eval.before"] and own["model.dtype"] == "float32"
+    assert plain.config.method.target_modules == others[0].config.method.lora.target_modules == "all-linear"
+
+
 def test_a_comparison_shares_all_but_the_method_and_its_rates():
     cells = cells_of("experiments/compare.py:budget=smoke,methods=full+qlora", "--config.optim.steps=7",
                      "--config.data.batch_size=4", "--config.optim.clip_norm=0.5")
