@@ -3,6 +3,8 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import reduce
+from operator import getitem
 
 from ml_collections.config_dict import ConfigDict
 
@@ -110,11 +112,12 @@ def check_cells(cells: Sequence, config: ConfigDict, given: Iterable[str]) -> No
     if names and max(names.values()) > 1:
         raise PeftJaxError(f"{names.most_common(1)[0][1]} cells of this sweep are called {names.most_common(1)[0][0]}: "
                            "their settings must differ in letters and digits")
-    flat, of_cells = keys(config), [keys(cell.config) for cell in cells]
+    of_cells = [keys(cell.config) for cell in cells]
     for key in given:
-        if own := [one[key] for one in of_cells if key in one and one[key] != flat[key]]:
+        value = reduce(getitem, key.split("."), config)
+        if own := [one[key] for one in of_cells if key in one and one[key] != value]:
             shown = ", ".join(dict.fromkeys(map(str, own)))
-            raise PeftJaxError(f"--config.{key}={flat[key]}: this sweep sets that itself, to {shown}")
+            raise PeftJaxError(f"--config.{key}={value}: this sweep sets that itself, to {shown}")
 
 
 def check_answers(config: ConfigDict) -> None:

@@ -133,6 +133,7 @@ def test_cells_that_share_a_name_are_refused(tmp_path):
     (["--config=experiments/compare.py", "--config.seed=1"], "seed=1: this sweep sets that itself, to 0, 2"),
     (["--config=experiments/compare.py", "--config.optim.learning_rate=1"], "sets that itself, to 5e-05, 0.001"),
     (["--config=experiments/compare.py", "--config.method.name=lora"], "method.name=lora: this sweep sets that itself"),
+    (["--config=experiments/compare.py", "--config.optim.rates={'lora_b': 16}"], "sets that itself, to None"),
     (["--config=experiments/ablations/rank.py", "--config.method.r=8"], "method.r=8: this sweep sets that itself"),
     (["--config=experiments/compare.py", "--mode=report", "--sweep_index=1"], "--sweep_index is for --mode=train"),
     (["--config=experiments/compare.py", "--mode=cells", "--sweep_index=1"], "--sweep_index is for --mode=train"),
