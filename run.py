@@ -24,7 +24,7 @@ from absl import flags
 from ml_collections.config_dict import ConfigDict
 
 from configs import base, parse
-from configs.check import check, check_sweep, tidy
+from configs.check import check, check_cells, check_sweep, tidy
 from peft_jax.errors import PeftJaxError, nearest
 
 GUARDS = ("allow", "log", "disallow")
@@ -110,7 +110,7 @@ def parse_command(argv: list[str]) -> Command | None:
             raise PeftJaxError(f"--{flag} is for --mode=train; this is --mode={values.mode}")
     check(tidy(config))
     check_runtime(values)
-    cells = sweep_cells(values, config)
+    cells = sweep_cells(values, config, parse.given(rest))
     probe = base.task_config(config.eval.probe) if config.eval.probe else None
     tasks = {name: base.task_config(name) for name in (*config.measure.neighbours, *config.measure.general)}
     if values.adapters and values.mode != "generate":
@@ -122,19 +122,25 @@ def parse_command(argv: list[str]) -> Command | None:
                    values.num_processes, values.process_id, values.debug_nans, values.transfer_guard, values.profile)
 
 
-def sweep_cells(values: flags.FlagValues, config: ConfigDict) -> list:
-    """The checked cells of a sweep, [] of any other experiment. Raises ``PeftJaxError`` for flags that do not fit."""
+def sweep_cells(values: flags.FlagValues, config: ConfigDict, given: list[str]) -> list:
+    """The checked cells of a sweep, [] of any other experiment; ``given`` are the keys of the command line. Raises
+    ``PeftJaxError`` for flags that do not fit."""
     if "sweep" in config:
-        check_sweep(config.sweep)
+        check_sweep(config)
     cells = parse.load_cells(values.config, config)
     for cell in cells:
         cell.config.unlock()
         check(tidy(cell.config))
         cell.config.lock()
+    check_cells(cells, config, given)
     only = values.mode in OF_SWEEPS and values.mode != "train"
     if not cells and (only or values.sweep_index is not None):
         flag = f"--mode={values.mode}" if only else "--sweep_index"
         raise PeftJaxError(f"{flag} is for sweeps, such as experiments/compare.py; {values.config} is a single run")
+    if values.sweep_index is not None and values.mode != "train":
+        raise PeftJaxError(f"--sweep_index is for --mode=train; this is --mode={values.mode}, which is of all cells")
+    if cells and values.distributed:
+        raise PeftJaxError("--distributed is for a single run: each cell of a sweep is run by one process")
     if values.sweep_index is not None and not 0 <= values.sweep_index < len(cells):
         raise PeftJaxError(f"--sweep_index={values.sweep_index}: this sweep has the cells 0 to {len(cells) - 1}")
     if cells and values.mode not in OF_SWEEPS:

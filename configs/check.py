@@ -1,10 +1,15 @@
 """What can be wrong in a configuration and is seen without jax, the model or the data: said before any is loaded."""
 
 import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import reduce
+from operator import getitem
 
 from ml_collections.config_dict import ConfigDict
 
 from configs.parse import keys, names
+from configs.sweeps import metrics_of
 from peft_jax.errors import PeftJaxError, nearest
 
 NAMES = ("layers_to_transform", "layers_pattern", "modules_to_save")  # and every argument that ends in _modules
@@ -38,6 +43,7 @@ NOT_NEGATIVE = (
 BELOW_ONE = ("optim.b1", "optim.b2")  # from 0 to 1, 1 not included
 SHARES = ("optim.warmup_ratio", "generate.top_p")  # from 0 to 1
 LIMITS = ("task.train_limit", "task.validation_limit")  # not negative, where the task has them
+FOR_SWEEPS = {"eval.part": "validation", "measure.of": "trained"}
 ANSWERS = {"answer": ("word", "class", "score"), "pooling": ("first", "mean")}  # where the task has them
 PLACEHOLDERS = {  # what a task's templates must hold, or every example would read the same
     "rating": {"prompt_template": "{text}", "completion_template": "{word}"},
@@ -83,14 +89,35 @@ def check(config: ConfigDict) -> None:
         raise PeftJaxError(f"{both}: set exactly one, the other to 0 (--config.optim.steps=0 --config.optim.epochs=3)")
 
 
-def check_sweep(sweep: ConfigDict) -> None:
-    """Raise ``PeftJaxError`` for a size of a sweep that cannot be meant."""
-    seeds = sweep.seeds
+def check_sweep(config: ConfigDict) -> None:
+    """Raise ``PeftJaxError`` for a size of a sweep, or a way to compare its runs, that cannot be meant."""
+    seeds, metrics = config.sweep.seeds, metrics_of(config.task)
     if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
         raise PeftJaxError(f"--config.sweep.seeds={','.join(map(str, seeds))}: whole numbers of at least 0, each once, "
                            "such as 0,1,2")
-    if sweep.rates < 1:
-        raise PeftJaxError(f"--config.sweep.rates={sweep.rates}: at least one learning rate of each method")
+    if config.sweep.rates < 1:
+        raise PeftJaxError(f"--config.sweep.rates={config.sweep.rates}: at least one learning rate of each method")
+    if config.sweep.metric not in metrics:
+        raise PeftJaxError(f"--config.sweep.metric={config.sweep.metric}: runs of the task {config.task.name!r} are "
+                           f"compared by {', '.join(metrics)}; more is better, so what should be small has a minus")
+    for key, value in FOR_SWEEPS.items():
+        if keys(config)[key] != value:
+            raise PeftJaxError(f"--config.{key}={keys(config)[key]}: the runs of a sweep are chosen and compared with "
+                               f"{key}={value}; what is measured in the end is of test data: leave it out")
+
+
+def check_cells(cells: Sequence, config: ConfigDict, given: Iterable[str]) -> None:
+    """Raise ``PeftJaxError`` where cells of a sweep share a name, or sets itself one of the keys ``given`` for it."""
+    names = Counter(cell.name for cell in cells)
+    if names and max(names.values()) > 1:
+        raise PeftJaxError(f"{names.most_common(1)[0][1]} cells of this sweep are called {names.most_common(1)[0][0]}: "
+                           "their settings must differ in letters and digits")
+    of_cells = [keys(cell.config) for cell in cells]
+    for key in given:
+        value = reduce(getitem, key.split("."), config)
+        if own := [one[key] for one in of_cells if key in one and one[key] != value]:
+            shown = ", ".join(dict.fromkeys(map(str, own)))
+            raise PeftJaxError(f"--config.{key}={value}: this sweep sets that itself, to {shown}")
 
 
 def check_answers(config: ConfigDict) -> None:

@@ -87,9 +87,8 @@ def override(config: ConfigDict, argv: list[str]) -> list[str]:
       PeftJaxError: a key that does not exist (naming the nearest) or a value of another type.
     """
     known = keys(config)
-    for argument in argv:
-        if re.match(r"--?(no)?config\.", argument):
-            _check_key(argument.split("=", 1)[0].split(".", 1)[1], known)
+    for key in given(argv):
+        _check_key(key, known)
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
     try:
@@ -97,6 +96,14 @@ def override(config: ConfigDict, argv: list[str]) -> list[str]:
         return values([sys.argv[0], *argv], known_only=True)[1:]
     except flags.Error as error:
         raise PeftJaxError(_flag_error(error, known)) from error
+
+
+def given(argv: list[str]) -> list[str]:
+    """
+    >>> given(["--config.method.r=8", "--mode=eval"])
+    ['method.r']
+    """
+    return [argument.split("=", 1)[0].split(".", 1)[1] for argument in argv if re.match(r"--?(no)?config\.", argument)]
 
 
 def _check_key(key: str, known: dict[str, Any]) -> None:

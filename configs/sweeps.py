@@ -68,10 +68,9 @@ def sweep(config: ConfigDict, budget: str, **settings: Any) -> ConfigDict:
     if budget not in BUDGETS:
         raise PeftJaxError(f"budget={budget}: {nearest(budget, BUDGETS)}")
     config.sweep = ConfigDict({
-        "budget": budget,
         "seeds": (0,),
         "rates": 3,  # how many learning rates of each method
-        "metric": metric_of(config.task),  # the best on validation data is chosen by it, and it is reported
+        "metric": metrics_of(config.task)[0],  # the best on validation data is chosen by it, and it is reported
         **settings,
     })  # fmt: skip
     if config.task.answer != "word":  # a head neither writes general text nor answers other tasks' questions
@@ -81,11 +80,15 @@ def sweep(config: ConfigDict, budget: str, **settings: Any) -> ConfigDict:
     return config
 
 
-def metric_of(task: ConfigDict) -> str:
-    """The metric of a task that runs are compared by; "-" in front of one of which less is better."""
-    if task.answer != "word":
-        return {"class": "accuracy", "score": "spearman"}[task.answer]
-    return "among_choices" if task.kind == "rating" else "-loss"
+def metrics_of(task: ConfigDict) -> tuple[str, ...]:
+    """The metrics that runs of a task may be compared by, the usual one first; "-" in front of those of which less is
+    better."""
+    rated = task.kind == "rating"
+    return {
+        "word": (*(("among_choices", "exact", "spearman") if rated else ()), "-loss", "-perplexity"),
+        "class": ("accuracy", *(("spearman",) if rated else ()), "-text_loss"),
+        "score": ("spearman", "-rmse"),
+    }[task.answer]
 
 
 def base_of(arg: str, experiment: str, **settings: Any) -> ConfigDict:

@@ -13,7 +13,7 @@ from configs import sweeps
 
 def get_config(arg: str = ""):
     config = sweeps.base_of(arg, "lora")
-    config.sweep.seeds = tuple(range(8)) if config.sweep.budget != "smoke" else (0, 1)
+    config.sweep.seeds = tuple(range(8)) if len(config.sweep.seeds) > 1 else (0, 1)  # one: the smoke budget
     return config
 
 

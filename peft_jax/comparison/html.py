@@ -65,7 +65,7 @@ def _each(runs: Sequence[Run], words) -> str:
 
 
 def _model(run: Run) -> str:
-    sha = dig(run.record, "meta_info", "model_info", "sha")
+    sha = _keys(run, "model_info").get("sha")
     return f"{run.model} ({sha})" if sha else run.model
 
 
@@ -95,8 +95,13 @@ def _when(runs: Sequence[Run]) -> str:
 
 
 def _time(runs: Sequence[Run]) -> str:
-    seconds = sum(run.values.get("seconds", 0) for run in runs)
+    seconds = sum({_training(run): run.values.get("seconds", 0) for run in runs}.values())
     return f"{three(seconds / 60)} minutes of training in all" if seconds else ""
+
+
+def _training(run: Run) -> tuple[str, str]:
+    """What tells one training from others: the run that was chosen has a record of its own, but was trained once."""
+    return run.label, str(dig(run.record, "peft_jax", "cell", "settings") or run.name)
 
 
 def _tables(found: Sequence[Row]) -> str:

@@ -63,18 +63,22 @@ def read(folder: Path) -> list[Record]:
     if not paths:
         raise PeftJaxError(f"{folder} holds no records of runs (*.json); give the folder that a comparison wrote to, "
                            "<workdir>/results")  # fmt: skip
-    return [_read(path) for path in paths]
+    return [read_one(path) for path in paths]
 
 
-def _read(path: Path) -> Record:
+def read_one(path: Path) -> Record:
+    """The record in a file; a damaged one as :func:`read` gives it."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         run_of(record)
+        json.dumps(record, ensure_ascii=False).encode()  # half a character, which JSON can hold and no file of text
     except (OSError, ValueError, RecursionError) as error:
-        return _failed(path, f"{path} cannot be read: {error}; remove the file or run its cell again")
+        return failed(path.stem.replace("--", "/", 1),
+                      f"{path} cannot be read: {error}; remove the file or run its cell again")
     return record
 
 
-def _failed(path: Path, error: str) -> Record:
-    return {"run_info": {"experiment_name": path.stem.replace("--", "/", 1), "error_msg": error},
+def failed(name: str, error: str) -> Record:
+    """The record of a run of which nothing is known but that it failed."""
+    return {"run_info": {"experiment_name": name, "error_msg": error},
             "train_info": {"status": "failed", "metrics": []}, "meta_info": {}}  # fmt: skip

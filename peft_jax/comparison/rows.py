@@ -36,7 +36,7 @@ def rows(runs: Iterable[Run]) -> list[Row]:
     """One row for each kind of finished run, best metric first.
 
     Where a learning rate was chosen for a label, only the chosen runs count. Runs of the same label that differ in
-    another setting, their model, budget or metric never share a row.
+    another setting than the seed, varied or not, their model, budget or metric never share a row.
     """
     return grouped(run for run in chosen_of(list(runs)) if run.finished)
 
@@ -55,7 +55,7 @@ def grouped(runs: Iterable[Run]) -> list[Row]:
     """Rows of runs that share all but the seed; named apart, best metric first."""
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
-        groups.setdefault((run.label, run.variety, run.model, run.budget, run.metric), []).append(run)
+        groups.setdefault((run.label, run.variety, run.model, run.budget, run.metric, str(run.asked)), []).append(run)
     found = [_row(name, group) for name, group in zip(_names(list(groups.values())), groups.values(), strict=True)]
     order = list(dict.fromkeys((row.metric, row.model, row.budget) for row in found))
     return sorted(found, key=lambda row: (order.index((row.metric, row.model, row.budget)), -_best(row)))
@@ -105,7 +105,14 @@ def _names(groups: list[list[Run]]) -> list[str]:
         differ = {name for name in names if len({word for other, word in zip(names, told) if other == name}) > 1}
         names = [f"{name} {word}".strip() if count[name] > 1 and name in differ else name
                  for name, word in zip(names, told)]  # fmt: skip
-    return names
+    alike = {name: [group[0] for other, group in zip(names, groups) if other == name] for name in names}
+    return [f"{name} {_unlike(group[0], alike[name])}".strip() for name, group in zip(names, groups)]
+
+
+def _unlike(run: Run, others: Sequence[Run]) -> str:
+    """The settings that its sweep did not vary and in which it differs from others."""
+    return " ".join(f"{key}={value}" for key, value in run.asked.items()
+                    if any(other.asked.get(key, value) != value for other in others))  # fmt: skip
 
 
 def axes_words(axes: dict[str, Any]) -> str:

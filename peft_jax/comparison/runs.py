@@ -10,21 +10,24 @@ from peft_jax.errors import PeftJaxError
 # Accuracy is what peft's records call it; ours name their metric.
 PEFT_METRIC = "accuracy"
 PHASES = ("prefill", "token")
+ASKED = ("model", "method", "task", "data", "optim", "eval", "measure")  # sections that a result depends on
 
 
 class Run(NamedTuple):
     """One run.
 
     name: its experiment_name. label: the method, or what else a row is about. variety: all that tells it from other
-    runs of its label, except the seed. axes: the settings that its ablation varies, {name: value}. chosen: whether it
-    has the learning rate that was chosen for its method; None where there was no choice. measured_on: "test",
-    "validation" or "". values: see ``values_of``. loss: [(step, training loss in nats per token or None)].
+    runs of its label, except the seed. axes: the settings that its ablation varies, {name: value}. asked: what it was
+    told to do, {key of the configuration: value}; {} where the record does not say. chosen: whether it has the learning
+    rate that was chosen for its method; None where there was no choice. measured_on: "test", "validation" or "".
+    values: see ``values_of``. loss: [(step, training loss in nats per token or None)].
     """
 
     name: str
     label: str
     variety: str
     axes: dict[str, Any]
+    asked: dict[str, Any]
     chosen: bool | None
     status: str
     error: str
@@ -50,12 +53,14 @@ def run_of(record: Mapping[str, Any]) -> Run:
     if not isinstance(name, str) or not name.strip("/. "):
         raise PeftJaxError("not the record of a run: it lacks run_info.experiment_name")
     settings = _object(record, "peft_jax", "cell", "settings")
-    axes = [axis for axis in _list(record, "peft_jax", "cell", "axes") if not _is_seed(axis)]
+    axes = [axis for axis in map(str, _list(record, "peft_jax", "cell", "axes")) if not _is_seed(axis)]
+    _object(record, "meta_info")
     values = values_of(record)
     return Run(
         name=name, label=str(dig(record, "peft_jax", "cell", "label") or name.split("/")[0]),
         variety=_variety(name, settings), axes={axis: settings[axis] for axis in axes if axis in settings},
-        chosen=dig(record, "peft_jax", "cell", "chosen"), status=_status(record),
+        asked=_asked(record, "test" in values), chosen=dig(record, "peft_jax", "cell", "chosen"),
+        status=_status(record),
         error=str(dig(record, "run_info", "error_msg") or ""), metric=_metric(record),
         measured_on="test" if "test" in values else "validation" if "validation" in values else "",
         model=str(dig(record, "run_info", "train_config", "model_id") or "unknown model"), budget=_budget(record),
@@ -85,8 +90,26 @@ def _variety(name: str, settings: Mapping[str, Any]) -> str:
     return re.sub(r"-?seed\d+|--\d{4}-\d\d-\d\dT[\d:+-]+$", "", name.partition("/")[2])
 
 
+def _asked(record, measured: bool) -> dict[str, Any]:
+    """How it was to be measured counts only where it was."""
+    return {key: value for name, section in _object(record, "peft_jax", "asked").items()
+            if name in ASKED and (measured or name != "measure") for key, value in _leaves(section, name).items()}
+
+
+def _leaves(value: Any, path: str) -> dict[str, Any]:
+    """
+    >>> _leaves({"r": 8, "of": {"all": [1, 2]}}, "method")
+    {'method.r': 8, 'method.of.all': [1, 2]}
+    """
+    if not isinstance(value, Mapping):
+        return {path: value}
+    return {key: leaf for name, one in value.items() for key, leaf in _leaves(one, f"{path}.{name}").items()}
+
+
 def _budget(record) -> str:
     steps, rows = (number(record, "run_info", "train_config", key) for key in ("max_steps", "batch_size"))
+    if (epochs := number(record, "peft_jax", "asked", "optim", "epochs")) and rows is not None:
+        return f"{epochs:g} epochs of {rows:g}"  # as many steps as the data has, the base model's record none
     return "" if steps is None else f"{steps:g} steps" if rows is None else f"{steps:g} steps of {rows:g}"
 
 

@@ -4,12 +4,11 @@ import datetime
 import time
 import traceback
 from pathlib import Path
-from typing import Any
 
 from peft_jax.comparison import record
 from peft_jax.errors import PeftJaxError
+from peft_jax.sweep import results
 from peft_jax.sweep.compose import Outcome, compose
-from peft_jax.sweep.job import RESULTS, record_of
 from peft_jax.train import measure, workdir
 from peft_jax.train.training import train
 
@@ -17,19 +16,36 @@ from peft_jax.train.training import train
 def run(command) -> int:
     """Train and measure the cell ``command.sweep_index``, each where it is not done yet, and write its record.
 
-    Where it fails, the record says why, and the error is raised. Returns the exit code of training.
+    Where it fails, the record says why, and the error is raised. Returns the exit code of training. Raises
+    ``PeftJaxError`` where the workdir holds cells of other settings, or another process is at this cell.
     """
     folder, cell = Path(command.workdir), command.cells[command.sweep_index]
+    if not command.overwrite:
+        for one in command.cells:
+            results.check_same(folder, command, one)
+        if results.finished(folder, command, cell):
+            print(f"{folder} holds {cell.name}, finished; --overwrite runs it again")
+            return 0
+    whole = cell.having(results.chosen(folder, command, cell))
+    workdir.check_writable(folder / "runs" / whole.name, leave=True)
+    with results.alone(folder, whole.name):
+        return _run(folder, command, cell, whole)
+
+
+def _run(folder: Path, command, cell, whole) -> int:
+    """``whole`` is the cell with the settings that it chose."""
     began, when = time.perf_counter(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    whole = cell.having(chosen(folder, command, cell))
     place = folder / "runs" / whole.name
+    workdir.remove(results.record_of(folder, cell))  # of a start that failed, or was not the last word
     own = command._replace(config=whole.config, workdir=str(place), cells=[], sweep_index=None)
 
     def write(error: str = "") -> None:
         outcome = Outcome(when, time.perf_counter() - began, error)
-        record.write(folder / RESULTS, compose(folder, cell, whole, command.config.sweep.metric, outcome))
+        record.write(folder / results.RESULTS, compose(folder, cell, whole, command.config.sweep.metric, outcome))
 
     try:
+        if not command.overwrite:  # what evaluated otherwise when it ended is another result
+            workdir.check_config(place, whole.config.to_dict(), (*workdir.MATTERS, "eval"))
         if code := 0 if whole.config.measure.of == "base" else train(own):
             return code  # told to stop: the same command goes on from there
         if cell.measure:
@@ -40,25 +56,3 @@ def run(command) -> int:
     write()
     workdir.remove(place / "checkpoints")  # three times the weights in full fine-tuning; a finished run needs none
     return 0
-
-
-def chosen(folder: Path, command, cell) -> dict[str, Any]:
-    """The settings of the best, on validation data, of the cells that ``cell`` chooses from; {} where it does not."""
-    metric, found = command.config.sweep.metric, []
-    for other in (one for one in command.cells if one.name in cell.best_of):
-        path = record_of(folder, other)
-        done = workdir.read_json(path, "peft_jax", "train_info") if path.exists() else None
-        if done and done["train_info"]["status"] == "success":
-            found.append((_value(done, metric), other.settings))
-    if cell.best_of and not found:
-        raise PeftJaxError(f"{cell.name} takes the best of {', '.join(cell.best_of)}, none of which is finished: run "
-                           "these cells first")
-    return max(found, key=lambda one: one[0])[1] if found else {}
-
-
-def _value(done: dict[str, Any], metric: str) -> float:
-    metrics = done["peft_jax"]["validation"]
-    if metrics.get(metric) is None:
-        raise PeftJaxError(f"--config.sweep.metric={metric}: the runs have {', '.join(metrics)}; of what should be "
-                           "small write a minus in front, -loss")
-    return metrics[metric]

@@ -11,11 +11,11 @@ from pathlib import Path
 from peft_jax.comparison import record, table
 from peft_jax.comparison.report import report
 from peft_jax.errors import PeftJaxError
+from peft_jax.sweep import results
+from peft_jax.sweep.results import LOGS, RESULTS
 from peft_jax.train import workdir
 
 PROGRAM = Path(__file__).parents[2] / "run.py"
-RESULTS, LOGS = "results", "logs"
-ASKED = ("model", "method", "task", "data", "optim", "eval", "measure", "seed")  # what a finished cell is finished for
 STOPPED = (130, 143)  # exit codes of a run that was told to stop
 
 
@@ -23,39 +23,46 @@ def run(command, argv: Sequence[str]) -> int:
     """Run every cell that is not finished yet, then tabulate and plot all; ``argv`` is the command line.
 
     A cell that fails does not stop the rest: its record and its log say why, and the exit code is then 2. Raises
-    ``PeftJaxError`` where the workdir holds cells of other settings.
+    ``PeftJaxError`` where the workdir holds cells of other settings, or another process is at the same sweep.
     """
-    folder, failed = Path(command.workdir), 0
+    folder = Path(command.workdir)
     if command.mode == "report":
         return tell(folder, argv)
     if command.mode == "cells":
-        return show(folder, command.cells)
+        return show(folder, command)
     workdir.check_writable(folder)
-    if not command.overwrite:
+    with results.alone(folder, "sweep"):
+        if command.overwrite:
+            results.forget(folder, command)
         for cell in command.cells:
-            check_same(folder, cell)
-    width = len(str(len(command.cells)))
+            results.check_same(folder, command, cell)
+        return _all(folder, command, argv)
+
+
+def _all(folder: Path, command, argv: Sequence[str]) -> int:
+    width, failed = len(str(len(command.cells))), 0
     for index, cell in enumerate(command.cells):
         head = f"[{index + 1:>{width}}/{len(command.cells)}] {cell.name}"
-        if finished(folder, cell) and not command.overwrite:
+        if results.finished(folder, command, cell):
             print(f"{head}: finished before", flush=True)
             continue
         began = time.perf_counter()
         code, last = _run(folder, cell, index, argv)
         seconds = time.perf_counter() - began
         if code in STOPPED:
-            print(f"{head}: stopped; the same command goes on from there", flush=True)
+            again = "the same command without --overwrite" if command.overwrite else "the same command"
+            print(f"{head}: stopped; {again} goes on from there", flush=True)
             return code
         failed += bool(code)
-        print(f"{head}: {f'failed: {last}' if code else said(folder, cell, command)}, {seconds:.0f} s", flush=True)
+        print(f"{head}: {f'failed: {last}' if code else said(folder, cell)}, {seconds:.0f} s", flush=True)
     return max(tell(folder, argv), 2 if failed else 0)
 
 
-def show(folder: Path, cells: Sequence) -> int:
+def show(folder: Path, command) -> int:
     """Print the cells with their numbers, and which are finished."""
-    for index, cell in enumerate(cells):
+    for index, cell in enumerate(command.cells):
         how = f"the best of {len(cell.best_of)} finished ones, then measured" if cell.best_of else ""
-        how = ", ".join(filter(None, (how, "finished" if finished(folder, cell) else "")))
+        how = ", ".join(filter(None, (how, "finished" if results.finished(folder, command, cell) else "")))
         print(f"{index:>4}  {cell.name}{f'  ({how})' if how else ''}")
     return 0
 
@@ -63,52 +70,61 @@ def show(folder: Path, cells: Sequence) -> int:
 def tell(folder: Path, argv: Sequence[str]) -> int:
     """Print the table of all records there are, and write it, the plots and the page."""
     records = record.read(folder / RESULTS)
-    written = report(folder, records, shlex.join(["python", "run.py", *argv]))
+    print(f"\n{table.terminal(records)}\n", flush=True)
+    try:
+        written = report(folder, records, shlex.join(["python", "run.py", *argv]))
+    except OSError as error:
+        raise PeftJaxError(f"the table and the plots cannot be written to {folder}: {error.strerror}") from error
     names = [path.name for path in written if path.parent == folder]
-    print(f"\n{table.terminal(records)}\n\nwritten to {folder}: {', '.join(names)}, plots/")
+    print(f"written to {folder}: {', '.join(names)}, plots/")
     return 0
 
 
-def record_of(folder: Path, cell) -> Path:
-    """Where the record of a cell is, or will be."""
-    return record.path_of(folder / RESULTS, cell.experiment)
-
-
-def finished(folder: Path, cell) -> bool:
-    """Whether the cell has been run to its end."""
-    path = record_of(folder, cell)
-    return path.exists() and workdir.read_json(path, "train_info")["train_info"].get("status") == "success"
-
-
-def check_same(folder: Path, cell) -> None:
-    """Raise ``PeftJaxError``, naming the keys, where the cell was run with other settings."""
-    path = record_of(folder, cell)
-    asked = workdir.read_json(path).get("peft_jax", {}).get("asked") if path.exists() else None
-    if asked and (changes := workdir.differences(asked, cell.config.to_dict(), ASKED)):
-        raise PeftJaxError(f"{folder} holds {cell.name} with other settings: {'; '.join(changes)}. Choose another "
-                           "--workdir, or --overwrite to run all again")
-
-
 def _run(folder: Path, cell, index: int, argv: Sequence[str]) -> tuple[int, str]:
-    """(exit code, last line) of the cell in a process of its own, which writes into a log."""
-    log = folder / LOGS / f"{cell.name}.log"
+    """(exit code, last line) of the cell in a process of its own, which writes into a log.
+
+    The code is 130 or 143 where this process was told to stop, whatever the other one made of it; a process that a
+    signal ended has the code that a shell gives it. Where it leaves no record, it gets one here.
+    """
+    log, place = folder / LOGS / f"{cell.name}.log", results.record_of(folder, cell)
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(PROGRAM), *argv, f"--sweep_index={index}"]
+    workdir.remove(place)  # of a start that failed: what ends this one must not be told by it
+    command = [sys.executable, str(PROGRAM), *argv, "--nooverwrite", f"--sweep_index={index}"]
+    code = _waited(command, log)
+    last, code = _last(log, code), 128 - code if code < 0 else code
+    if code and code not in STOPPED and not place.exists():
+        record.write(folder / RESULTS, record.failed(cell.experiment, last))
+    return code, last
+
+
+def _waited(command: Sequence[str], log: Path) -> int:
+    told = []
     with log.open("w", encoding="utf-8") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-        usual = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # it saves, and says so by its exit code
+
+        def stop(number, frame):
+            told.append(128 + number)
+            process.terminate()  # it saves, if it trains
+
+        usual = signal.signal(signal.SIGTERM, stop)
         try:
             code = process.wait()
         except KeyboardInterrupt:  # which reaches both
+            told.append(130)
             code = process.wait()
         finally:
             signal.signal(signal.SIGTERM, usual)
+    return told[0] if told else code
+
+
+def _last(log: Path, code: int) -> str:
+    if code < 0:
+        return f"ended by signal {-code} ({signal.strsignal(-code)}), see {log}"
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return code, lines[-1].removeprefix("error: ") if lines else f"exit code {code}, see {log}"
+    return lines[-1].removeprefix("error: ") if lines else f"exit code {code}, see {log}"
 
 
-def said(folder: Path, cell, command) -> str:
+def said(folder: Path, cell) -> str:
     """A finished cell's metric."""
-    found, metric = workdir.read_json(record_of(folder, cell), "peft_jax")["peft_jax"], command.config.sweep.metric
-    on = "test" if "test" in found else "validation"
-    return f"{metric} {found[on][metric]:.3f} on {on}" if found[on].get(metric) is not None else "finished"
+    run = results.kept(folder, cell)
+    return f"{run.metric} {run.values['value']:.3f} on {run.measured_on}" if "value" in run.values else "finished"

@@ -14,6 +14,7 @@ from peft_jax.train import report, session, tuned, workdir
 from peft_jax.train.session import Session
 
 MEASURED = "measured.json"
+ASKED = ("model", "method", "task", "data", "eval", "measure")  # what a measurement is of
 
 
 def job(command) -> int:
@@ -22,9 +23,9 @@ def job(command) -> int:
     What was measured with these settings before is not measured again.
     """
     config, folder = command.config, Path(command.workdir)
-    asked = workdir.plain({"eval": config.eval.to_dict(), "measure": config.measure.to_dict()})
+    asked = workdir.plain({name: config[name].to_dict() for name in ASKED})
     path = folder / MEASURED
-    if not path.exists() or workdir.read_json(path, "asked")["asked"] != asked or command.overwrite:
+    if command.overwrite or not path.exists() or workdir.read_json(path, "asked")["asked"] != asked:
         found = measured(command)
         folder.mkdir(parents=True, exist_ok=True)
         workdir.write_json(path, {"asked": asked, **found})
@@ -45,8 +46,9 @@ def measured(command) -> dict[str, Any]:
     evaluate = make_evaluator_of_any(what.apply, ready.model, ready.tokenizer, config, ready.mesh)
     found = {"test": evaluate(what.params, ready.held, config.task)}
     for kind, limit in (("general", config.measure.general_limit), ("neighbours", config.measure.neighbour_limit)):
-        tasks = [command.tasks[name] for name in config.measure[kind]]
-        found[kind] = {task.name: evaluate(what.params, _held(ready, config, task, limit), task) for task in tasks}
+        tasks = {name: command.tasks[name] for name in config.measure[kind]}
+        found[kind] = {name: evaluate(what.params, _held(ready, config, task, limit), task)
+                       for name, task in tasks.items()}  # by the given name: all files are the task "file"
     return {**found, "latency": _latency(config, ready, what) if hasattr(ready.model, "init_cache") else {}}
 
 

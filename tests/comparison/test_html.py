@@ -55,6 +55,13 @@ def test_everything_is_on_the_page():
         assert words in page.text
 
 
+def test_a_run_that_was_chosen_was_trained_once():
+    tried, best = made.record(chosen=None), made.record()
+    best["run_info"]["experiment_name"] = "lora/lora-best-seed-0"
+    assert "1.67 minutes of training in all" in page_of([tried, best]).text  # 100 s
+    assert "3.33 minutes of training in all" in page_of([best, made.record(seed=1)]).text
+
+
 def test_every_reference_stays_inside_the_page():
     page = page_of([made.record("lora")])
     ids = {value for name, value in page.attributes if name == "id"}

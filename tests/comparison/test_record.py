@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from peft_jax.comparison import read, run_of, write
+from peft_jax.comparison import read, report, run_of, write
 from peft_jax.comparison.runs import values_of
 from peft_jax.errors import PeftJaxError
 from tests.comparison import made
@@ -59,6 +59,23 @@ def test_a_damaged_file_is_a_failed_run_that_names_it_and_the_others_load(tmp_pa
     assert whole.finished and not damaged.finished
     assert damaged.name == "ia3/tiny-seed0" and damaged.label == "ia3"
     assert str(tmp_path / "ia3--tiny-seed0.json") in damaged.error and words in damaged.error
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda record: record.update(meta_info=[]), "meta_info is [], not a JSON object"),
+    (lambda record: record["meta_info"].update(model_info=3), ""),
+    (lambda record: record["run_info"]["train_config"].update(model_id="\ud800"), "surrogates not allowed"),
+    (lambda record: record["peft_jax"]["cell"].update(axes=[["a"], 1]), ""),
+])  # fmt: skip
+def test_a_record_that_someone_edited_costs_the_report_nothing_else(tmp_path, change, words):
+    record = made.record()
+    change(record)
+    write(tmp_path / "results", made.record("ia3"))
+    (tmp_path / "results" / "lora--edited.json").write_text(json.dumps(record))
+    records = read(tmp_path / "results")
+    whole, edited = map(run_of, records)
+    assert whole.finished and edited.finished == (not words) and words in edited.error
+    report(tmp_path, records)
 
 
 def test_a_folder_without_records_is_an_error(tmp_path):

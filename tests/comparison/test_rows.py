@@ -70,3 +70,27 @@ def test_runs_of_one_label_that_differ_otherwise_are_kept_apart():
     longer = made.record()
     longer["run_info"]["train_config"]["max_steps"] = 500
     assert set(named([ours, longer])) == {"lora 100 steps of 16", "lora 500 steps of 16"}
+
+
+def test_runs_that_were_told_to_do_otherwise_are_kept_apart():
+    """Seeds of one workdir, some trained with another rate or measured on fewer examples, are no spread over seeds."""
+    def asked(limit, rate=1e-3):
+        return {"seed": 0, "optim": {"learning_rate": rate}, "measure": {"limit": limit}, "log": {"every": limit}}
+
+    records = [made.record(seed=seed, asked=asked(200 if seed < 2 else 50)) for seed in range(3)]
+    assert {name: len(row.runs) for name, row in named(records).items()} == {
+        "lora measure.limit=200": 2, "lora measure.limit=50": 1}
+    records = [made.record(seed=seed, chosen=False, asked=asked(seed)) for seed in range(3)]  # measured by nothing
+    assert {name: len(row.runs) for name, row in named(records).items()} == {"lora": 3}
+    records = [made.record(settings={"seed": seed}, axes=(), chosen=None, asked=asked(1, rate)) for seed, rate in
+               ((0, 0.1), (1, 0.1), (8, 0.3))]  # fmt: skip
+    assert {name: len(row.runs) for name, row in named(records).items()} == {
+        "lora optim.learning_rate=0.1": 2, "lora optim.learning_rate=0.3": 1}
+
+
+def test_a_budget_in_epochs_is_one_budget_however_many_steps_the_data_has():
+    records = [made.record(settings={"task.train_limit": limit, "seed": 0}, axes=("task.train_limit",), chosen=None,
+                           asked={"optim": {"epochs": 3.0, "steps": 0}}) for limit in (50, 200)]  # fmt: skip
+    for record, steps in zip(records, (9, 38)):
+        record["run_info"]["train_config"]["max_steps"] = steps
+    assert {row.budget for row in rows_of(records)} == {"3 epochs of 16"}

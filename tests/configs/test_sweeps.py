@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import run
 from configs import base, parse, sweeps
 from peft_jax.errors import PeftJaxError
+from peft_jax.evaluation.objectives import objective_of
 
 ROOT = Path(__file__).parents[2]
 FILES = [path for path in sorted((ROOT / "experiments").rglob("*.py")) if "def get_cells" in path.read_text()]
@@ -84,11 +86,29 @@ def test_a_best_cell_has_the_name_of_the_run_that_it_chooses():
     assert tried.having({}) is tried
 
 
-def test_the_metric_follows_the_task():
-    assert sweeps.metric_of(base.task_config("movie_rating")) == "among_choices"
-    assert sweeps.metric_of(base.task_config("movie_classes")) == "accuracy"
-    assert sweeps.metric_of(base.task_config("movie_score")) == "spearman"
-    assert sweeps.metric_of(base.task_config("data.jsonl")) == "-loss"
+@pytest.mark.parametrize(("task", "usual"), [
+    ("movie_rating", "among_choices"), ("movie_classes", "accuracy"), ("movie_score", "spearman"),
+    ("data.jsonl", "-loss")])
+def test_runs_are_compared_by_what_evaluation_gives(task, usual):
+    task, examples = base.task_config(task), [{"word": "bad", "score": -1, "label": 1},
+                                              {"word": "good", "score": 1, "label": 3}]
+    objective = objective_of(task)
+    found = objective.losses(0.5)
+    if task.kind == "rating":
+        answers = np.log([[0.1, 0.4, 0.2, 0.2, 0.1], [0.1, 0.2, 0.2, 0.4, 0.1]])[:, :5 if task.answer != "score" else 1]
+        found |= objective.rate(task, examples, answers, ["bad", "good"])
+    metrics = sweeps.metrics_of(task)
+    assert metrics[0] == usual and {metric.removeprefix("-") for metric in metrics} == set(found)
+    assert all(metric.startswith("-") == (metric.removeprefix("-") in objective.losses(0.5)) for metric in metrics)
+
+
+def test_cells_that_share_a_name_are_refused(tmp_path):
+    """The second would be taken for finished once the first is."""
+    (tmp_path / "twice.py").write_text(
+        "from configs import sweeps\n\n\ndef get_config(arg=''):\n    return sweeps.base_of(arg, 'lora')\n\n\n"
+        "def get_cells(config):\n    return sweeps.grid(config, {'method.target_modules': ('.*[qk]_p', '.*(qk)_p')})\n")
+    with pytest.raises(PeftJaxError, match=r"2 cells of this sweep are called lora-target_modules-"):
+        run.parse_command([f"--config={tmp_path / 'twice.py'}"])
 
 
 @pytest.mark.parametrize(("argv", "words"), [
@@ -102,6 +122,22 @@ def test_the_metric_follows_the_task():
     (["--config=experiments/lora.py", "--mode=cells"], "--mode=cells is for sweeps"),
     (["--config=experiments/lora.py", "--sweep_index=0"], "--sweep_index is for sweeps"),
     (["--config=experiments/ablations/rank.py", "--config.sweep.seeds=0,x"], "sweep.seeds"),
+    (["--config=experiments/ablations/rank.py", "--config.sweep.seeds=()"], "sweep.seeds=: whole numbers"),
+    (["--config=experiments/ablations/rank.py", "--config.sweep.seeds=0,0"], "sweep.seeds=0,0: whole numbers"),
+    (["--config=experiments/compare.py", "--config.sweep.rates=0"], "sweep.rates=0: at least one"),
+    (["--config=experiments/compare.py", "--config.sweep.metric=loss"], "sweep.metric=loss: .*, -loss, .*has a minus"),
+    (["--config=experiments/compare.py", "--config.sweep.metric=accuracy"], "compared by among_choices, exact"),
+    (["--config=experiments/compare.py", "--config.sweep.budget=smoke"], "unknown key --config.sweep.budget"),
+    (["--config=experiments/compare.py", "--config.eval.part=test"], "eval.part=test: .*eval.part=validation"),
+    (["--config=experiments/compare.py", "--config.measure.of=base"], "measure.of=base: .*measure.of=trained"),
+    (["--config=experiments/compare.py", "--config.seed=1"], "seed=1: this sweep sets that itself, to 0, 2"),
+    (["--config=experiments/compare.py", "--config.optim.learning_rate=1"], "sets that itself, to 5e-05, 0.001"),
+    (["--config=experiments/compare.py", "--config.method.name=lora"], "method.name=lora: this sweep sets that itself"),
+    (["--config=experiments/compare.py", "--config.optim.rates={'lora_b': 16}"], "sets that itself, to None"),
+    (["--config=experiments/ablations/rank.py", "--config.method.r=8"], "method.r=8: this sweep sets that itself"),
+    (["--config=experiments/compare.py", "--mode=report", "--sweep_index=1"], "--sweep_index is for --mode=train"),
+    (["--config=experiments/compare.py", "--mode=cells", "--sweep_index=1"], "--sweep_index is for --mode=train"),
+    (["--config=experiments/compare.py", "--distributed"], "--distributed is for a single run"),
 ])
 def test_what_cannot_be_meant(argv, words):
     with pytest.raises(PeftJaxError, match=words):

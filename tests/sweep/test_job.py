@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 
@@ -137,14 +137,174 @@ def test_a_sweep_that_is_told_to_stop_tells_its_run(compared, arguments, tmp_pat
     assert "lora-best-seed-0: stopped; the same command goes on from there" in capsys.readouterr().out
 
 
+def _index(name, arguments):
+    return next(i for i, cell in enumerate(run.parse_command(arguments).cells) if cell.name == name)
+
+
+def _copied(compared, tmp_path):
+    return Path(shutil.copytree(compared, tmp_path / "compare"))
+
+
+def _changed(path, change):
+    """Change a JSON file by a function of what it holds."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+BEST, TRIED = "lora--lora-best-seed-0.json", "lora--lora-learning_rate-0.001-seed-0.json"
+
+
+def test_a_run_that_a_signal_ends_is_a_failed_one_that_says_so(compared, arguments, tmp_path, capsys, monkeypatch):
+    """As the system ends one that takes too much memory: it has no time to write a record."""
+    folder, popen = _copied(compared, tmp_path), job.subprocess.Popen
+    (folder / "results" / BEST).unlink()
+    dies = "import os; print('step 1', flush=True); os.kill(os.getpid(), 9)"
+    monkeypatch.setattr(job.subprocess, "Popen", lambda _, **more: popen([sys.executable, "-c", dies], **more))
+    assert run.main([*arguments, f"--workdir={folder}"]) == 2
+    out = capsys.readouterr().out
+    assert "lora-best-seed-0: failed: ended by signal 9 (Killed), see " in out
+    assert "Not finished:\nlora/lora-best-seed-0: failed: ended by signal" in out
+    failed = json.loads((folder / "results" / BEST).read_text())
+    assert failed["train_info"]["status"] == "failed" and "signal 9" in failed["run_info"]["error_msg"]
+
+
+@pytest.mark.parametrize("ends", ["time.sleep(60)", "signal.signal(15, lambda *_: sys.exit(0)); time.sleep(60)"])
+def test_a_sweep_that_is_told_to_stop_runs_no_other_cell(compared, arguments, tmp_path, capsys, monkeypatch, ends):
+    """Also while a cell loads or measures, where SIGTERM just ends it, or is at its very end and finishes."""
+    folder, popen, started = _copied(compared, tmp_path), job.subprocess.Popen, []
+    for name in (BEST, "full--full-best-seed-0.json"):
+        (folder / "results" / name).unlink()
+
+    def stopped(command, **options):
+        started.append(command)
+        process = popen([sys.executable, "-c", f"import signal, sys, time; print('up', flush=True); {ends}"], **options)
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return process
+
+    monkeypatch.setattr(job.subprocess, "Popen", stopped)
+    assert run.main([*arguments, f"--workdir={folder}"]) == 143
+    assert len(started) == 1 and "stopped; the same command goes on from there" in capsys.readouterr().out
+
+
+def test_a_damaged_record_is_of_a_cell_to_run_again(compared, arguments, tmp_path, capsys):
+    folder = _copied(compared, tmp_path)
+    for text in ('{"run_info": {"exp', "[]", '{"train_info": []}', '{"run_info": {"experiment_name": 3}}'):
+        (folder / "results" / BEST).write_text(text)
+        assert run.main([*arguments, f"--workdir={folder}", "--mode=cells"]) == 0
+        assert capsys.readouterr().out.count("finished)") == 6
+    assert run.main([*arguments, f"--workdir={folder}"]) == 0
+    assert "lora-best-seed-0: -loss" in capsys.readouterr().out
+
+
+def test_a_better_rate_found_later_is_chosen_then(compared, arguments, tmp_path, capsys):
+    """Such as of a run that had failed: the best cell was finished without it."""
+    folder = _copied(compared, tmp_path)
+    best = json.loads((folder / "results" / BEST).read_text())["peft_jax"]["cell"]["settings"]
+    other = next(path for path in (folder / "results").glob("lora--lora-learning*")
+                 if json.loads(path.read_text())["peft_jax"]["cell"]["settings"] != best)
+    _changed(other, lambda one: one["peft_jax"]["validation"].update({"-loss": -0.01}))
+    assert run.main([*arguments, f"--workdir={folder}"]) == 0
+    assert capsys.readouterr().out.count("finished before") == 6
+    now = json.loads((folder / "results" / BEST).read_text())["peft_jax"]["cell"]["settings"]
+    assert now == json.loads(other.read_text())["peft_jax"]["cell"]["settings"] != best
+
+
+def test_a_rate_whose_metric_is_not_finite_is_not_chosen(compared, arguments, tmp_path):
+    folder = _copied(compared, tmp_path)
+    command = run.parse_command([*arguments, f"--workdir={folder}"])
+    best = next(cell for cell in command.cells if cell.name == "lora-best-seed-0")
+    _changed(folder / "results" / TRIED, lambda one: one["peft_jax"]["validation"].update({"-loss": None}))
+    other = next(cell for cell in command.cells if cell.name in best.best_of and cell.name != TRIED[6:-5])
+    assert cells.results.chosen(folder, command, best) == other.settings
+    _changed(folder / "results" / f"lora--{other.name}.json",
+             lambda one: one["peft_jax"]["validation"].update({"-loss": float("nan")}))
+    with pytest.raises(PeftJaxError, match="none of which is finished"):
+        cells.results.chosen(folder, command, best)
+
+
+def test_a_cell_measured_before_the_base_is_measured_beside_it(compared, arguments, tmp_path, capsys):
+    """Job arrays run in any order."""
+    folder = _copied(compared, tmp_path)
+    base = folder / "results" / "base--base.json"
+    base.rename(tmp_path / "base.json"), (folder / "runs" / "base").rename(tmp_path / "base")
+    (folder / "results" / BEST).unlink()
+    index = _index("lora-best-seed-0", arguments)
+    assert run.main([*arguments, f"--workdir={folder}", f"--sweep_index={index}"]) == 0
+    assert not json.loads((folder / "results" / BEST).read_text())["peft_jax"]["base_test"]
+    (tmp_path / "base.json").rename(base), (tmp_path / "base").rename(folder / "runs" / "base")
+    assert run.main([*arguments, f"--workdir={folder}"]) == 0
+    assert json.loads((folder / "results" / BEST).read_text())["peft_jax"]["base_test"]
+
+
+def test_one_cell_alone_is_not_run_again_nor_with_other_settings(compared, arguments, tmp_path, capsys):
+    folder = _copied(compared, tmp_path)
+    index, text = _index("lora-best-seed-0", arguments), (folder / "results" / BEST).read_text()
+    assert run.main([*arguments, f"--workdir={folder}", f"--sweep_index={index}"]) == 0
+    assert "finished" in capsys.readouterr().out
+    assert run.main([*arguments, f"--workdir={folder}", f"--sweep_index={index}", "--config.eval.limit=3"]) == 2
+    assert "eval.limit was 8, now 3" in capsys.readouterr().err
+    assert (folder / "results" / BEST).read_text() == text
+    for path in (folder / "results").iterdir():  # as if each had been stopped before its record was written
+        path.unlink()
+    assert run.main([*arguments, f"--workdir={folder}", f"--sweep_index={_index(TRIED[6:-5], arguments)}",
+                     "--config.eval.limit=3"]) == 2
+    assert "eval.limit was 8, now 3" in capsys.readouterr().err
+
+
+def test_what_a_cell_is_not_measured_by_may_change(compared, arguments, tmp_path, capsys):
+    """Where measuring failed, runs that were only trained need not be trained again to measure otherwise."""
+    folder = _copied(compared, tmp_path)
+    for path in [*(folder / "results").glob("*best*"), folder / "results" / "base--base.json"]:
+        _changed(path, lambda one: one["train_info"].update(status="failed"))
+    assert run.main([*arguments, f"--workdir={folder}", "--config.measure.prompt_tokens=4"]) == 0
+    assert capsys.readouterr().out.count("finished before") == 4
+
+
+def test_the_metric_that_was_chosen_by_is_a_setting(compared, arguments, capsys):
+    assert run.main([*arguments, f"--workdir={compared}", "--config.sweep.metric=-perplexity"]) == 2
+    assert 'metric was "-loss", now "-perplexity"' in capsys.readouterr().err
+
+
+def test_two_sweeps_in_one_workdir_at_once(compared, arguments, tmp_path, capsys):
+    folder = _copied(compared, tmp_path)
+    with cells.results.alone(folder, "sweep"):
+        assert run.main([*arguments, f"--workdir={folder}"]) == 2
+        assert "another process is at sweep now" in capsys.readouterr().err
+    (folder / "results" / BEST).unlink()
+    name = json.loads((compared / "results" / BEST).read_text())["peft_jax"]["cell"]["settings"]["optim.learning_rate"]
+    with cells.results.alone(folder, f"lora-learning_rate-{name:g}-seed-0"):
+        index = _index("lora-best-seed-0", arguments)
+        assert run.main([*arguments, f"--workdir={folder}", f"--sweep_index={index}"]) == 2
+        assert "another process is at lora-learning_rate" in capsys.readouterr().err
+    assert not (folder / "results" / BEST).exists()
+
+
+def test_to_overwrite_forgets_all_cells_first_and_goes_on_without(compared, arguments, tmp_path, capsys, monkeypatch):
+    folder, popen, commands = _copied(compared, tmp_path), job.subprocess.Popen, []
+
+    def stopped(command, **options):
+        commands.append(command)
+        return popen([sys.executable, "-c", "import sys; sys.exit(143)"], **options)
+
+    monkeypatch.setattr(job.subprocess, "Popen", stopped)
+    (folder / "results" / BEST).write_text("{")
+    assert run.main([*arguments, f"--workdir={folder}", "--overwrite", "--config.eval.limit=3"]) == 143
+    assert "without --overwrite goes on from there" in capsys.readouterr().out
+    assert not list((folder / "results").iterdir()) and not list((folder / "runs").iterdir())
+    assert not run.parse_command(commands[0][2:]).overwrite  # the best of all is not trained twice
+
+
+def test_a_report_that_cannot_be_written_is_still_told(compared, arguments, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(job, "report", full)
+    assert run.main([*arguments, f"--workdir={compared}", "--mode=report"]) == 2
+    out, err = capsys.readouterr()
+    assert "lora" in out and "cannot be written to" in err and "No space left on device" in err
+
+
 def test_a_best_cell_needs_one_to_choose_from(arguments, tmp_path, capsys):
     assert run.main([*arguments, f"--workdir={tmp_path}", "--sweep_index=5"]) == 2
     assert "none of which is finished: run these cells first" in capsys.readouterr().err
-
-
-def test_a_metric_that_the_runs_do_not_have(compared):
-    found = run.parse_command(["--config=experiments/compare.py:budget=smoke,methods=lora"]).cells
-    command = SimpleNamespace(cells=found,
-                              config=SimpleNamespace(sweep=SimpleNamespace(metric="among_choices")))
-    with pytest.raises(PeftJaxError, match=r"sweep\.metric=among_choices: the runs have loss, perplexity"):
-        cells.chosen(compared, command, found[-1])

@@ -74,6 +74,31 @@ def test_the_model_as_it_was_needs_no_run(arguments, tmp_path):
     assert list(json.loads((tmp_path / "measured.json").read_text())["latency"]) == ["base"]
 
 
+def test_another_model_or_task_is_measured_anew(arguments, films, tmp_path):
+    """The same flags for --mode=measure with another task, such as :task=tweet_rating, in the same workdir."""
+    base = [f"--workdir={tmp_path}", "--mode=measure", "--config.measure.of=base", "--config.measure.general=()"]
+    found = []
+    for more in ([], ["--config.task.prompt_template=About a film, {prompt}"]):
+        assert run.main([*arguments, *base, *more]) == 0
+        found.append(json.loads((tmp_path / "measured.json").read_text())["test"]["loss"])
+    assert found[0] != found[1]
+
+
+def test_a_damaged_measurement_is_overwritten_if_asked_for(arguments, tmp_path):
+    (tmp_path / "measured.json").write_text("{")
+    command = [*arguments, f"--workdir={tmp_path}", "--mode=measure", "--config.measure.of=base",
+               "--config.measure.general=()"]
+    assert run.main(command) == 2
+    assert run.main([*command, "--overwrite"]) == 0
+
+
+def test_each_file_of_several_has_a_column(arguments, films, tmp_path):
+    others = [str(films(count)) for count in (60, 80)]
+    assert run.main([*arguments, f"--workdir={tmp_path}", "--mode=measure", "--config.measure.of=base",
+                     "--config.measure.general=()", f"--config.measure.neighbours={tuple(others)}"]) == 0
+    assert list(json.loads((tmp_path / "measured.json").read_text())["neighbours"]) == others
+
+
 @pytest.mark.parametrize(("more", "words"), [
     (["--config.measure.of=both"], "measure.of=both"),
     (["--config.measure.general=('newspapr',)"], "task=newspapr is neither"),
