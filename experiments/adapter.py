@@ -4,8 +4,7 @@
 
 Paper: Houlsby et al. 2019, arXiv:1902.00751 (bottleneck 64 of the source article; learning rate 3e-4 to 3e-3 there).
 Number: 0.370 → 0.480 among the five words, rank correlation 0.715 → 0.750, with --config.optim.learning_rate=0.001
-and otherwise as experiments/ablations/methods.py runs it (30 steps, 100 sentences, float32; 2 cores of an AMD EPYC,
-no GPU).
+and 30 steps, 100 sentences (LOG.md, 2026-11-24; float32, 2 cores of an AMD EPYC, no GPU).
 """
 
 from configs import base, parse

@@ -4,8 +4,8 @@
     python run.py --config=experiments/bitfit.py:model=qwen2.5-0.5b --config.method.add_missing=False
 
 Paper: Ben Zaken et al. 2021, arXiv:2106.10199 (learning rates from 1e-4 to 1e-3 there). Number: 0.370 → 0.450 among
-the five words, rank correlation 0.714 → 0.697, with --config.optim.learning_rate=0.003 and otherwise as
-experiments/ablations/methods.py runs it (30 steps, 100 sentences, float32; 2 cores of an AMD EPYC, no GPU).
+the five words, rank correlation 0.714 → 0.697, with --config.optim.learning_rate=0.003 and 30 steps, 100 sentences
+(LOG.md, 2026-11-24; float32, 2 cores of an AMD EPYC, no GPU).
 """
 
 from configs import base, parse

@@ -18,7 +18,7 @@ from pathlib import Path
 from configs import base, parse, sweeps
 from peft_jax.errors import PeftJaxError, nearest
 
-RATES = {  # the first is tried first; the best of experiments/ablations/methods.py's sweep is among them
+RATES = {  # the first is tried first; LOG.md, 2026-11-24, has what is beside them
     "full": (5e-5, 2e-4, 2e-5),
     "lora": (1e-3, 2e-3, 5e-4),
     "qlora": (5e-4, 1e-3, 2e-4),

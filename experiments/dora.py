@@ -3,8 +3,8 @@
     python run.py --config=experiments/dora.py
 
 Paper: Liu et al. 2024, arXiv:2402.09353. Number: 0.370 → 0.450 among the five words, rank correlation 0.714 → 0.688,
-with --config.optim.learning_rate=0.002 and otherwise as experiments/ablations/methods.py runs it (30 steps, 100
-sentences, float32; 2 cores of an AMD EPYC, no GPU).
+with --config.optim.learning_rate=0.002 and 30 steps, 100 sentences (LOG.md, 2026-11-24; float32, 2 cores of an AMD
+EPYC, no GPU).
 """
 
 from configs import base, parse

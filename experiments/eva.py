@@ -3,8 +3,7 @@
     python run.py --config=experiments/eva.py
 
 Paper: Paischer et al. 2024, arXiv:2410.07170. Number: 0.400 → 0.475 among the five words, rank correlation 0.636 →
-0.710, in 15 steps and on 40 sentences (experiments/ablations/methods.py --methods=others; float32, 2 cores of an AMD
-EPYC, no GPU).
+0.710, in 15 steps and on 40 sentences (LOG.md, 2026-11-24; float32, 2 cores of an AMD EPYC, no GPU).
 """
 
 from configs import base, parse

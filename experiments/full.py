@@ -7,8 +7,8 @@ Claim: the metrics rise as with an adapter or more; how much general text suffer
 loss 4.91 stays at 5e-5 and rises to 6.02 at 2e-4 (LOG.md). 100 % of the parameters train: 16 bytes for each (float32
 copy, gradient, two moments) beside the activations, of which rematerialisation keeps one per layer. Paper: none of
 its own; the settings are the article's. Number: 0.370 → 0.550 among the five words, rank correlation 0.714 → 0.780,
-with --config.optim.learning_rate=5e-05 and otherwise as experiments/ablations/methods.py runs it (30 steps, 100
-sentences, float32; 2 cores of an AMD EPYC, no GPU).
+with --config.optim.learning_rate=5e-05 and 30 steps, 100 sentences (LOG.md, 2026-11-24; float32, 2 cores of an AMD
+EPYC, no GPU).
 """
 
 from configs import base, parse

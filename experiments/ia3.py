@@ -3,8 +3,8 @@
     python run.py --config=experiments/ia3.py
 
 Paper: Liu et al. 2022, arXiv:2205.05638 (learning rate 3e-3 there). Number: 0.370 → 0.490 among the five words, rank
-correlation 0.714 → 0.711, with --config.optim.learning_rate=0.01 and otherwise as experiments/ablations/methods.py
-runs it (30 steps, 100 sentences, float32; 2 cores of an AMD EPYC, no GPU).
+correlation 0.714 → 0.711, with --config.optim.learning_rate=0.01 and 30 steps, 100 sentences (LOG.md, 2026-11-24;
+float32, 2 cores of an AMD EPYC, no GPU).
 """
 
 from configs import base, parse

@@ -3,8 +3,8 @@
     python run.py --config=experiments/loraplus.py
 
 Paper: Hayou et al. 2024, arXiv:2402.12354 (a ratio of 16 there). Number: 0.400 → 0.500 among the five words, rank
-correlation 0.636 → 0.649, in 15 steps and on 40 sentences (experiments/ablations/methods.py --methods=others;
-float32, 2 cores of an AMD EPYC, no GPU).
+correlation 0.636 → 0.649, in 15 steps and on 40 sentences (LOG.md, 2026-11-24; float32, 2 cores of an AMD EPYC, no
+GPU).
 """
 
 from configs import base, parse

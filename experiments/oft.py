@@ -3,8 +3,8 @@
     python run.py --config=experiments/oft.py
 
 Paper: Qiu et al. 2023, arXiv:2306.07280; on the inputs, with the series, Qiu et al. 2025, arXiv:2506.19847. Number:
-0.400 → 0.550 among the five words, rank correlation 0.636 → 0.680, in 15 steps and on 40 sentences
-(experiments/ablations/methods.py --methods=others; float32, 2 cores of an AMD EPYC, no GPU).
+0.400 → 0.550 among the five words, rank correlation 0.636 → 0.680, in 15 steps and on 40 sentences (LOG.md,
+2026-11-24; float32, 2 cores of an AMD EPYC, no GPU).
 """
 
 from configs import base, parse

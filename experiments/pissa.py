@@ -3,8 +3,7 @@
     python run.py --config=experiments/pissa.py
 
 Paper: Meng et al. 2024, arXiv:2404.02948. Number: 0.400 → 0.325 among the five words, rank correlation 0.636 → 0.642,
-in 15 steps and on 40 sentences (experiments/ablations/methods.py --methods=others; float32, 2 cores of an AMD EPYC,
-no GPU).
+in 15 steps and on 40 sentences (LOG.md, 2026-11-24; float32, 2 cores of an AMD EPYC, no GPU).
 """
 
 from configs import base, parse

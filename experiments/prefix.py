@@ -3,9 +3,8 @@
     python run.py --config=experiments/prefix.py
 
 Paper: Li and Liang 2021, arXiv:2101.00190. The start is normal with deviation 0.01, as in the source article. Number:
-0.310 → 0.410 among the five words, rank correlation 0.489 → 0.531, with --config.optim.learning_rate=0.03 and
-otherwise as experiments/ablations/methods.py runs it (30 steps, 100 sentences, float32; 2 cores of an AMD EPYC, no
-GPU).
+0.310 → 0.410 among the five words, rank correlation 0.489 → 0.531, with --config.optim.learning_rate=0.03 and 30
+steps, 100 sentences (LOG.md, 2026-11-24; float32, 2 cores of an AMD EPYC, no GPU).
 """
 
 from configs import base, parse

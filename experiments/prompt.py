@@ -4,8 +4,8 @@
 
 Paper: Lester et al. 2021, arXiv:2104.08691, whose starts from embeddings of the vocabulary are best after class
 labels, and whose learning rate of 0.3 (Adafactor, T5) is high too. Number: 0.360 → 0.460 among the five words, rank
-correlation 0.712 → 0.741, with --config.optim.learning_rate=0.01 and otherwise as experiments/ablations/methods.py
-runs it (30 steps, 100 sentences, float32; 2 cores of an AMD EPYC, no GPU).
+correlation 0.712 → 0.741, with --config.optim.learning_rate=0.01 and 30 steps, 100 sentences (LOG.md, 2026-11-24;
+float32, 2 cores of an AMD EPYC, no GPU).
 """
 
 from configs import base, parse

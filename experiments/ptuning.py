@@ -3,8 +3,8 @@
     python run.py --config=experiments/ptuning.py
 
 Paper: Liu et al. 2021, arXiv:2103.10385 (an LSTM there; an MLP is Hugging Face peft's default). Number: 0.250 → 0.275
-among the five words, rank correlation 0.555 → 0.518, in 15 steps and on 40 sentences (experiments/ablations/methods.py
---methods=others; float32, 2 cores of an AMD EPYC, no GPU).
+among the five words, rank correlation 0.555 → 0.518, in 15 steps and on 40 sentences (LOG.md, 2026-11-24; float32, 2
+cores of an AMD EPYC, no GPU).
 """
 
 from configs import base, parse

@@ -2,9 +2,9 @@
 
     python run.py --config=experiments/vera.py
 
-Paper: Kopiczko et al. 2023, arXiv:2310.11454 (rank 256 and rates from 2e-3 to 2e-2 there). Number: 0.400 → 0.275 among
-the five words, rank correlation 0.636 → 0.648, in 15 steps and on 40 sentences (experiments/ablations/methods.py
---methods=others; float32, 2 cores of an AMD EPYC, no GPU).
+Paper: Kopiczko et al. 2023, arXiv:2310.11454 (rank 256 and rates from 2e-3 to 2e-2 there). Number: 0.400 → 0.275
+among the five words, rank correlation 0.636 → 0.648, in 15 steps and on 40 sentences (LOG.md, 2026-11-24; float32, 2
+cores of an AMD EPYC, no GPU).
 """
 
 from configs import base, parse
