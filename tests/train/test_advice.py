@@ -36,9 +36,12 @@ def test_a_table_is_shown_and_written(asked, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("option, words", [
-    ("memory_gb=0", "memory=0"), ("memory_gb=-3", "recommend.memory_gb"), ("devices=0", "recommend.devices"),
+    ("memory_gb=0", "recommend.memory_gb=0.0"), ("memory_gb=1e300", "recommend.memory_gb=1e+300"),
+    ("memory_gb=-3", "recommend.memory_gb"), ("devices=0", "recommend.devices"),
     ("complexity=hard", "recommend.complexity"), ("latency=some", "recommend.latency"),
-    ("figures=nowhere.json", "there is no such file"), ("memory=3", "did you mean --config.recommend.memory_gb")])
+    ("figures=nowhere.json", "No such file"),
+    ("figures=experiments", "Is a directory"), ("figures=configs/sizes/llama3_8b/config.json", "lacks rows"),
+    ("memory=3", "did you mean --config.recommend.memory_gb")])
 def test_what_cannot_be_meant_is_one_line(asked, tmp_path, capsys, option, words):
     assert run.main(asked(f"--config.recommend.{option}")) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "run").exists()
