@@ -23,7 +23,7 @@ from peft_jax.method import Method
 from peft_jax.models.attention import on_heads
 from peft_jax.planner import Plan, Target, compile_step, describe, h100, sum_of_parts
 from peft_jax.planner.rule import rules
-from peft_jax.planner.shapes import STEPS, Shapes, as_model, check_sizes, shapes
+from peft_jax.planner.shapes import STEPS, Shapes, as_model, check_attention, check_sizes, shapes
 from peft_jax.train import session, workdir
 from peft_jax.train.optim import make_optimizer
 from peft_jax.train.step import init_state, make_step, state_shardings
@@ -48,7 +48,7 @@ def plan(model: Any, method: Method, optimizer: optax.GradientTransformation, ba
       mesh: of :func:`peft_jax.make_mesh`; of several devices, weights are cut as ``model.sharding`` says, and all
         bytes are each device's.
       remat, dtype, param_dtype: set in the model where they are given; else its own, of a config the class's defaults.
-      answers: tokens of a row that are learnt; by default all but the first.
+      answers: tokens of a row that are learnt; by default all but the first, of a classifier of texts one.
       accumulate_steps: micro-batches of a step. loss_chunk, error: as of training.
       base: the model's parameters or their shapes; by default what ``model.init`` gives, in the model's
         ``param_dtype``.
@@ -60,7 +60,7 @@ def plan(model: Any, method: Method, optimizer: optax.GradientTransformation, ba
     ``plan.program.memory.total`` the compiled one. Compiled for a CPU its temporaries are an estimate of a GPU's.
 
     Raises ``PeftJaxError`` for sizes below 1, rows longer than the model's positions, a target together with a mesh,
-    and a method that needs data.
+    a method that needs data, cuDNN's attention where it cannot be had, and what is no model, method or optimiser.
 
     >>> from peft_jax import lora
     >>> from peft_jax.models.llama import LlamaConfig
@@ -111,9 +111,7 @@ def job(command) -> int:
     workdir.check_writable(folder)
     found = plan_config(config, h100() if jax.default_backend() == "cpu" else None)
     print(describe(found))
-    folder.mkdir(parents=True, exist_ok=True)
-    workdir.write_json(folder / "plan.json", found.to_dict())
-    print(f"\nwritten: {folder / 'plan.json'}")
+    workdir.write_report(folder, "plan.json", found.to_dict())
     return 0
 
 
@@ -130,6 +128,7 @@ def plan_config(config, target: Target | None = None) -> Plan:
     chosen = on_heads(config.model.attn_implementation, sizes, mesh.shape["tensor"])
     sizes = replace(sizes, attn_implementation=chosen)
     kinds = {name: jnp.dtype(config.model[name]) for name in ("dtype", "param_dtype")}
+    check_attention(sizes, kinds["dtype"], target)
     model = families.of(sizes).model(sizes, **kinds, remat=config.model.remat)
     base = tree.unflatten({path: jax.ShapeDtypeStruct(shape, kinds["param_dtype"])
                            for path, shape in hub_config.param_shapes(sizes).items()})
@@ -140,8 +139,8 @@ def plan_config(config, target: Target | None = None) -> Plan:
     params = base if method.prepare else jax.eval_shape(method.init, jax.random.key(0), base)
     optimizer = make_optimizer(config.optim, config.optim.steps or STEPS, method.labels(params))
     source = f"{config.model.source}{', quantised as its config.json says, in blocks of 64' if held else ''}"
-    assumed = {"model": source, "method": method.config["peft_type"], "rows are": words,
-               "optimiser": "AdamW"}
+    kind = " + ".join(part.config["peft_type"] for part in method.parts or (method,))
+    assumed = {"model": source, "method": kind, "rows are": words, "optimiser": "AdamW"}
     return plan(model, method, optimizer, batch, seq, mesh, answers=None if objective.writes else 1,
                 accumulate_steps=config.optim.accumulate_steps, loss_chunk=config.optim.loss_chunk,
                 error=objective.error, base=base, target=None if several(mesh) else target, assumed=assumed)

@@ -68,6 +68,19 @@ def test_a_config_without_weights_is_enough(asked, tiny_folder, tmp_path, capsys
     full, qlora = written["rules_of_thumb"]
     assert full["bytes"] == 14 * int(full["recipe"].split()[5].replace(",", "")) and qlora["name"] == "QLoRA"
     assert f"{100 * full['error']:+.0f} % against the compiled step" in shown and "QLoRA" in shown
+    assert written["assumed"]["method"] == "QUANTIZE + LORA" and "(GB of 1e9 bytes)" in shown
+
+
+def test_where_it_cannot_be_written_is_said(asked, tmp_path, capsys):
+    (tmp_path / "run" / "plan.json").mkdir(parents=True)
+    command = asked("lora", "--config.data.row_length=16")
+    with pytest.raises(PeftJaxError, match="run cannot be written: Is a directory"):
+        jobs.JOBS[command.mode](command)
+
+
+def test_cudnn_where_there_is_none_is_said(asked):
+    with pytest.raises(PeftJaxError, match="cudnn' wants an NVIDIA GPU"):
+        plan_config(asked("lora", "--config.model.attn_implementation=cudnn").config)
 
 
 def test_a_base_quantised_from_float32_is_computed_with_in_bfloat16(asked):
