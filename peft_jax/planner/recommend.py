@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import optax
 
 from peft_jax import tree
@@ -132,6 +133,8 @@ def recommend(model: Any, memory: int, *, devices: int = 1, batch: int = 1, seq:
     found = ranked([_choice(name, ask) for name in methods], tasks, measured)
     asked = {"memory of a device": memory, "devices": devices, "batch": f"{batch} x {seq} tokens", "tasks": tasks,
              "complexity": complexity, "latency": latency, "measured": measured.origin,
+             "computing in": jnp.dtype(model.dtype).name, "weights, if plain, in": jnp.dtype(model.param_dtype).name,
+             "remat": model.remat, "optimiser": "AdamW, two moments in float32",
              "margin": device.margin}
     return Recommendation(asked, found, article_method(tree.count(base), memory * devices, tasks, complexity))
 

@@ -79,7 +79,7 @@ def _check_model(model, given) -> None:
 
 def shapes(model: Any, method: Method, optimizer: optax.GradientTransformation, batch: int, seq: int, *,
            mesh: Mesh | None = None, answers: int | None = None, accumulate_steps: int = 1, kind: Any = jnp.int32,
-           base: Mapping[str, Any] | None = None, target: Target | None = None) -> Shapes:
+           base: Mapping[str, Any] | None = None, target: Target | None = None, packed: bool = False) -> Shapes:
     """The shapes of one step, arguments as of :func:`peft_jax.plan`; ``kind`` is the type of an answer.
 
     Raises ``PeftJaxError`` as ``peft_jax.plan`` does.
@@ -87,7 +87,7 @@ def shapes(model: Any, method: Method, optimizer: optax.GradientTransformation, 
     check_types(method, optimizer, mesh, target)
     answers = _answers(model, seq) if answers is None else answers
     check_attention(getattr(model, "config", None), getattr(model, "dtype", None), target)
-    _check(model, mesh, batch=batch, seq=seq, answers=answers, accumulate_steps=accumulate_steps)
+    _check(model, mesh, packed, batch=batch, seq=seq, answers=answers, accumulate_steps=accumulate_steps)
     if method.prepare:
         raise PeftJaxError("this method's sizes depend on data that it looks at before training, of which a plan has "
                            "none: plan it with another initialisation, such as init_lora_weights=True.")
@@ -184,10 +184,10 @@ def check_sizes(what: str = "plan", **sizes: int) -> None:
             raise PeftJaxError(f"{what}: {name}={value!r}: give a whole number of at least 1.")
 
 
-def _check(model, mesh, **sizes: int) -> None:
+def _check(model, mesh, packed, **sizes: int) -> None:
     check_sizes(**sizes)
     most = getattr(getattr(model, "config", None), "max_position_embeddings", sizes["seq"])
-    if sizes["seq"] > most:
+    if sizes["seq"] > most and not packed:
         raise PeftJaxError(f"plan: seq={sizes['seq']}, but the model has {most} positions: give at most as many "
                            "(--config.data.row_length or --config.data.max_length).")
     if sizes["answers"] > sizes["seq"]:

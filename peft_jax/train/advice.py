@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from peft_jax.errors import PeftJaxError
 from peft_jax.evaluation.objectives import objective_of
 from peft_jax.hub import load_config
-from peft_jax.hub.pretrained import with_head
+from peft_jax.hub.pretrained import quantised_as, with_head
 from peft_jax.planner.recommend import Recommendation, describe_recommendation, recommend
 from peft_jax.train import session, workdir
 from peft_jax.train.plan import batch_sizes
@@ -28,12 +28,15 @@ def job(command) -> int:
 def recommend_config(config) -> Recommendation:
     """The recommendation of a run's configuration; its method is not looked at, its model alone is, without weights.
 
-    Raises ``PeftJaxError`` as :func:`peft_jax.planner.recommend.recommend` does, and where the figures are not to be
-    had.
+    Raises ``PeftJaxError`` as :func:`peft_jax.planner.recommend.recommend` does, where the figures are not to be had,
+    and for a checkpoint that is quantised already.
     """
     asked = config.recommend
     sizes = load_config(config.model.source)
     session.check_answers(config.task, sizes)
+    if quantised_as(config.model.source):
+        raise PeftJaxError(f"{config.model.source} holds quantised weights, and methods are compared on plain ones: name "
+                           "the plain model, or see --mode=plan for this one.")
     sizes = with_head(sizes, objective_of(config.task).head(config.task))
     batch, seq, _ = batch_sizes(config.data, sizes, 1)
     memory = asked.memory_gb * 1e9

@@ -35,7 +35,7 @@ def plan(model: Any, method: Method, optimizer: optax.GradientTransformation, ba
          mesh: Mesh | None = None, remat: bool | None = None, *, dtype: Any = None, param_dtype: Any = None,
          answers: int | None = None, accumulate_steps: int = 1, loss_chunk: int = 512, error: Callable = cross_entropy,
          base: Mapping[str, Any] | None = None, target: Target | None = None,
-         assumed: Mapping[str, Any] | None = None) -> Plan:
+         assumed: Mapping[str, Any] | None = None, packed: bool = False) -> Plan:
     """What one training step needs of one device, before there are weights: nothing is allocated or downloaded.
 
     The step is that of training, lowered and compiled; beside it stand a sum of parts and the article's rule of thumb.
@@ -53,6 +53,7 @@ def plan(model: Any, method: Method, optimizer: optax.GradientTransformation, ba
       base: the model's parameters or their shapes; by default what ``model.init`` gives, in the model's
         ``param_dtype``.
       target: what to compile for, such as ``peft_jax.planner.h100()``; by default a device of the default backend.
+      packed: rows hold several texts, positions from 0 in each: they may be longer than the model's positions.
       assumed: words on where the shapes come from, to be shown with the plan.
 
     Returns a :class:`peft_jax.planner.Plan`; ``peft_jax.planner.describe(plan)`` is its table, ``plan.groups`` the
@@ -74,7 +75,8 @@ def plan(model: Any, method: Method, optimizer: optax.GradientTransformation, ba
     check_sizes(loss_chunk=loss_chunk)
     model = as_model(model, dtype, param_dtype, remat)
     given = shapes(model, method, optimizer, batch, seq, mesh=mesh, answers=answers, accumulate_steps=accumulate_steps,
-                   kind=jnp.float32 if error is squared_error else jnp.int32, base=base, target=target)
+                   kind=jnp.float32 if error is squared_error else jnp.int32, base=base, target=target,
+                   packed=packed)
     state, where = _state(given)
     step = make_step(given.apply, given.optimizer, loss_chunk, error, method.penalty, given.mesh, where)
     words = {**_words(given.model, given.batch), **({"mesh": describe_mesh(given.mesh)} if given.mesh else {}),
@@ -123,7 +125,7 @@ def plan_config(config, target: Target | None = None) -> Plan:
     sizes = load_config(config.model.source)
     session.check_answers(config.task, sizes)
     objective = objective_of(config.task)
-    mesh = make_mesh(**config.mesh)
+    mesh = _mesh(config.mesh)
     sizes = with_head(sizes, objective.head(config.task))
     chosen = on_heads(config.model.attn_implementation, sizes, mesh.shape["tensor"])
     sizes = replace(sizes, attn_implementation=chosen)
@@ -143,7 +145,16 @@ def plan_config(config, target: Target | None = None) -> Plan:
     assumed = {"model": source, "method": kind, "rows are": words, "optimiser": "AdamW"}
     return plan(model, method, optimizer, batch, seq, mesh, answers=None if objective.writes else 1,
                 accumulate_steps=config.optim.accumulate_steps, loss_chunk=config.optim.loss_chunk,
-                error=objective.error, base=base, target=None if several(mesh) else target, assumed=assumed)
+                error=objective.error, base=base, target=None if several(mesh) else target, assumed=assumed,
+                packed=config.data.collate == "pack")
+
+
+def _mesh(sizes) -> Mesh:
+    try:
+        return make_mesh(**sizes)
+    except PeftJaxError as error:
+        raise PeftJaxError(f"{error} A plan's devices need not be there: XLA_FLAGS=--xla_force_host_platform_device_"
+                           "count=8 in the environment makes 8 of a CPU.") from error
 
 
 def batch_sizes(data, sizes, multiple: int) -> tuple[int, int, str]:

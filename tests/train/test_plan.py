@@ -12,6 +12,7 @@ import run
 from peft_jax import lora, plan
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import bind
+from peft_jax.models import GPT2, GPT2Config
 from peft_jax.planner.program import memory_of
 from peft_jax.train import jobs, session, training
 from peft_jax.train.loop import at_step
@@ -76,6 +77,21 @@ def test_where_it_cannot_be_written_is_said(asked, tmp_path, capsys):
     command = asked("lora", "--config.data.row_length=16")
     with pytest.raises(PeftJaxError, match="run cannot be written: Is a directory"):
         jobs.JOBS[command.mode](command)
+
+
+def test_packed_rows_may_be_longer_than_the_positions_as_in_training(asked):
+    longer = plan_config(asked("lora", "--config.data.row_length=272").config)
+    assert longer.assumed["micro-batch"].startswith("1 x 272 tokens")
+    model = GPT2(GPT2Config(99, 32, 48, 2, 4, 8))
+    params = model.init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
+    ids, at, which = np.ones((1, 12), np.int32), np.arange(12)[None] % 6, np.arange(12)[None] // 6 + 1
+    logits = model.apply({"params": params}, ids, positions=at, segment_ids=which)
+    assert np.allclose(logits[:, :6], logits[:, 6:], atol=1e-5)
+
+
+def test_a_mesh_that_is_not_there_says_how_it_can_be(asked):
+    with pytest.raises(PeftJaxError, match=r"does not fit.*xla_force_host_platform_device_count"):
+        plan_config(asked("lora", "--config.mesh.fsdp=16").config)
 
 
 def test_cudnn_where_there_is_none_is_said(asked):
