@@ -35,8 +35,8 @@ def recommend_config(config) -> Recommendation:
     sizes = load_config(config.model.source)
     session.check_answers(config.task, sizes)
     if quantised_as(config.model.source):
-        raise PeftJaxError(f"{config.model.source} holds quantised weights, and methods are compared on plain ones: name "
-                           "the plain model, or see --mode=plan for this one.")
+        raise PeftJaxError(f"{config.model.source} holds quantised weights, and methods are compared on plain ones: "
+                           "name the plain model, or see --mode=plan for this one.")
     sizes = with_head(sizes, objective_of(config.task).head(config.task))
     batch, seq, _ = batch_sizes(config.data, sizes, 1)
     memory = asked.memory_gb * 1e9
