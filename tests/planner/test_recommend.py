@@ -101,6 +101,11 @@ def test_a_model_of_no_family_has_no_settings():
         recommend(Other(), 10**10)
 
 
+def test_adapters_of_a_quantised_base_are_mixed_too():
+    (found,) = recommend(SIZES, 10**11, seq=16, tasks=2, methods=("qlora",)).choices
+    assert any("mix_adapters" in reason.words for reason in found.reasons)
+
+
 def test_each_choice_says_why():
     found = recommend(SIZES, 10**11, devices=4, seq=64, tasks=3, latency="none", methods=("full", "prefix"))
     full, prefix = found.choices
