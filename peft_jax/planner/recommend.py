@@ -210,7 +210,8 @@ def _switching(name: str, tasks: int, trained: int) -> list[Reason]:
     if name == "full":
         return [Reason(f"{tasks} tasks are {tasks} whole copies, {tasks * trained / 1e9:.2f} GB",
                        "plan: trained parameters")]
-    how = "each row of a batch its own (mix_adapters)" if SETTINGS[name] is _lora else "one at a time, combine(base, adapter)"
+    mixes = SETTINGS[name] is _lora
+    how = "each row of a batch its own (mix_adapters)" if mixes else "one at a time, combine(base, adapter)"
     return [Reason(f"{tasks} tasks share the base: {tasks} adapters of {trained / 1e6:.1f} MB that switch without "
                    f"recompiling, {how}", "plan: trained parameters, in float32")]
 
