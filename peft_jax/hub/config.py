@@ -28,7 +28,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ``PeftJaxError`` where it is damaged or no object."""
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PeftJaxError(f"{path} is not readable as JSON: {error}. Fetch it again.") from error
     if not isinstance(given, dict):
         raise PeftJaxError(f"{path} holds no JSON object: fetch it again.")
@@ -42,7 +42,7 @@ def from_hf(given: Mapping[str, Any]) -> Any:
       PeftJaxError: a model type that is in no family (the message names the nearest), a missing size, or a feature of
         the architecture that is not supported.
     """
-    kind = given["model_type"] if "model_type" in given else _kind_of(given)
+    kind = str(given["model_type"]) if "model_type" in given else _kind_of(given)
     if kind not in families.KINDS:
         raise PeftJaxError(f"model_type '{kind}' is not supported: {nearest(kind, families.KINDS)}")
     return families.KINDS[kind].read(kind, given)
@@ -78,7 +78,8 @@ def param_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _kind_of(given: Mapping[str, Any]) -> str:
-    names = given.get("architectures") or []
+    names = given.get("architectures")
+    names = names if isinstance(names, list) else [names]
     kinds = [kind for family in families.FAMILIES for kind, name in family.kinds.items() if name in names]
     if not kinds:
         raise PeftJaxError(f"config.json names no model_type; set it to one of: {', '.join(families.KINDS)}.")

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from peft_jax.errors import PeftJaxError, nearest
-from peft_jax.hub.family import Family, completed
+from peft_jax.hub.family import Family, check_heads, completed
 from peft_jax.hub.names import embedding, linear, norm
 from peft_jax.models.bert import ACTIVATIONS, Encoder, EncoderConfig
 from peft_jax.models.heads import Head
@@ -54,6 +54,7 @@ def read(kind: str, given: Mapping[str, Any]) -> EncoderConfig:
     if fields["hidden_act"] not in ACTIVATIONS:
         raise PeftJaxError(f"hidden_act '{fields['hidden_act']}' is not supported in a {kind} model: "
                            f"{nearest(fields['hidden_act'], ACTIVATIONS)}")
+    check_heads(kind, fields["hidden_size"], fields["num_attention_heads"])
     offset = c["pad_token_id"] + 1 if kind == "roberta" else 0
     fields["max_position_embeddings"] -= offset
     types = {"type_vocab_size": 0} if kind == "distilbert" else {}

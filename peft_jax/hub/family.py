@@ -45,8 +45,44 @@ def table_of(family: Family, paths: Iterable[str]) -> Table:
 
 def completed(kind: str, given: Mapping[str, Any], required: Sequence[str],
               defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """``given`` with the ``defaults`` of what it leaves out; raises ``PeftJaxError`` where a required key is absent."""
+    """``given`` with the ``defaults`` of what it leaves out.
+
+    Raises ``PeftJaxError`` where a required key is absent, and where a value is of another kind than its default, or no
+    size where one belongs.
+    """
     missing = [key for key in required if key not in given]
     if missing:
         raise PeftJaxError(f"the {kind} config lacks {', '.join(missing)}: add it to config.json.")
-    return {**defaults, **given}
+    found = {**defaults, **given}
+    for key in required:
+        _check(kind, key, found[key], _SIZE)
+    for key, default in defaults.items():
+        if found[key] is not None or (type(default) in (int, float) and key not in _NULLABLE):
+            _check(kind, key, found[key], _KINDS.get(key, type(default)))
+    return found
+
+
+_SIZE = "a whole number of at least 1"
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", dict: "an object",
+          list: "a list", _SIZE: _SIZE}
+# Of keys whose default is null, or that are sizes. What may be null though its default is a number.
+_KINDS = {**dict.fromkeys(("max_position_embeddings", "n_positions", "num_key_value_heads", "head_dim", "n_inner",
+                           "num_labels"), _SIZE),
+          "rope_scaling": dict, "rope_parameters": dict, "id2label": dict, "architectures": list, "layer_types": list}
+_NULLABLE = ("sliding_window", "max_window_layers", "rope_theta", "partial_rotary_factor", "pad_token_id", "num_labels",
+             "num_key_value_heads", "head_dim")
+
+
+def check_heads(kind: str, hidden: int, heads: int) -> None:
+    """Raise ``PeftJaxError`` where a state cannot be cut into so many heads."""
+    if hidden % heads:
+        raise PeftJaxError(f"the {kind} config has states of {hidden} values, which cannot be cut into {heads} heads: "
+                           "correct config.json.")
+
+
+def _check(kind: str, key: str, value: Any, wanted: Any) -> None:
+    types = {_SIZE: int, float: (int, float)}.get(wanted, wanted)
+    fits = isinstance(value, types) and (wanted is bool or not isinstance(value, bool))
+    if not fits or (wanted == _SIZE and value < 1):
+        raise PeftJaxError(f"the {kind} config has {key}={value!r:.60}, where {_WORDS[wanted]} belongs: correct "
+                           "config.json.")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft_jax.errors import PeftJaxError
-from peft_jax.hub.family import Family, completed
+from peft_jax.hub.family import Family, check_heads, completed
 from peft_jax.hub.names import conv1d, embedding, linear, norm
 from peft_jax.models.gpt2 import GPT2, GPT2Config
 
@@ -31,6 +31,7 @@ _FIXED = {"activation_function": "gelu_new", "scale_attn_weights": True, "scale_
 def read(kind: str, given: Mapping[str, Any]) -> GPT2Config:
     """The model that a config dict describes. Raises ``PeftJaxError`` for a missing size or an unsupported feature."""
     c = completed(kind, given, _REQUIRED, DEFAULTS)
+    check_heads(kind, c["n_embd"], c["n_head"])
     odd = [f"{key}={c[key]!r}" for key, value in _FIXED.items() if c[key] != value]
     if odd:
         raise PeftJaxError(f"a {kind} model with {', '.join(odd)} is not supported: only "

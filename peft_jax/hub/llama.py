@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft_jax.errors import PeftJaxError, nearest
-from peft_jax.hub.family import Family, completed
+from peft_jax.hub.family import Family, check_heads, completed
 from peft_jax.hub.names import embedding, linear, norm
 from peft_jax.models.llama import CausalLM, LlamaConfig
 from peft_jax.models.rope import SCALINGS
@@ -67,6 +67,7 @@ def read(kind: str, given: Mapping[str, Any]) -> LlamaConfig:
     c = completed(kind, given, _REQUIRED, DEFAULTS[kind])
     if c["hidden_act"] not in ("silu", "swish"):
         raise PeftJaxError(f"hidden_act '{c['hidden_act']}' is not supported in a {kind} model: only silu is.")
+    _check_heads(kind, c)
     heads = c["num_attention_heads"]
     theta, scaling = _rope(c)
     window, windowed = _window(kind, c)
@@ -87,6 +88,18 @@ def read(kind: str, given: Mapping[str, Any]) -> LlamaConfig:
         sliding_layers=windowed,
         model_type=kind,
     )
+
+
+def _check_heads(kind: str, c: Mapping[str, Any]) -> None:
+    heads, groups = c["num_attention_heads"], c["num_key_value_heads"]
+    if c["head_dim"] is None:
+        check_heads(kind, c["hidden_size"], heads)
+    if groups and heads % groups:
+        raise PeftJaxError(f"the {kind} config has num_attention_heads={heads}, no multiple of num_key_value_heads="
+                           f"{groups}: correct config.json.")
+    if (c["head_dim"] or c["hidden_size"] // heads) % 2:
+        raise PeftJaxError(f"the {kind} config gives heads of an odd number of values, and rotary positions turn "
+                           "pairs: correct config.json.")
 
 
 def write(config: LlamaConfig) -> dict[str, Any]:
@@ -118,9 +131,12 @@ def _rope(c: Mapping[str, Any]) -> tuple[float, tuple[tuple[str, float | str], .
     """theta, and the scaling's sorted items or ``None``. transformers 5 keeps both in one dict, 4 in two keys."""
     given = {"rope_theta": c["rope_theta"], "partial_rotary_factor": c["partial_rotary_factor"],
              **(c["rope_scaling"] or c["rope_parameters"] or {})}
-    theta, partial = float(given.pop("rope_theta")), given.pop("partial_rotary_factor")
+    theta, partial = given.pop("rope_theta"), given.pop("partial_rotary_factor")
     old_word = given.pop("type", "default")
     kind = given.setdefault("rope_type", old_word)
+    if not isinstance(theta, int | float):
+        raise PeftJaxError(f"rope_theta {theta!r} is no number: correct config.json.")
+    theta = float(theta)
     if partial not in (None, 1.0):
         raise PeftJaxError(f"partial_rotary_factor {partial} is not supported: only whole heads are rotated.")
     if kind not in SCALINGS:
@@ -129,9 +145,9 @@ def _rope(c: Mapping[str, Any]) -> tuple[float, tuple[tuple[str, float | str], .
         return theta, None
     if kind == "llama3":
         given.setdefault("original_max_position_embeddings", c["max_position_embeddings"])
-    missing = [key for key in _SCALING_KEYS[kind] if key not in given]
+    missing = [key for key in _SCALING_KEYS[kind] if not isinstance(given.get(key), int | float)]
     if missing:
-        raise PeftJaxError(f"rope scaling '{kind}' lacks {', '.join(missing)}: add it in config.json.")
+        raise PeftJaxError(f"rope scaling '{kind}' lacks {', '.join(missing)}, a number: add it in config.json.")
     return theta, tuple((key, given[key]) for key in sorted(("rope_type", *_SCALING_KEYS[kind])))
 
 

@@ -85,7 +85,7 @@ def load_pretrained(source: str | os.PathLike, dtype: Any = jnp.float32, remat: 
     """
     from safetensors import SafetensorError
 
-    dtype = _floating(dtype)
+    dtype = floating(dtype)
     path = assets.resolve(source)
     convert = _conversion(method)
     blocks = path.is_file() and bool(keep_quantised or convert)  # read from the .gguf file itself
@@ -152,7 +152,8 @@ def fresh_head(shapes, config, rng, dtype) -> dict[str, jax.Array]:
     return leaves
 
 
-def _floating(dtype: Any) -> jnp.dtype:
+def floating(dtype: Any) -> jnp.dtype:
+    """A jax dtype of its name. Raises ``PeftJaxError`` where it is none of floating-point numbers."""
     try:
         result = jnp.dtype(dtype)
     except TypeError:

@@ -58,11 +58,13 @@ def suggest_hardware(need: Any, devices: Sequence[Device] = DEVICES) -> list[Sug
       devices: to choose from.
 
     Bytes alone are divided evenly, which bounds the number from below: activations, what is gathered of a layer and
-    small leaves lie on every device. Raises ``PeftJaxError`` for a need below 1.
+    small leaves lie on every device. Raises ``PeftJaxError`` for a need below 1 or without end.
 
     >>> [(one.device.name, one.count) for one in suggest_hardware(915 * 10**9)[:3]]
     [('B200', 6), ('H200', 7), ('TPU v5p', 10)]
     """
+    if odd := [one for one in devices if not isinstance(one, Device)]:
+        raise PeftJaxError(f"suggest_hardware: {odd[0]!r} is no Device: give some of peft_jax.planner.DEVICES.")
     cut, whole, exactly = _need(need)
     if cut + whole < 1:
         raise PeftJaxError(f"suggest_hardware: {need!r} bytes: give what is needed, at least 1, or a plan.")
@@ -73,7 +75,7 @@ def suggest_hardware(need: Any, devices: Sequence[Device] = DEVICES) -> list[Sug
 def _need(need) -> tuple[int, int, int]:
     """(bytes that more devices share, bytes that each has, number of devices that it was planned for or 0)."""
     if isinstance(need, int | float) and not isinstance(need, bool):
-        return math.ceil(need), 0, 0
+        return math.ceil(need) if 0 < need < math.inf else 0, 0, 0
     if not hasattr(need, "program"):
         raise PeftJaxError(f"suggest_hardware: a {type(need).__name__}: give bytes, or what peft_jax.plan returned.")
     total, devices = need.need, need.program.devices

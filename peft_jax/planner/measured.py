@@ -5,16 +5,21 @@
      "latency": {"token": 1.02, "merged_token": 1.0}, "adapter_bytes": 3702766, "trainable": 921600}]}
 """
 
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from peft_jax.errors import PeftJaxError
 
+# Rows are called after experiments; this is the method where that has another name.
+TRAINS = {"adapter": "houlsby"}
+
 
 class Figures(NamedTuple):
-    """command: what measured them. rows: a mapping for each method. gains: {method: (mean, standard deviation)}."""
+    """origin: what measured them, and on which model, "nothing" without rows. rows: a mapping for each method. gains:
+    {method: (mean, standard deviation, 0 where there was but one run)}."""
 
-    command: str
+    origin: str
     rows: dict[str, Mapping[str, Any]]
     gains: dict[str, tuple[float, float]]
 
@@ -35,11 +40,12 @@ class Figures(NamedTuple):
     def reasons(self, method: str) -> list[tuple[str, str]]:
         """(words, source) of each figure that there is of a method."""
         if method not in self.rows:
-            return [("not measured", f"comparison: no row for it{self._of}")] if self.rows else []
+            return [("not measured", f"comparison: no row for it, {self.origin}")] if self.rows else []
         row, found = self.rows[method], []
         if method in self.gains:
-            mean, spread = self.gains[method]
-            found.append(f"{row.get('metric', 'the metric')} {mean:+.3f} (deviation {spread:.3f})")
+            deviation = _number(_mapping(row, "gain").get("std"))
+            spread = "" if deviation is None else f" (deviation {deviation:.3f})"
+            found.append(f"{row.get('metric', 'the metric')} {self.gains[method][0]:+.3f}{spread}")
         for text, change in _mapping(row, "forgetting").items():
             if (size := _number(change)) is not None:
                 found.append(f"loss on {text} {size:+.3f}")
@@ -48,11 +54,8 @@ class Figures(NamedTuple):
                 found.append(f"{words} takes {ratio:.2f} of the base's time")
         if (size := _number(row.get("adapter_bytes"))) is not None:
             found.append(f"its file has {size / 1e6:.1f} MB")
-        return [(words, f"comparison: row {method}{self._of}") for words in found]
+        return [(words, f"comparison: row {row['method']}, {self.origin}") for words in found]
 
-    @property
-    def _of(self) -> str:
-        return f", {self.command}" if self.command else ""
 
 
 def read_figures(table: Mapping[str, Any]) -> Figures:
@@ -61,10 +64,12 @@ def read_figures(table: Mapping[str, Any]) -> Figures:
     if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
         raise PeftJaxError("recommend: figures are the table.json of a comparison, a mapping with a list 'rows' of "
                            "mappings: give that file.")
-    by_method = {str(row["method"]): row for row in rows if "method" in row}
+    by_method = {TRAINS.get(name, name): row for row in rows if (name := str(row.get("method", "")))}
     gains = {name: (mean, _number(_mapping(row, "gain").get("std")) or 0.0) for name, row in by_method.items()
              if (mean := _number(row.get("gain"))) is not None}
-    return Figures(str(table.get("command", "")), by_method, gains)
+    named = (table.get("command"), f"on {table['model']}" if table.get("model") else "")
+    origin = " ".join(str(one) for one in named if one) or ("a table that does not say" if by_method else "nothing")
+    return Figures(origin, by_method, gains)
 
 
 def _mapping(row: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -75,5 +80,5 @@ def _mapping(row: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _number(value: Any) -> float | None:
     """A finite number, or the mean of a mapping that has one; else nothing."""
     value = value.get("mean") if isinstance(value, Mapping) else value
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     return float(value) if usable else None

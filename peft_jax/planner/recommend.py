@@ -10,11 +10,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import optax
 
 from peft_jax import tree
 from peft_jax.errors import PeftJaxError, nearest
-from peft_jax.hub import families
 from peft_jax.loss import cross_entropy
 from peft_jax.method import Method, chain
 from peft_jax.methods import METHODS, lora, quantize
@@ -23,7 +23,7 @@ from peft_jax.planner.hardware import Device
 from peft_jax.planner.measured import Figures, read_figures
 from peft_jax.planner.parts import groups, sum_of_parts
 from peft_jax.planner.rule import COMPLEXITIES, RANKS, article_method
-from peft_jax.planner.shapes import abstract, as_model, check_sizes, shapes
+from peft_jax.planner.shapes import abstract, as_model, check_attention, check_sizes, shapes
 
 LATENCIES = ("any", "none")  # what inference may cost more than the base's
 # What the modules are called that bottlenecks and IA3 change, in models that do not have Llama's names.
@@ -122,13 +122,19 @@ def recommend(model: Any, memory: int, *, devices: int = 1, batch: int = 1, seq:
     if odd := [name for name in methods if name not in SETTINGS]:
         raise PeftJaxError(f"recommend: methods={odd[0]!r}: {nearest(str(odd[0]), SETTINGS)}")
     measured = read_figures({} if figures is None else figures)
+    if hasattr(model, "apply") and not hasattr(getattr(model, "config", None), "model_type"):
+        raise PeftJaxError(f"recommend: a {type(model).__name__} has no config with a model_type, by which methods' "
+                           "settings are chosen: plan each method with peft_jax.plan instead.")
     model = _with_head(as_model(model, dtype, param_dtype, remat))
     device = Device("each device", memory)
+    check_attention(model.config, model.dtype)
     base = abstract(model)
     ask = Asked(model, base, device, devices, batch, seq, tasks, RANKS[complexity], latency, measured)
     found = ranked([_choice(name, ask) for name in methods], tasks, measured)
     asked = {"memory of a device": memory, "devices": devices, "batch": f"{batch} x {seq} tokens", "tasks": tasks,
-             "complexity": complexity, "latency": latency, "measured": measured.command or "nothing",
+             "complexity": complexity, "latency": latency, "measured": measured.origin,
+             "computing in": jnp.dtype(model.dtype).name, "weights, if plain, in": jnp.dtype(model.param_dtype).name,
+             "remat": model.remat, "optimiser": "AdamW, two moments in float32",
              "margin": device.margin}
     return Recommendation(asked, found, article_method(tree.count(base), memory * devices, tasks, complexity))
 
@@ -187,8 +193,7 @@ def _choice(name: str, asked: Asked) -> Choice:
 
 def _sizes(asked: Asked, method: Method) -> tuple[dict[str, int], int]:
     """(bytes by group, bytes of what trains)."""
-    answers = 1 if families.of(asked.model.config).heads else None
-    given = shapes(asked.model, method, optax.adamw(1e-4), asked.batch, asked.seq, answers=answers, base=asked.base)
+    given = shapes(asked.model, method, optax.adamw(1e-4), asked.batch, asked.seq, base=asked.base)
     return groups(sum_of_parts(given, 512, cross_entropy)), tree.nbytes(given.trainable)
 
 
@@ -205,7 +210,8 @@ def _switching(name: str, tasks: int, trained: int) -> list[Reason]:
     if name == "full":
         return [Reason(f"{tasks} tasks are {tasks} whole copies, {tasks * trained / 1e9:.2f} GB",
                        "plan: trained parameters")]
-    how = "each row of a batch its own (mix_adapters)" if name == "lora" else "one at a time, combine(base, adapter)"
+    mixes = SETTINGS[name] is _lora
+    how = "each row of a batch its own (mix_adapters)" if mixes else "one at a time, combine(base, adapter)"
     return [Reason(f"{tasks} tasks share the base: {tasks} adapters of {trained / 1e6:.1f} MB that switch without "
                    f"recompiling, {how}", "plan: trained parameters, in float32")]
 
@@ -235,4 +241,5 @@ def describe_recommendation(found: Recommendation) -> str:
 
 def _article(article: Mapping[str, Any]) -> Sequence[str]:
     needs = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in article["needs"].items())
-    return [f"The article's rule: {article['words']} ({needs} GB, of {article['memory'] / 2**30:.1f})"]
+    return [f"The article's rule: {article['words']} ({needs}, of {article['memory'] / 2**30:.1f} of its GB, "
+            "1024**3 bytes)"]

@@ -8,18 +8,22 @@ gives what stands here:
 [13.0, 39.1, 91.3, 169.5, 912.7]
 """
 
+import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from peft_jax import quant, tree
-from peft_jax.planner.parts import KEEPS, state_types
+from peft_jax.errors import PeftJaxError, nearest
+from peft_jax.planner.parts import state_types
 from peft_jax.planner.shapes import Shapes
 
 GIB = 1024**3
 # Bytes for each parameter of full fine-tuning, by precision and optimiser.
 BYTES = {("bf16", "adamw"): 14, ("fp32", "adamw"): 20, ("bf16", "sgd"): 8}
 FALLBACK = 14
+CALLED = {"bfloat16": "bf16", "float32": "fp32"}  # numpy's name for a precision: the article's
 RECIPES = {("bf16", "adamw"): "weights 2, gradients 2, two moments in float32 8, activations 2",
            ("fp32", "adamw"): "AdamW on float32 weights; the article does not split it",
            ("bf16", "sgd"): "SGD on bfloat16 weights; the article does not split it"}
@@ -38,14 +42,23 @@ class Rule(NamedTuple):
 def rule_of_thumb(parameters: int, precision: str = "bf16", optimizer: str = "adamw") -> Rule:
     """What full fine-tuning of so many parameters needs by the article's rule.
 
-    ``precision`` is "bf16" or "fp32", ``optimizer`` "adamw" or "sgd"; for a pair that the article does not have its own
-    fallback holds, 14 bytes, and the recipe says so. Batch, length, rematerialisation and the model's shape have no
-    place in it.
+    ``precision`` is "bf16" or "fp32", or numpy's name of either, ``optimizer`` "adamw" or "sgd"; for a pair that the
+    article does not have its own fallback holds, 14 bytes, and the recipe says so. Batch, length, rematerialisation and
+    the model's shape have no place in it. Raises ``PeftJaxError`` for ``parameters`` that are no number of at least 1.
     """
+    _check(parameters)
+    precision = CALLED.get(precision, precision)
     pair = (precision, optimizer)
     each = BYTES.get(pair, FALLBACK)
     words = RECIPES.get(pair, f"the article's fallback: it has no {precision} with {optimizer}")
-    return Rule("full fine-tuning", each * parameters, f"{each} bytes for each of {parameters:,} parameters: {words}")
+    return Rule("full fine-tuning", round(each * parameters),
+                f"{each} bytes for each of {parameters:,.0f} parameters: {words}")
+
+
+def _check(parameters) -> None:
+    number = isinstance(parameters, int | float) and not isinstance(parameters, bool)
+    if not number or not 1 <= parameters < math.inf:
+        raise PeftJaxError(f"rule of thumb: parameters={parameters!r}: give how many the model has, such as 7e9.")
 
 
 def adapter_rule(parameters: int, kind: str) -> Rule:
@@ -54,19 +67,22 @@ def adapter_rule(parameters: int, kind: str) -> Rule:
     >>> round(adapter_rule(7 * 10**9, "qlora").bytes / GIB, 3)
     6.2
     """
+    _check(parameters)
+    if kind not in ADAPTERS:
+        raise PeftJaxError(f"rule of thumb: kind={kind!r}: {nearest(str(kind), ADAPTERS)}")
     each, more = ADAPTERS[kind]
     name = {"lora": "LoRA", "qlora": "QLoRA"}[kind]
     return Rule(name, round((each * parameters / 1e9 + more) * GIB),
-                f"{each} GB for each billion parameters and {more:.0f} more")
+                f"{each} GB for each billion parameters and {more:.0f} more, of 1024**3 bytes")
 
 
 def rules(shapes: Shapes) -> tuple[Rule, ...]:
     """What the article would say of a step: that of full fine-tuning always, and its own for a LoRA or QLoRA."""
-    names = {"bfloat16": "bf16", "float32": "fp32"}
     precision = jnp.dtype(shapes.model.param_dtype).name if hasattr(shapes.model, "param_dtype") else "float32"
-    kept = state_types(shapes.opt_state)
-    optimizer = "adamw" if "ScaleByAdamState" in kept else "sgd" if not {*kept} & {*KEEPS} else "another optimiser"
-    found = [rule_of_thumb(shapes.parameters, names.get(precision, precision), optimizer)]
+    keeps = any(leaf.ndim for leaf in jax.tree.leaves(shapes.opt_state))
+    adam = "ScaleByAdamState" in state_types(shapes.opt_state)
+    optimizer = "adamw" if adam else "another optimiser" if keeps else "sgd"
+    found = [rule_of_thumb(shapes.parameters, precision, optimizer)]
     if "LORA" in [part.config["peft_type"] for part in shapes.method.parts or (shapes.method,)]:
         packed = any(map(quant.is_leaf, tree.flatten(shapes.frozen).values()))
         found.append(adapter_rule(shapes.parameters, "qlora" if packed else "lora"))

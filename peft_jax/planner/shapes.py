@@ -13,9 +13,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from peft_jax import sharding, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub import families
+from peft_jax.hub.pretrained import floating
 from peft_jax.mesh import ROWS, row_shards, several
 from peft_jax.method import Method, bind
-from peft_jax.models.attention import AttentionCore, flash_fits
+from peft_jax.models.attention import AttentionCore, check_device, flash_fits
 from peft_jax.planner.target import Target
 
 STEPS = 1000  # of the schedule, where only epochs are set: a constant of the program, no memory
@@ -46,7 +47,8 @@ class Shapes(NamedTuple):
 def as_model(model: Any, dtype: Any = None, param_dtype: Any = None, remat: bool | None = None) -> Any:
     """The model of a config, such as a ``LlamaConfig``, or the model given; what is not ``None`` is set in it.
 
-    Raises ``PeftJaxError`` for what is neither.
+    Raises ``PeftJaxError`` for what is neither, for a model without the methods ``hidden`` and ``head`` or without a
+    field that is to be set, and for a type of no floating-point numbers.
 
     >>> from peft_jax.models import CausalLM, LlamaConfig
     >>> sizes = LlamaConfig(99, 32, 48, 2, 4, 2, 8, 1e-5, 1e4, 256, True)
@@ -54,24 +56,38 @@ def as_model(model: Any, dtype: Any = None, param_dtype: Any = None, remat: bool
     True
     """
     given = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
-    given = {name: value if name == "remat" else jnp.dtype(value) for name, value in given.items() if value is not None}
-    if hasattr(model, "apply"):
+    given = {name: value if name == "remat" else floating(value) for name, value in given.items() if value is not None}
+    if not isinstance(given.get("remat", False), bool):
+        raise PeftJaxError(f"plan: remat={remat!r}: give True or False.")
+    if hasattr(model, "apply") and not isinstance(model, type):
+        _check_model(model, given)
         return model.clone(**given) if given else model
-    if not hasattr(model, "model_type"):
+    if not hasattr(model, "model_type") or isinstance(model, type):
         raise PeftJaxError(f"plan: {model!r:.60} is neither a model nor a model's config: give "
                            "peft_jax.load_config(\"owner/name\"), a folder's, or a config class such as LlamaConfig.")
     return families.of(model).model(model, **given)
 
 
+def _check_model(model, given) -> None:
+    kind = type(model)
+    if lacks := [name for name in ("hidden", "head") if not hasattr(kind, name)]:
+        raise PeftJaxError(f"plan: a {kind.__name__} has no method '{lacks[0]}': training calls hidden(input_ids, "
+                           "positions=, segment_ids=), then head(hidden) in chunks, so give the model both.")
+    if lacks := [name for name in given if name not in kind.__dataclass_fields__]:
+        raise PeftJaxError(f"plan: a {kind.__name__} has no field '{lacks[0]}' to set: leave {lacks[0]} out.")
+
+
 def shapes(model: Any, method: Method, optimizer: optax.GradientTransformation, batch: int, seq: int, *,
            mesh: Mesh | None = None, answers: int | None = None, accumulate_steps: int = 1, kind: Any = jnp.int32,
-           base: Mapping[str, Any] | None = None, target: Target | None = None) -> Shapes:
+           base: Mapping[str, Any] | None = None, target: Target | None = None, packed: bool = False) -> Shapes:
     """The shapes of one step, arguments as of :func:`peft_jax.plan`; ``kind`` is the type of an answer.
 
     Raises ``PeftJaxError`` as ``peft_jax.plan`` does.
     """
-    answers = seq - 1 if answers is None else answers
-    _check(model, mesh, batch=batch, seq=seq, answers=answers, accumulate_steps=accumulate_steps)
+    check_types(method, optimizer, mesh, target)
+    answers = _answers(model, seq) if answers is None else answers
+    check_attention(getattr(model, "config", None), getattr(model, "dtype", None), target)
+    _check(model, mesh, packed, batch=batch, seq=seq, answers=answers, accumulate_steps=accumulate_steps)
     if method.prepare:
         raise PeftJaxError("this method's sizes depend on data that it looks at before training, of which a plan has "
                            "none: plan it with another initialisation, such as init_lora_weights=True.")
@@ -88,6 +104,19 @@ def shapes(model: Any, method: Method, optimizer: optax.GradientTransformation, 
     state = _state(optimizer, trainable, mesh)
     return Shapes(model, method, tree.count(base), bind(method, model, mesh), bind(method, model),
                   tree.partition(plain, labels), trainable, frozen, optimizer, state, found, mesh)
+
+
+def _answers(model, seq: int) -> int:
+    """Of a row: one of a classifier of texts; else all tokens but the first, which nothing foretells."""
+    head = getattr(getattr(model, "config", None), "head", None)
+    return 1 if getattr(head, "task_type", None) == "SEQ_CLS" else max(1, seq - 1)
+
+
+def check_attention(config: Any, dtype: Any, target: Target | None = None) -> None:
+    """Raise ``PeftJaxError`` where ``config`` asks for cuDNN and the target, or this machine, does not have it."""
+    if getattr(config, "attn_implementation", None) == "cudnn":
+        (device,) = target.sharding.device_set if target and target.sharding else (None,)
+        check_device(config, dtype, device)
 
 
 def _state(optimizer, trainable, mesh) -> Any:
@@ -137,6 +166,17 @@ def attending(model: Any, method: Method, params: tree.Tree, batch: Mapping[str,
     return model.clone(config=dataclasses.replace(model.config, attn_implementation=chosen))
 
 
+def check_types(method: Any, optimizer: Any, mesh: Any, target: Any = None) -> None:
+    """Raise ``PeftJaxError`` where one is something else, such as its name."""
+    for name, given, kind, instead in (
+            ("method", method, Method, "lora() or chain(quantize(), lora())"),
+            ("optimizer", optimizer, optax.GradientTransformation, "optax.adamw(1e-4)"),
+            ("mesh", mesh, Mesh | None, "peft_jax.make_mesh(fsdp=-1)"),
+            ("target", target, Target | None, "peft_jax.planner.h100()")):
+        if not isinstance(given, kind):
+            raise PeftJaxError(f"plan: {name} is a {type(given).__name__}: give one such as {instead}.")
+
+
 def check_sizes(what: str = "plan", **sizes: int) -> None:
     """Raise ``PeftJaxError`` where one is no whole number of at least 1."""
     for name, value in sizes.items():
@@ -144,12 +184,14 @@ def check_sizes(what: str = "plan", **sizes: int) -> None:
             raise PeftJaxError(f"{what}: {name}={value!r}: give a whole number of at least 1.")
 
 
-def _check(model, mesh, **sizes: int) -> None:
+def _check(model, mesh, packed, **sizes: int) -> None:
     check_sizes(**sizes)
     most = getattr(getattr(model, "config", None), "max_position_embeddings", sizes["seq"])
-    if sizes["seq"] > most:
-        raise PeftJaxError(f"plan: seq={sizes['seq']}, but the model has {most} positions: "
-                           "lower --config.data.row_length or --config.data.max_length.")
+    if sizes["seq"] > most and not packed:
+        raise PeftJaxError(f"plan: seq={sizes['seq']}, but the model has {most} positions: give at most as many "
+                           "(--config.data.row_length or --config.data.max_length).")
+    if sizes["answers"] > sizes["seq"]:
+        raise PeftJaxError(f"plan: answers={sizes['answers']} of a row of {sizes['seq']} tokens: give at most as many.")
     if sizes["batch"] % row_shards(mesh):
         raise PeftJaxError(f"plan: {sizes['batch']} rows cannot be shared by {row_shards(mesh)} parts of the mesh "
                            "(data x fsdp): give a multiple.")

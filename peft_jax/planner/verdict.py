@@ -34,14 +34,14 @@ class Plan(NamedTuple):
         return groups(self.parts)
 
     def fits(self, device: Device) -> bool:
-        """Whether the compiled program, with the device's margin, is no larger than the device."""
-        return self.program.memory.total <= device.room
+        """Whether what the plan needs, with the device's margin, is no larger than the device."""
+        return self.need <= device.room
 
     @property
     def need(self) -> int:
         """Bytes that a device must hold: as compiled; where that is a CPU's program with whole copies in float32 that
         no GPU makes, the sum of parts."""
-        return self.sum if self.program.copies and self.parts else self.program.memory.total
+        return self.sum if self.program.estimate and self.program.copies else self.program.memory.total
 
     def to_dict(self) -> dict[str, Any]:
         """As ``plan.json`` holds it; all sizes in bytes."""
@@ -69,9 +69,9 @@ def describe(plan: Plan) -> str:
     rules = [_rule(plan, rule) for rule in plan.rules]
     parts = [line for group in GROUPS for line in _group(plan, group)]
     summed = _row("sum", plan.sum, _percent(plan.sum, plan.program.memory.total))
-    return "\n".join([*assumed, "", f"The article's rules of thumb (GB){each}", *rules, "",
-                      f"Sum of parts (GB){each}", *parts, summed, "",
-                      f"Compiled step (GB){each}", *_compiled(plan.program), "", *_hardware(plan)])
+    return "\n".join([*assumed, "", f"The article's rules of thumb (GB of 1e9 bytes){each}", *rules, "",
+                      f"Sum of parts (GB of 1e9 bytes){each}", *parts, summed, "",
+                      f"Compiled step (GB of 1e9 bytes){each}", *_compiled(plan.program), "", *_hardware(plan)])
 
 
 def _compiled(program: Program) -> list[str]:

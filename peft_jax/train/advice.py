@@ -1,5 +1,6 @@
 """The job of --mode=recommend: which method to take, from a configuration's model, batch and section ``recommend``."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,7 @@ import jax.numpy as jnp
 from peft_jax.errors import PeftJaxError
 from peft_jax.evaluation.objectives import objective_of
 from peft_jax.hub import load_config
-from peft_jax.hub.config import read_json
-from peft_jax.hub.pretrained import with_head
+from peft_jax.hub.pretrained import quantised_as, with_head
 from peft_jax.planner.recommend import Recommendation, describe_recommendation, recommend
 from peft_jax.train import session, workdir
 from peft_jax.train.plan import batch_sizes
@@ -21,33 +21,34 @@ def job(command) -> int:
     workdir.check_writable(folder)
     found = recommend_config(command.config)
     print(describe_recommendation(found))
-    folder.mkdir(parents=True, exist_ok=True)
-    workdir.write_json(folder / "recommend.json", found.to_dict())
-    print(f"\nwritten: {folder / 'recommend.json'}")
+    workdir.write_report(folder, "recommend.json", found.to_dict())
     return 0
 
 
 def recommend_config(config) -> Recommendation:
     """The recommendation of a run's configuration; its method is not looked at, its model alone is, without weights.
 
-    Raises ``PeftJaxError`` as :func:`peft_jax.planner.recommend.recommend` does, and where the figures are not to be
-    had.
+    Raises ``PeftJaxError`` as :func:`peft_jax.planner.recommend.recommend` does, where the figures are not to be had,
+    and for a checkpoint that is quantised already.
     """
     asked = config.recommend
     sizes = load_config(config.model.source)
     session.check_answers(config.task, sizes)
+    if quantised_as(config.model.source):
+        raise PeftJaxError(f"{config.model.source} holds quantised weights, and methods are compared on plain ones: "
+                           "name the plain model, or see --mode=plan for this one.")
     sizes = with_head(sizes, objective_of(config.task).head(config.task))
     batch, seq, _ = batch_sizes(config.data, sizes, 1)
+    memory = asked.memory_gb * 1e9
+    if not 1 <= memory < math.inf:
+        raise PeftJaxError(f"--config.recommend.memory_gb={asked.memory_gb}: the memory of one device in GB of 1e9 "
+                           "bytes, such as 24")
     kinds = {name: jnp.dtype(config.model[name]) for name in ("dtype", "param_dtype")}
-    return recommend(sizes, round(asked.memory_gb * 1e9), devices=asked.devices, batch=batch, seq=seq,
+    return recommend(sizes, round(memory), devices=asked.devices, batch=batch, seq=seq,
                      tasks=asked.tasks, complexity=asked.complexity, latency=asked.latency,
                      figures=_figures(asked.figures), remat=config.model.remat, **kinds)
 
 
 def _figures(path: str) -> dict[str, Any] | None:
-    if not path:
-        return None
-    if not Path(path).is_file():
-        raise PeftJaxError(f"--config.recommend.figures={path}: there is no such file; give the table.json that a "
-                           "comparison wrote, or leave it out.")
-    return read_json(Path(path))
+    mend = "give --config.recommend.figures the table.json that a comparison wrote, or leave it out"
+    return workdir.read_json(Path(path), "rows", mend=mend) if path else None

@@ -1,4 +1,4 @@
-"""What ``run.py`` can be asked to do: train, eval, measure, merge (export), generate, plan.
+"""What ``run.py`` can be asked to do: train, eval, measure, merge (export), generate, plan, recommend.
 
 Each prints for people and returns an exit code.
 """

@@ -23,7 +23,7 @@ from peft_jax.method import Method
 from peft_jax.models.attention import on_heads
 from peft_jax.planner import Plan, Target, compile_step, describe, h100, sum_of_parts
 from peft_jax.planner.rule import rules
-from peft_jax.planner.shapes import STEPS, Shapes, as_model, check_sizes, shapes
+from peft_jax.planner.shapes import STEPS, Shapes, as_model, check_attention, check_sizes, shapes
 from peft_jax.train import session, workdir
 from peft_jax.train.optim import make_optimizer
 from peft_jax.train.step import init_state, make_step, state_shardings
@@ -35,7 +35,7 @@ def plan(model: Any, method: Method, optimizer: optax.GradientTransformation, ba
          mesh: Mesh | None = None, remat: bool | None = None, *, dtype: Any = None, param_dtype: Any = None,
          answers: int | None = None, accumulate_steps: int = 1, loss_chunk: int = 512, error: Callable = cross_entropy,
          base: Mapping[str, Any] | None = None, target: Target | None = None,
-         assumed: Mapping[str, Any] | None = None) -> Plan:
+         assumed: Mapping[str, Any] | None = None, packed: bool = False) -> Plan:
     """What one training step needs of one device, before there are weights: nothing is allocated or downloaded.
 
     The step is that of training, lowered and compiled; beside it stand a sum of parts and the article's rule of thumb.
@@ -48,11 +48,12 @@ def plan(model: Any, method: Method, optimizer: optax.GradientTransformation, ba
       mesh: of :func:`peft_jax.make_mesh`; of several devices, weights are cut as ``model.sharding`` says, and all
         bytes are each device's.
       remat, dtype, param_dtype: set in the model where they are given; else its own, of a config the class's defaults.
-      answers: tokens of a row that are learnt; by default all but the first.
+      answers: tokens of a row that are learnt; by default all but the first, of a classifier of texts one.
       accumulate_steps: micro-batches of a step. loss_chunk, error: as of training.
       base: the model's parameters or their shapes; by default what ``model.init`` gives, in the model's
         ``param_dtype``.
       target: what to compile for, such as ``peft_jax.planner.h100()``; by default a device of the default backend.
+      packed: rows hold several texts, positions from 0 in each: they may be longer than the model's positions.
       assumed: words on where the shapes come from, to be shown with the plan.
 
     Returns a :class:`peft_jax.planner.Plan`; ``peft_jax.planner.describe(plan)`` is its table, ``plan.groups`` the
@@ -60,7 +61,7 @@ def plan(model: Any, method: Method, optimizer: optax.GradientTransformation, ba
     ``plan.program.memory.total`` the compiled one. Compiled for a CPU its temporaries are an estimate of a GPU's.
 
     Raises ``PeftJaxError`` for sizes below 1, rows longer than the model's positions, a target together with a mesh,
-    and a method that needs data.
+    a method that needs data, cuDNN's attention where it cannot be had, and what is no model, method or optimiser.
 
     >>> from peft_jax import lora
     >>> from peft_jax.models.llama import LlamaConfig
@@ -74,7 +75,8 @@ def plan(model: Any, method: Method, optimizer: optax.GradientTransformation, ba
     check_sizes(loss_chunk=loss_chunk)
     model = as_model(model, dtype, param_dtype, remat)
     given = shapes(model, method, optimizer, batch, seq, mesh=mesh, answers=answers, accumulate_steps=accumulate_steps,
-                   kind=jnp.float32 if error is squared_error else jnp.int32, base=base, target=target)
+                   kind=jnp.float32 if error is squared_error else jnp.int32, base=base, target=target,
+                   packed=packed)
     state, where = _state(given)
     step = make_step(given.apply, given.optimizer, loss_chunk, error, method.penalty, given.mesh, where)
     words = {**_words(given.model, given.batch), **({"mesh": describe_mesh(given.mesh)} if given.mesh else {}),
@@ -111,9 +113,7 @@ def job(command) -> int:
     workdir.check_writable(folder)
     found = plan_config(config, h100() if jax.default_backend() == "cpu" else None)
     print(describe(found))
-    folder.mkdir(parents=True, exist_ok=True)
-    workdir.write_json(folder / "plan.json", found.to_dict())
-    print(f"\nwritten: {folder / 'plan.json'}")
+    workdir.write_report(folder, "plan.json", found.to_dict())
     return 0
 
 
@@ -125,11 +125,12 @@ def plan_config(config, target: Target | None = None) -> Plan:
     sizes = load_config(config.model.source)
     session.check_answers(config.task, sizes)
     objective = objective_of(config.task)
-    mesh = make_mesh(**config.mesh)
+    mesh = _mesh(config.mesh)
     sizes = with_head(sizes, objective.head(config.task))
     chosen = on_heads(config.model.attn_implementation, sizes, mesh.shape["tensor"])
     sizes = replace(sizes, attn_implementation=chosen)
     kinds = {name: jnp.dtype(config.model[name]) for name in ("dtype", "param_dtype")}
+    check_attention(sizes, kinds["dtype"], target)
     model = families.of(sizes).model(sizes, **kinds, remat=config.model.remat)
     base = tree.unflatten({path: jax.ShapeDtypeStruct(shape, kinds["param_dtype"])
                            for path, shape in hub_config.param_shapes(sizes).items()})
@@ -140,11 +141,20 @@ def plan_config(config, target: Target | None = None) -> Plan:
     params = base if method.prepare else jax.eval_shape(method.init, jax.random.key(0), base)
     optimizer = make_optimizer(config.optim, config.optim.steps or STEPS, method.labels(params))
     source = f"{config.model.source}{', quantised as its config.json says, in blocks of 64' if held else ''}"
-    assumed = {"model": source, "method": method.config["peft_type"], "rows are": words,
-               "optimiser": "AdamW"}
+    kind = " + ".join(part.config["peft_type"] for part in method.parts or (method,))
+    assumed = {"model": source, "method": kind, "rows are": words, "optimiser": "AdamW"}
     return plan(model, method, optimizer, batch, seq, mesh, answers=None if objective.writes else 1,
                 accumulate_steps=config.optim.accumulate_steps, loss_chunk=config.optim.loss_chunk,
-                error=objective.error, base=base, target=None if several(mesh) else target, assumed=assumed)
+                error=objective.error, base=base, target=None if several(mesh) else target, assumed=assumed,
+                packed=config.data.collate == "pack")
+
+
+def _mesh(sizes) -> Mesh:
+    try:
+        return make_mesh(**sizes)
+    except PeftJaxError as error:
+        raise PeftJaxError(f"{error} A plan's devices need not be there: XLA_FLAGS=--xla_force_host_platform_device_"
+                           "count=8 in the environment makes 8 of a CPU.") from error
 
 
 def batch_sizes(data, sizes, multiple: int) -> tuple[int, int, str]:

@@ -140,12 +140,22 @@ def write_json(path: Path, value: Any) -> None:
     aside.write(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: Path, *needed: str) -> dict[str, Any]:
-    """The JSON object in a file; raises ``PeftJaxError`` where it is damaged, no object, or lacks a ``needed`` key."""
-    mend = "remove it, or train again with --overwrite"
+def write_report(folder: Path, name: str, value: Any) -> None:
+    """What a job found, into the workdir, and where that is to the terminal."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / name, value)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    print(f"\nwritten: {folder / name}")
+
+
+def read_json(path: Path, *needed: str, mend: str = "remove it, or train again with --overwrite") -> dict[str, Any]:
+    """The JSON object in a file; raises ``PeftJaxError``, which ends in ``mend``, where it is damaged, no object, or
+    lacks a ``needed`` key."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PeftJaxError(f"{path} cannot be read ({error}); {mend}") from error
     if not isinstance(value, dict):
         raise PeftJaxError(f"{path} holds {json.dumps(value)[:40]}, not a JSON object as a run writes it; {mend}")

@@ -17,7 +17,8 @@ def read(kind="llama", **options):
 CASES = {
     "llama": {}, "llama3": {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
     "llama-biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
-    "mistral": {"kind": "mistral", "sliding_window": 8}, "mistral-full": {"kind": "mistral", "sliding_window": None},
+    "mistral": {"kind": "mistral", "sliding_window": 8, "num_key_value_heads": 2},
+    "mistral-full": {"kind": "mistral", "sliding_window": None, "num_key_value_heads": None},
     "qwen2": {"kind": "qwen2"},
     "qwen2-window": {"kind": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
     "qwen3": {"kind": "qwen3", "head_dim": 16, "attention_bias": True},
@@ -71,6 +72,10 @@ def test_other_families_read_what_transformers_means_and_write_what_it_reads(nam
     ("bert", {"is_decoder": True}, "is_decoder=True is not supported"),
     ("roberta", {"hidden_act": "gelu_fast"}, "hidden_act 'gelu_fast' is not supported in a roberta model"),
     ("gpt2", {"vocab_size": 97, "n_embd": 32, "n_layer": 4}, "the gpt2 config lacks n_head"),
+    ("gpt2", {"vocab_size": 97, "n_embd": 32, "n_layer": 4, "n_head": 5}, "cannot be cut into 5 heads"),
+    ("bert", {"num_attention_heads": 5}, "cannot be cut into 5 heads"),
+    ("bert", {"architectures": "BertModel"}, "architectures='BertModel', where a list belongs"),
+    ("bert", {"id2label": 3}, "id2label=3, where an object belongs"),
 ])
 def test_what_other_families_cannot_read_is_named(kind, options, message):
     with pytest.raises(PeftJaxError, match=message):
@@ -102,6 +107,18 @@ def test_an_architecture_alone_is_enough():
     ({"model_type": "llama", **SIZES, "rope_scaling": {"rope_type": "linear"}}, "rope scaling 'linear' lacks factor"),
     ({"model_type": "llama", **SIZES, "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ({"model_type": "qwen3", **SIZES, "layer_types": ["chunked_attention"] * 4}, "layer_types must say"),
+    ({"model_type": ["llama"], **SIZES}, "is not supported"),
+    ({"architectures": 5, **SIZES}, "names no model_type"),
+    ({"model_type": "llama", **SIZES, "hidden_size": "32"}, "hidden_size='32', where a whole number of at least 1"),
+    ({"model_type": "llama", **SIZES, "vocab_size": 0}, "vocab_size=0, where"),
+    ({"model_type": "llama", **SIZES, "max_position_embeddings": None}, "max_position_embeddings=None, where"),
+    ({"model_type": "llama", **SIZES, "num_key_value_heads": 3}, "no multiple of num_key_value_heads=3"),
+    ({"model_type": "llama", **SIZES, "head_dim": 7}, "an odd number of values"),
+    ({"model_type": "llama", **SIZES, "num_attention_heads": 5}, "cannot be cut into 5 heads"),
+    ({"model_type": "llama", **SIZES, "rope_scaling": "linear"}, "rope_scaling='linear', where an object belongs"),
+    ({"model_type": "llama", **SIZES, "rope_scaling": {"rope_type": "linear", "factor": "2"}}, "lacks factor"),
+    ({"model_type": "llama", **SIZES, "rope_theta": "x"}, "rope_theta='x', where a number belongs"),
+    ({"model_type": "llama", **SIZES, "tie_word_embeddings": "false"}, "where true or false belongs"),
 ])
 def test_what_cannot_be_read_is_named(given, message):
     with pytest.raises(PeftJaxError, match=message):
@@ -125,6 +142,7 @@ def test_a_folder_without_a_readable_config_is_named(tmp_path):
     (tmp_path / "model.gguf").write_text("")
     with pytest.raises(PeftJaxError, match=r"it holds model.gguf, name that file"):
         hub_config.read(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(PeftJaxError, match="not readable as JSON"):
-        hub_config.read(tmp_path)
+    for damaged in ("{", "[" * 100_000):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(PeftJaxError, match="not readable as JSON"):
+            hub_config.read(tmp_path)

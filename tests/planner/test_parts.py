@@ -3,12 +3,14 @@
 import jax
 import optax
 import pytest
+from flax import linen as nn
 
 from peft_jax import chain, full, houlsby, lora, make_mesh, plan, quantize
 from peft_jax.errors import PeftJaxError
 from peft_jax.loss import cross_entropy
-from peft_jax.models import CausalLM
+from peft_jax.models import CausalLM, EncoderConfig, Head, LlamaConfig
 from peft_jax.planner import Target, shapes, sum_of_parts
+from peft_jax.planner.shapes import as_model
 
 METHODS = {"lora": lora(r=4), "houlsby": houlsby(),
            "qlora": chain(quantize(double_quant=True), lora(r=4, target_modules="all-linear"))}
@@ -61,10 +63,43 @@ def test_the_optimiser_behind_its_bytes_is_named(tiny_model, optimizer, words):
     assert words in next(part.recipe for part in parts if part.group == "optimiser")
 
 
-@pytest.mark.parametrize("model", ["llama3_8b", {"hidden_size": 3}, None])
+@pytest.mark.parametrize("model", ["llama3_8b", {"hidden_size": 3}, None, LlamaConfig])
 def test_what_is_no_model_is_said(model):
     with pytest.raises(PeftJaxError, match="neither a model nor a model's config"):
         plan(model, METHODS["lora"], optax.adamw(1e-4))
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"method": "lora"}, "method is a str: give one such as lora"),
+    ({"optimizer": "adamw"}, "optimizer is a str: give one such as optax.adamw"),
+    ({"mesh": "8"}, "mesh is a str"), ({"target": "h100"}, "target is a str"), ({"remat": "no"}, "remat='no'"),
+    ({"dtype": "float33"}, "no floating-point type"), ({"param_dtype": "int8"}, "no floating-point type"),
+    ({"answers": 100}, "answers=100 of a row of 16 tokens")])
+def test_what_is_of_another_kind_is_said(tiny_model, change, words):
+    with pytest.raises(PeftJaxError, match=words):
+        plan(**({"model": tiny_model[0], "method": lora(), "optimizer": optax.adamw(1e-4), "seq": 16} | change))
+
+
+class Other(nn.Module):
+    """A model of one's own, without a field to set."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(x)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_what_a_model_of_ones_own_lacks_is_said(dtype):
+    with pytest.raises(PeftJaxError, match="no method 'hidden'"):
+        plan(Other(), METHODS["lora"], optax.adamw(1e-4), dtype=dtype)
+
+
+@pytest.mark.parametrize("head, seq, answers", [(Head("SEQ_CLS", 3), 16, 1), (Head("TOKEN_CLS", 3), 16, 15),
+                                                (Head("SEQ_CLS", 3), 1, 1)])
+def test_a_classifier_of_texts_learns_one_answer_a_row(head, seq, answers):
+    sizes = EncoderConfig(64, 32, 48, 2, 4, 64, head=head)
+    given = shapes(as_model(sizes), lora(target_modules=("query",)), optax.adamw(1e-4), 2, seq)
+    assert given.batch["loss_index"].shape == (1, 2, answers)
 
 
 def test_a_target_is_one_device(tiny_model):

@@ -1,8 +1,10 @@
 """Recommendations: what fits comes first, each reason has a source, and where the article says otherwise."""
 
+import dataclasses
 import itertools
 
 import pytest
+from flax import linen as nn
 
 from peft_jax import load_config, recommend
 from peft_jax.errors import PeftJaxError
@@ -75,8 +77,33 @@ def test_what_a_comparison_measured_is_said_with_its_row_and_command():
         "a token once merged takes 1.00 of the base's time", "its file has 3.7 MB"]
     assert {source for _, source in said} == {"comparison: row lora, python run.py --config=x"}
     assert measured.reasons("full")[0][0] == "not measured" and not read_figures({}).reasons("full")
+    assert not read_figures({"rows": [{"method": "lora", "gain": 10**400}]}).gains
     broken = [{"method": "lora", "gain": {"mean": None}, "latency": 3, "forgetting": {"x": "y"}, "adapter_bytes": True}]
     assert not read_figures({"rows": [*broken, {}]}).reasons("lora")
+
+
+def test_a_comparisons_row_of_adapters_is_houlsbys_and_its_model_is_named():
+    rows = [{"method": "adapter", "gain": {"mean": 0.2, "std": None}}, {"method": "lora", "gain": 0.1}]
+    measured = read_figures({"command": "run", "model": "small", "rows": rows})
+    assert measured.reasons("houlsby") == [("the metric +0.200", "comparison: row adapter, run on small")]
+    assert order(choice("lora"), choice("houlsby"), rows=rows) == ["houlsby", "lora"]
+    assert read_figures({"rows": rows}).origin == "a table that does not say" and read_figures({}).origin == "nothing"
+
+
+def test_a_model_of_no_family_has_no_settings():
+    class Other(nn.Module):
+        def hidden(self, x):
+            return x
+
+        head = __call__ = hidden
+
+    with pytest.raises(PeftJaxError, match="a Other has no config"):
+        recommend(Other(), 10**10)
+
+
+def test_adapters_of_a_quantised_base_are_mixed_too():
+    (found,) = recommend(SIZES, 10**11, seq=16, tasks=2, methods=("qlora",)).choices
+    assert any("mix_adapters" in reason.words for reason in found.reasons)
 
 
 def test_each_choice_says_why():
@@ -104,7 +131,9 @@ def test_other_families(sizes, methods):
     ({"tasks": True}, "tasks=True"),
     ({"complexity": "hard"}, "choose one of: complex, moderate, simple"), ({"latency": "non"}, "did you mean none"),
     ({"seq": 513}, "512 positions"), ({"figures": {"rows": 3}}, "a list 'rows'"), ({"figures": [1]}, "a list 'rows'"),
-    ({"methods": ("lorra",)}, "did you mean lora"), ({"model": "llama"}, "neither a model")])
+    ({"methods": ("lorra",)}, "did you mean lora"), ({"model": "llama"}, "neither a model"),
+    ({"model": dataclasses.replace(SIZES, attn_implementation="cudnn")}, "cudnn' wants an NVIDIA GPU"),
+    ({"dtype": "float33"}, "'float33' is no floating-point type")])
 def test_what_cannot_be_meant(change, words):
     with pytest.raises(PeftJaxError, match=words):
         recommend(**({"model": SIZES, "memory": 10**10, "seq": 32} | change))

@@ -2,12 +2,15 @@
 
 import math
 
+import optax
 import pytest
 
+from peft_jax import full
 from peft_jax.errors import PeftJaxError
-from peft_jax.planner import Memory, Part, Plan, adapter_rule, describe, rule_of_thumb, suggest_hardware
+from peft_jax.planner import Memory, Part, Plan, adapter_rule, describe, rule_of_thumb, shapes, suggest_hardware
 from peft_jax.planner.program import Program
-from peft_jax.planner.rule import GIB
+from peft_jax.planner.rule import GIB, rules
+from peft_jax.planner.shapes import as_model
 
 
 @pytest.mark.parametrize("pair, each, words", [
@@ -70,6 +73,9 @@ def test_copies_that_only_a_cpu_makes_are_not_asked_of_a_gpu():
     assert with_copies.need == with_copies.sum == 17e9
     found = {one.device.name: one for one in suggest_hardware(with_copies)}
     assert found["RTX 4090"].count == 1 and "sum of parts" in describe(with_copies)
+    assert with_copies.fits(found["RTX 4090"].device)  # as plan.json says beside the count
+    real = with_copies._replace(program=with_copies.program._replace(estimate=False))
+    assert real.need == 48e9  # in a GPU's own program they are there
     without = plan._replace(program=plan.program._replace(memory=memory))
     assert without.need == 48e9 and {one.device.name: one for one in suggest_hardware(without)}["RTX 4090"].count != 1
 
@@ -80,7 +86,33 @@ def test_a_plan_on_a_mesh_is_of_as_many_devices_as_it_was_made_for():
     assert found["RTX 4090"].count == 0 and "over more" in found["RTX 4090"].words
 
 
-@pytest.mark.parametrize("need", [0, -5, True, "80 GB", None])
+@pytest.mark.parametrize("need", [0, -5, True, "80 GB", None, float("nan"), float("inf")])
 def test_what_is_no_need_is_said(need):
     with pytest.raises(PeftJaxError, match="suggest_hardware: "):
         suggest_hardware(need)
+
+
+def test_a_device_is_more_than_its_name():
+    with pytest.raises(PeftJaxError, match="'H100' is no Device"):
+        suggest_hardware(1e9, ["H100"])
+
+
+@pytest.mark.parametrize("parameters", [0, -7, "7B", None, True, float("nan"), float("inf")])
+def test_what_is_no_number_of_parameters_is_said(parameters):
+    for rule, kind in ((rule_of_thumb, "bf16"), (adapter_rule, "lora")):
+        with pytest.raises(PeftJaxError, match="parameters="):
+            rule(parameters, kind)
+
+
+def test_the_articles_words_may_be_numpys_and_its_gb_are_said():
+    assert rule_of_thumb(10**9, "float32") == rule_of_thumb(1e9, "fp32") and rule_of_thumb(1e9, "float32").bytes == 2e10
+    assert adapter_rule(10**9, "lora").recipe.endswith("of 1024**3 bytes")
+    with pytest.raises(PeftJaxError, match="did you mean qlora"):
+        adapter_rule(10**9, "qlorra")
+
+
+@pytest.mark.parametrize("optimizer, each", [(optax.adamw(1e-3), 14), (optax.sgd(1e-3), 8), (optax.adagrad(1e-3), 14),
+                                             (optax.sgd(1e-3, momentum=0.9), 14)])
+def test_only_what_keeps_nothing_is_the_articles_sgd(tiny_model, optimizer, each):
+    given = shapes(as_model(tiny_model[0], param_dtype="bfloat16"), full(), optimizer, 1, 16)
+    assert rules(given)[0].recipe.startswith(f"{each} bytes")

@@ -32,13 +32,25 @@ def test_a_table_is_shown_and_written(asked, tmp_path, capsys):
     assert "1. prefix (num_virtual_tokens=20): fits" in shown and "The article's rule: LoRA with rank 16" in shown
     assert [one["method"] for one in written["choices"]] == ["prefix", "lora", "qlora", "houlsby", "ia3", "full"]
     assert all(reason["source"] for one in written["choices"] for reason in one["reasons"])
+    assert written["asked"]["weights, if plain, in"] == "float32" and "AdamW" in shown
     assert written["asked"]["memory of a device"] == 8 * 10**9 and written["article"]["choice"] == "lora"
 
 
+def test_a_checkpoint_that_is_quantised_is_no_plain_base(asked, tiny_folder, tmp_path, capsys):
+    given = json.loads((tiny_folder / "config.json").read_text())
+    given["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    command = asked()
+    (tmp_path / "sizes" / "config.json").write_text(json.dumps(given))
+    assert run.main(command) == 2 and "holds quantised weights" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option, words", [
-    ("memory_gb=0", "memory=0"), ("memory_gb=-3", "recommend.memory_gb"), ("devices=0", "recommend.devices"),
+    ("memory_gb=0", "recommend.memory_gb=0.0"), ("memory_gb=1e300", "recommend.memory_gb=1e+300"),
+    ("memory_gb=-3", "recommend.memory_gb"), ("devices=0", "recommend.devices"),
     ("complexity=hard", "recommend.complexity"), ("latency=some", "recommend.latency"),
-    ("figures=nowhere.json", "there is no such file"), ("memory=3", "did you mean --config.recommend.memory_gb")])
+    ("figures=nowhere.json", "No such file"),
+    ("figures=experiments", "Is a directory"), ("figures=configs/sizes/llama3_8b/config.json", "lacks rows"),
+    ("memory=3", "did you mean --config.recommend.memory_gb")])
 def test_what_cannot_be_meant_is_one_line(asked, tmp_path, capsys, option, words):
     assert run.main(asked(f"--config.recommend.{option}")) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -12,6 +12,7 @@ import run
 from peft_jax import lora, plan
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import bind
+from peft_jax.models import GPT2, GPT2Config
 from peft_jax.planner.program import memory_of
 from peft_jax.train import jobs, session, training
 from peft_jax.train.loop import at_step
@@ -68,6 +69,34 @@ def test_a_config_without_weights_is_enough(asked, tiny_folder, tmp_path, capsys
     full, qlora = written["rules_of_thumb"]
     assert full["bytes"] == 14 * int(full["recipe"].split()[5].replace(",", "")) and qlora["name"] == "QLoRA"
     assert f"{100 * full['error']:+.0f} % against the compiled step" in shown and "QLoRA" in shown
+    assert written["assumed"]["method"] == "QUANTIZE + LORA" and "(GB of 1e9 bytes)" in shown
+
+
+def test_where_it_cannot_be_written_is_said(asked, tmp_path, capsys):
+    (tmp_path / "run" / "plan.json").mkdir(parents=True)
+    command = asked("lora", "--config.data.row_length=16")
+    with pytest.raises(PeftJaxError, match="run cannot be written: Is a directory"):
+        jobs.JOBS[command.mode](command)
+
+
+def test_packed_rows_may_be_longer_than_the_positions_as_in_training(asked):
+    longer = plan_config(asked("lora", "--config.data.row_length=272").config)
+    assert longer.assumed["micro-batch"].startswith("1 x 272 tokens")
+    model = GPT2(GPT2Config(99, 32, 48, 2, 4, 8))
+    params = model.init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
+    ids, at, which = np.ones((1, 12), np.int32), np.arange(12)[None] % 6, np.arange(12)[None] // 6 + 1
+    logits = model.apply({"params": params}, ids, positions=at, segment_ids=which)
+    assert np.allclose(logits[:, :6], logits[:, 6:], atol=1e-5)
+
+
+def test_a_mesh_that_is_not_there_says_how_it_can_be(asked):
+    with pytest.raises(PeftJaxError, match=r"does not fit.*xla_force_host_platform_device_count"):
+        plan_config(asked("lora", "--config.mesh.fsdp=16").config)
+
+
+def test_cudnn_where_there_is_none_is_said(asked):
+    with pytest.raises(PeftJaxError, match="cudnn' wants an NVIDIA GPU"):
+        plan_config(asked("lora", "--config.model.attn_implementation=cudnn").config)
 
 
 def test_a_base_quantised_from_float32_is_computed_with_in_bfloat16(asked):
