@@ -51,9 +51,10 @@ def _sweep(runs: Sequence[Run], look) -> list[Plot]:
 
 def _panels(rows: Sequence[Row]) -> dict[str, str]:
     """{key of ``Row.values``: what it is} of what there is to draw."""
-    words = {"value": measure(rows[0]), "before.loss": "loss of the answers before training",
-             "loss": "loss of the answers", "before.general": "loss of general text before training",
-             "general": "loss of general text"}  # fmt: skip
+    unit = "(nats per token)"
+    words = {"value": measure(rows[0]), "before.loss": f"loss of the answers before training {unit}",
+             "loss": f"loss of the answers {unit}", "before.general": f"loss of general text before training {unit}",
+             "general": f"loss of general text {unit}"}  # fmt: skip
     same = {"loss", "before.loss"} if rows[0].metric == "-loss" else set()
     return {key: word for key, word in words.items() if key not in same and all(key in row.values for row in rows)}
 
