@@ -144,21 +144,24 @@ def _map(rows: Sequence[Row], pair: Sequence[str], label: str) -> Plot:
     """Two settings as a map, the values written in."""
     down, right = (_ordered(rows, axis) for axis in pair)
     words, shown = f"against {pair[0]} and {pair[1]}", _panels(rows)
-    height = 1.6 + 0.55 * len(down)
-    made, panels = draw.figure(_title(rows, words), max(7.2, 2 + 0.9 * len(right)),
-                               height if len(shown) == 1 else 0.6 + height * len(shown), len(shown), stacked=True)
+    wide, high = max(2.4, 0.85 * len(right)), 1.6 + 0.55 * len(down)
+    stacked = 1.6 + len(shown) * wide > 14
+    columns, lines = (1, len(shown)) if stacked else (len(shown), 1)
+    width, height = max(7.2, 1.6 + wide * columns), 0.6 + high * lines
+    made, panels = draw.figure(_title(rows, words), width, height, len(shown), stacked)
     for axes, (key, what) in zip(panels, shown.items()):
         places = [(down.index(row.axes[pair[0]]), right.index(row.axes[pair[1]])) for row in rows]
         _coloured(axes, places, [row.values[key] for row in rows], (len(down), len(right)), key != "value")
-        axes.set(ylabel=pair[0], xticks=np.arange(len(right)) + 0.5, yticks=np.arange(len(down)) + 0.5)
-        axes.set_title(what if len(shown) > 1 else "", fontsize=9, fontweight="normal")
+        axes.set(xlabel=pair[1], xticks=np.arange(len(right)) + 0.5, yticks=np.arange(len(down)) + 0.5)
+        told = "\n".join(textwrap.wrap(what, 80 if stacked else int(9 * wide)))
+        axes.set_title(told, fontsize=9, fontweight="normal")
         axes.set_xticklabels([draw.name(str(value)) for value in right])
         axes.set_yticklabels([draw.name(str(value)) for value in down])
+        axes.set_ylim(*((0, len(down)) if all(map(_numeric, down)) else (len(down), 0)))  # as the sweep, from the top
         axes.tick_params(length=0)
         axes.grid(visible=False)
-    panels[-1].set_xlabel(pair[1])
-    if not all(map(_numeric, down)):
-        panels[0].invert_yaxis()  # in the order of the sweep, from the top; the panels share it
+    for axes in panels if stacked else panels[:1]:
+        axes.set_ylabel(pair[0])
     return rendered(f"ablation-{pair[0]}-{pair[1]}-{label}", _caption(rows, words), made)
 
 

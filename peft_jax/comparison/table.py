@@ -11,7 +11,7 @@ from peft_jax.comparison.runs import run_of
 from peft_jax.comparison.words import cut, printable
 
 WIDTH = 100
-LONGEST = 36  # of a name in the terminal
+LONGEST = 44  # of a name in the terminal
 Records = Iterable[Mapping[str, Any]]
 
 

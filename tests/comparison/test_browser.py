@@ -71,7 +71,7 @@ def test_every_section_every_row_and_every_plot_is_seen(opened):
     assert len(boxes(opened, "figure svg")) == len(boxes(opened, "figcaption")) >= 10
     names = opened.execute_script("return [...document.querySelectorAll('table.rows')].map(table => "
                                   "[...table.tBodies[0].rows].map(row => row.cells[0].innerText))")  # fmt: skip
-    assert len(names) == 3 and all(set(made.METHODS) - {"lora"} <= set(rows) for rows in names)
+    assert len(names) == 4 and all(set(made.METHODS) - {"lora"} <= set(rows) for rows in names)
     assert all(any("<script>alert(1)</script>" in name for name in rows) for rows in names)
 
 
