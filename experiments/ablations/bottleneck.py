@@ -5,7 +5,7 @@
 
 Question: how small may the bottleneck be? Houlsby et al. 2019 (arXiv:1902.00751, section 3.6) find 8 to 256 alike.
 Each run is 30 steps of 16 sentences (experiments/adapter.py), compared on held-out validation sentences, over three
-seeds. Measured figures are in docs/findings.md, as far as they have been taken.
+seeds. Measured figures are in docs/ablations.md.
 """
 
 from configs import sweeps

@@ -5,7 +5,7 @@
 
 Question: with the same number of steps, what do fewer examples, seen more often, cost? Each run is 30 steps of 16
 sentences (experiments/lora.py), compared on held-out validation sentences, over three seeds. Measured figures are in
-docs/findings.md, as far as they have been taken.
+docs/ablations.md.
 """
 
 from configs import sweeps

@@ -5,7 +5,7 @@
 
 Question: how wide is the range of rates that work, and what do the high ones forget? Each run is 30 steps of 16
 sentences (experiments/lora.py), compared on held-out validation sentences, over three seeds. Measured figures are in
-docs/findings.md, as far as they have been taken.
+docs/ablations.md.
 """
 
 from configs import sweeps

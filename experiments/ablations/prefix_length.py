@@ -4,8 +4,8 @@
     python run.py --config=experiments/ablations/prefix_length.py:budget=smoke --workdir=runs/prefix_length-smoke
 
 Question: when does a longer prefix stop helping? Li and Liang 2021 (arXiv:2101.00190, section 7.2) find 10 best for
-table-to-text and 200 for summaries. Each run is 30 steps of 16 sentences (experiments/prefix.py), compared on held-out
-validation sentences, over three seeds. Measured figures are in docs/findings.md, as far as they have been taken.
+table-to-text and 200 for summaries. Each run is 30 steps of 16 sentences (experiments/prefix.py), compared on
+held-out validation sentences, over three seeds. Measured figures are in docs/ablations.md.
 """
 
 from configs import sweeps

@@ -6,9 +6,9 @@
         --config.method.quantize.block_size=32
 
 Question: what does each code of the base cost, and does LoRA on all linear layers win it back? Dettmers et al. 2023
-(arXiv:2305.14314, table 2) rank NF4 with double quantisation before FP4 before Int4 by perplexity before training; the
-row "lora" is the same on the base in float32. Each run is 30 steps of 16 sentences (experiments/qlora.py, float32
-computation), compared on held-out validation sentences, over three seeds. Measured figures are in docs/findings.md.
+(arXiv:2305.14314, table 2) rank NF4 with double quantisation before FP4 before Int4 by perplexity before training;
+the row "lora" is the same on the base in float32. Each run is 30 steps of 16 sentences (experiments/qlora.py, float32
+computation), compared on held-out validation sentences, over three seeds. Measured figures are in docs/ablations.md.
 """
 
 from configs import sweeps

@@ -6,7 +6,7 @@
 Question: does more rank learn more, and is it alpha, alpha / r or r that matters? Hu et al. 2021 (arXiv:2106.09685,
 section 7.2) find ranks of 1 to 4 enough for q and v of GPT-3. Each run is 30 steps of 16 sentences
 (experiments/lora.py), compared on held-out validation sentences, over three seeds. Measured figures are in
-docs/findings.md, as far as they have been taken.
+docs/ablations.md.
 """
 
 from configs import sweeps

@@ -4,8 +4,8 @@
     python run.py --config=experiments/ablations/seeds.py:budget=smoke --workdir=runs/seeds-smoke
 
 Question: which differences between methods are larger than those between seeds of one? Each run is 30 steps of 16
-sentences (experiments/lora.py), compared on held-out validation sentences, with eight seeds. Measured
-figures are in docs/findings.md, as far as they have been taken.
+sentences (experiments/lora.py), compared on held-out validation sentences, with eight seeds. Measured figures are in
+docs/ablations.md.
 """
 
 from configs import sweeps

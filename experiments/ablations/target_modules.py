@@ -6,7 +6,7 @@
 Question: are the attention's projections enough? Dettmers et al. 2023 (arXiv:2305.14314, figure 2) need all linear
 layers to reach full fine-tuning; Hu et al. 2021 (arXiv:2106.09685, table 5) spread a fixed budget over q and v. Each
 run is 30 steps of 16 sentences (experiments/lora.py), compared on held-out validation sentences, over three seeds.
-Measured figures are in docs/findings.md, as far as they have been taken.
+Measured figures are in docs/ablations.md.
 """
 
 from configs import sweeps
