@@ -1,7 +1,6 @@
 """What the workdir of a sweep holds of its cells: which are finished, and what others choose by them."""
 
 import contextlib
-import fcntl
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,22 @@ def alone(folder: Path, name: str) -> Iterator[None]:
 
     Raises ``PeftJaxError`` where another one is.
     """
+    from filelock import FileLock, Timeout
+
     path = folder / LOGS / f"{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise PeftJaxError(f"{folder}: another process is at {name} now; wait for it, or choose another "
-                               "--workdir") from error
-        except OSError:  # a file system that knows no locks
-            pass
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise PeftJaxError(f"{folder}: another process is at {name} now; wait for it, or choose another "
+                           "--workdir") from error
+    except (OSError, NotImplementedError):  # a file system that knows no locks
+        pass
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def record_of(folder: Path, cell) -> Path:
