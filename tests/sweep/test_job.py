@@ -20,26 +20,40 @@ from peft_jax.sweep import job
 pytestmark = pytest.mark.usefixtures("at_the_root")
 
 
-@pytest.fixture(scope="module")
-def arguments(tiny_folder, films):
-    """The flags of a small comparison; on this task, which has no words to choose from, by the loss."""
-    settings = {"mesh.data": 1, "data.batch_size": 4, "optim.steps": 2, "eval.batch_size": 4,
-                "task.prompt_column": "prompt", "task.completion_column": "completion", "task.validation_fraction": 0.5,
-                "measure.prompt_tokens": 8, "measure.new_tokens": 2, "measure.repeats": 1,
-                "measure.neighbours": "()", "measure.general": "('python_reference',)", "measure.general_limit": 2,
-                "eval.limit": 8, "sweep.rates": 2}  # fmt: skip
-    overrides = [f"--config.{key}={value}" for key, value in settings.items()]
-    return [f"--config=experiments/compare.py:budget=smoke,methods=lora+full,model={tiny_folder},task={films(20)}",
-            *overrides]
+def _index(name, arguments):
+    return next(i for i, cell in enumerate(run.parse_command(arguments).cells) if cell.name == name)
 
 
-@pytest.fixture(scope="module")
-def compared(arguments, tmp_path_factory):
-    """The workdir of a finished comparison, cell by cell in this process."""
-    folder = tmp_path_factory.mktemp("runs") / "compare"
-    for index in range(7):
-        assert run.main([*arguments, f"--workdir={folder}", f"--sweep_index={index}"]) == 0
-    return folder
+def _copied(compared, tmp_path):
+    return Path(shutil.copytree(compared, tmp_path / "compare"))
+
+
+def _instead(monkeypatch, code, then=lambda: None):
+    """The process of each cell runs ``code`` instead, and ``then`` is called; returns what would have been run."""
+    popen, commands = job.subprocess.Popen, []
+
+    def started(command, **options):
+        commands.append(command)
+        process = popen([sys.executable, "-c", code], **options)
+        then()
+        return process
+
+    monkeypatch.setattr(job.subprocess, "Popen", started)
+    return commands
+
+
+def _terminate_soon(seconds):
+    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+
+def _changed(path, change):
+    """Change a JSON file by a function of what it holds."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+BEST, TRIED = "lora--lora-best-seed-0.json", "lora--lora-learning_rate-0.001-seed-0.json"
 
 
 def test_records_are_peft_s_shape_and_say_what_was_measured(compared):
@@ -99,8 +113,7 @@ def test_other_settings_are_refused_before_anything_runs(compared, arguments, ca
 
 
 def test_a_failed_cell_says_why_does_not_stop_the_rest_and_is_run_again(compared, arguments, tmp_path, capsys):
-    folder = tmp_path / "compare"
-    shutil.copytree(compared, folder)
+    folder = _copied(compared, tmp_path)
     names = ["lora--lora-learning_rate-0.001-seed-0", "full--full-best-seed-0"]
     for name in names:
         (folder / "results" / f"{name}.json").unlink()
@@ -118,49 +131,26 @@ def test_a_failed_cell_says_why_does_not_stop_the_rest_and_is_run_again(compared
 
 def test_a_sweep_that_is_told_to_stop_tells_its_run(compared, arguments, tmp_path, capsys, monkeypatch):
     """SIGTERM reaches the sweep alone, as a cluster's does; the run ends with 143, and so does the sweep."""
-    folder = tmp_path / "compare"
-    shutil.copytree(compared, folder)
-    (folder / "results" / "lora--lora-best-seed-0.json").unlink()
+    folder = _copied(compared, tmp_path)
+    (folder / "results" / BEST).unlink()
     waits = ("import time, signal, sys; signal.signal(15, lambda *_: sys.exit(143)); print('up', flush=True); "
              "time.sleep(60)")
-    popen = job.subprocess.Popen
 
-    def stopped(command, **options):
-        process = popen([sys.executable, "-c", waits], **options)
+    def up():
         while "up" not in (folder / "logs" / "lora-best-seed-0.log").read_text():
             time.sleep(0.05)
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        return process
+        _terminate_soon(0.2)
 
-    monkeypatch.setattr(job.subprocess, "Popen", stopped)
+    _instead(monkeypatch, waits, up)
     assert run.main([*arguments, f"--workdir={folder}"]) == 143
     assert "lora-best-seed-0: stopped; the same command goes on from there" in capsys.readouterr().out
 
 
-def _index(name, arguments):
-    return next(i for i, cell in enumerate(run.parse_command(arguments).cells) if cell.name == name)
-
-
-def _copied(compared, tmp_path):
-    return Path(shutil.copytree(compared, tmp_path / "compare"))
-
-
-def _changed(path, change):
-    """Change a JSON file by a function of what it holds."""
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
-
-
-BEST, TRIED = "lora--lora-best-seed-0.json", "lora--lora-learning_rate-0.001-seed-0.json"
-
-
 def test_a_run_that_a_signal_ends_is_a_failed_one_that_says_so(compared, arguments, tmp_path, capsys, monkeypatch):
     """As the system ends one that takes too much memory: it has no time to write a record."""
-    folder, popen = _copied(compared, tmp_path), job.subprocess.Popen
+    folder = _copied(compared, tmp_path)
     (folder / "results" / BEST).unlink()
-    dies = "import os; print('step 1', flush=True); os.kill(os.getpid(), 9)"
-    monkeypatch.setattr(job.subprocess, "Popen", lambda _, **more: popen([sys.executable, "-c", dies], **more))
+    _instead(monkeypatch, "import os; print('step 1', flush=True); os.kill(os.getpid(), 9)")
     assert run.main([*arguments, f"--workdir={folder}"]) == 2
     out = capsys.readouterr().out
     assert "lora-best-seed-0: failed: ended by signal 9 (Killed), see " in out
@@ -172,17 +162,11 @@ def test_a_run_that_a_signal_ends_is_a_failed_one_that_says_so(compared, argumen
 @pytest.mark.parametrize("ends", ["time.sleep(60)", "signal.signal(15, lambda *_: sys.exit(0)); time.sleep(60)"])
 def test_a_sweep_that_is_told_to_stop_runs_no_other_cell(compared, arguments, tmp_path, capsys, monkeypatch, ends):
     """Also while a cell loads or measures, where SIGTERM just ends it, or is at its very end and finishes."""
-    folder, popen, started = _copied(compared, tmp_path), job.subprocess.Popen, []
+    folder = _copied(compared, tmp_path)
     for name in (BEST, "full--full-best-seed-0.json"):
         (folder / "results" / name).unlink()
-
-    def stopped(command, **options):
-        started.append(command)
-        process = popen([sys.executable, "-c", f"import signal, sys, time; print('up', flush=True); {ends}"], **options)
-        threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        return process
-
-    monkeypatch.setattr(job.subprocess, "Popen", stopped)
+    code = f"import signal, sys, time; print('up', flush=True); {ends}"
+    started = _instead(monkeypatch, code, lambda: _terminate_soon(1))
     assert run.main([*arguments, f"--workdir={folder}"]) == 143
     assert len(started) == 1 and "stopped; the same command goes on from there" in capsys.readouterr().out
 
@@ -281,13 +265,7 @@ def test_two_sweeps_in_one_workdir_at_once(compared, arguments, tmp_path, capsys
 
 
 def test_to_overwrite_forgets_all_cells_first_and_goes_on_without(compared, arguments, tmp_path, capsys, monkeypatch):
-    folder, popen, commands = _copied(compared, tmp_path), job.subprocess.Popen, []
-
-    def stopped(command, **options):
-        commands.append(command)
-        return popen([sys.executable, "-c", "import sys; sys.exit(143)"], **options)
-
-    monkeypatch.setattr(job.subprocess, "Popen", stopped)
+    folder, commands = _copied(compared, tmp_path), _instead(monkeypatch, "import sys; sys.exit(143)")
     (folder / "results" / BEST).write_text("{")
     assert run.main([*arguments, f"--workdir={folder}", "--overwrite", "--config.eval.limit=3"]) == 143
     assert "without --overwrite goes on from there" in capsys.readouterr().out
