@@ -59,6 +59,10 @@ def _panels(rows: Sequence[Row]) -> dict[str, str]:
     return {key: word for key, word in words.items() if key not in same and all(key in row.values for row in rows)}
 
 
+def _wrapped(words: str, letters: int = 24) -> str:
+    return "\n".join(textwrap.wrap(words, letters))
+
+
 def _numeric(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -84,7 +88,7 @@ def _line(rows: Sequence[Row], axis: str, look) -> Plot:
     words, places = f"against {axis}", _ordered(rows, axis)
     labels = list(dict.fromkeys(row.label for row in rows))
     shown = _panels(rows)
-    height = draw.room(len(labels)) if len(shown) == 1 else max(1 + 2 * len(shown), draw.room(len(labels)))
+    height = max(1 + 2 * len(shown), draw.room(len(labels)))
     made, panels = draw.figure(_title(rows, words), 7.8, height, len(shown), stacked=True)
     for axes, (key, what) in zip(panels, shown.items()):
         for label in labels:
@@ -93,7 +97,7 @@ def _line(rows: Sequence[Row], axis: str, look) -> Plot:
             axes.errorbar([row.axes[axis] for row in mine], [row.values[key].mean for row in mine],
                           [row.values[key].std or 0 for row in mine], color=style.colour, marker=style.marker,
                           linestyle=style.dash, capsize=2.5, linewidth=1.4, label=draw.name(label))  # fmt: skip
-        axes.set_ylabel("\n".join(textwrap.wrap(what, 24)))
+        axes.set_ylabel(_wrapped(what))
     panels[-1].set_xlabel(axis)
     _ticks(panels, places)
     if len(labels) > 1:
@@ -133,7 +137,7 @@ def _bars(rows: Sequence[Row], axis: str, look) -> Plot:
             draw.bars(axes, [places.index(str(row.axes[axis])) + (at + 0.5) * wide - 0.4 for row in mine],
                       [row.values[key] for row in mine], 0.9 * wide, look[label].colour, label)  # fmt: skip
         draw.named(axes, places)
-        axes.set_xlabel("\n".join(textwrap.wrap(what, 24)))
+        axes.set_xlabel(_wrapped(what))
     panels[0].set_ylabel(axis)
     if len(labels) > 1:
         made.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8.5)
@@ -153,8 +157,7 @@ def _map(rows: Sequence[Row], pair: Sequence[str], label: str) -> Plot:
         places = [(down.index(row.axes[pair[0]]), right.index(row.axes[pair[1]])) for row in rows]
         _coloured(axes, places, [row.values[key] for row in rows], (len(down), len(right)), key != "value")
         axes.set(xlabel=pair[1], xticks=np.arange(len(right)) + 0.5, yticks=np.arange(len(down)) + 0.5)
-        told = "\n".join(textwrap.wrap(what, 80 if stacked else int(9 * wide)))
-        axes.set_title(told, fontsize=9, fontweight="normal")
+        axes.set_title(_wrapped(what, 80 if stacked else int(9 * wide)), fontsize=9, fontweight="normal")
         axes.set_xticklabels([draw.name(str(value)) for value in right])
         axes.set_yticklabels([draw.name(str(value)) for value in down])
         axes.set_ylim(*((0, len(down)) if all(map(_numeric, down)) else (len(down), 0)))  # as the sweep, from the top
@@ -190,5 +193,5 @@ def _every(rows: Sequence[Row], names: Sequence[str]) -> Plot:
     for axes, (key, what) in zip(panels, shown.items()):
         draw.bars(axes, range(len(rows)), [row.values[key] for row in rows], 0.7, draw.COLOURS[0], "")
         draw.named(axes, [f"{row.label} {words}" if several else words for row, words in zip(rows, told)])
-        axes.set_xlabel("\n".join(textwrap.wrap(what, 24)))
+        axes.set_xlabel(_wrapped(what))
     return rendered(f"ablation-{'-'.join(names)}", _caption(rows, words), made)

@@ -176,6 +176,18 @@ def test_an_ablation_shows_every_loss_that_all_its_runs_have(axes):
     assert "answers" not in " ".join(lines_of(partly.svg))
 
 
+@pytest.mark.parametrize("columns", [2, 16])  # side by side, and stacked
+def test_every_panel_of_a_map_has_its_rows_in_the_order_of_the_sweep(columns):
+    runs = swept({"init": ("default", "pissa"), "r": tuple(range(columns))}, seeds=1)
+    (plot,) = ablations(runs, draw.styles(["lora"]))
+    tree, places = ElementTree.fromstring(plot.svg), {"default": [], "pissa": []}
+    for element in tree.iter("{http://www.w3.org/2000/svg}text"):
+        if (word := "".join(element.itertext())) in places:
+            places[word].append(float(element.get("y")))
+    assert len(places["default"]) == (1 if columns == 2 else 2)
+    assert all(above < below for above, below in zip(*places.values(), strict=True))
+
+
 def test_an_ablation_uses_validation_where_not_all_have_a_test():
     runs = [run_of(made.record(rate=rate, chosen=rate == 1e-3)) for rate in (1e-3, 1e-2)]
     (plot,) = ablations(runs, draw.styles(["lora"]))
