@@ -18,6 +18,7 @@ REQUIRES = [
     "datasets>=5.2,<6",
     "huggingface_hub>=2.4,<3",
     "safetensors>=0.8,<1",
+    "filelock>=4.3,<5",
     "gguf>=0.19,<0.20",
     "absl-py>=2.5,<3",
     "ml_collections>=1.1,<2",
