@@ -151,7 +151,7 @@ def short(value: Any) -> str:
 def as_experiment(config: ConfigDict, experiment: str) -> ConfigDict:
     """The configuration of ``experiments/<experiment>.py`` with all of ``config`` but the method and its rates."""
     own = experiment_config(experiment)
-    own.task = config.task.copy_and_resolve_references()
+    own.task, own.sweep = config.task.copy_and_resolve_references(), config.sweep.copy_and_resolve_references()
     for key, value in keys(config).items():
         if not f"{key}.".startswith(tuple(f"{name}." for name in (*OWN, "task"))):
             put(own, key, value)

@@ -24,6 +24,6 @@ def get_cells(config):
     plain = sweeps.as_experiment(config, "lora")
     plain.method.update(config.method.lora.to_dict())
     plain.optim.learning_rate = config.optim.learning_rate
-    return [*(sweeps.cell(plain, {"seed": seed}, "lora") for seed in config.sweep.seeds),
+    return [*sweeps.grid(plain, {}, "lora"),
             *sweeps.grid(config, {"method.quantize.quant_type": ("nf4", "fp4", "int4", "int4_affine", "int8"),
                                   "method.quantize.double_quant": (False, True)}, "qlora")]

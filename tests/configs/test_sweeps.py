@@ -33,10 +33,10 @@ def test_every_sweep_has_cells_of_their_own_names_that_are_checked(file, budget)
             assert parse.keys(cell.config)[key] == value
 
 
-def test_the_nine_ablations_of_the_issue_are_there():
+def test_the_ablations_are_there_the_nine_of_the_issue_and_steps():
     assert {file.stem for file in FILES} == {
         "compare", "rank", "target_modules", "learning_rate", "data_size", "bottleneck", "prefix_length",
-        "quantisation", "layers", "seeds"}
+        "quantisation", "layers", "seeds", "steps"}
 
 
 def test_a_grid_is_every_combination_and_every_seed():
