@@ -92,7 +92,7 @@ class Recommendation(NamedTuple):
 def recommend(model: Any, memory: int, *, devices: int = 1, batch: int = 1, seq: int = 1024, tasks: int = 1,
               complexity: str = "moderate", latency: str = "any", figures: Mapping[str, Any] | None = None,
               methods: Sequence[str] = tuple(SETTINGS), dtype: Any = "bfloat16", param_dtype: Any = "bfloat16",
-              remat: bool = True) -> Recommendation:
+              remat: bool = True, packed: bool = False) -> Recommendation:
     """The methods of ``SETTINGS`` for a model, best first.
 
     Args:
@@ -104,6 +104,7 @@ def recommend(model: Any, memory: int, *, devices: int = 1, batch: int = 1, seq:
       latency: "any", or "none" where inference may cost no more than the base's: what cannot be merged is ruled out.
       figures: measurements, the ``table.json`` of a comparison as a mapping; every key of it may be absent.
       methods: to choose from. dtype, param_dtype, remat: how the model would train.
+      packed: rows hold several texts, positions from 0 in each: they may be longer than the model's positions.
 
     The order is that of :func:`ranked`.
 
@@ -129,7 +130,7 @@ def recommend(model: Any, memory: int, *, devices: int = 1, batch: int = 1, seq:
     device = Device("each device", memory)
     check_attention(model.config, model.dtype)
     base = abstract(model)
-    ask = Asked(model, base, device, devices, batch, seq, tasks, RANKS[complexity], latency, measured)
+    ask = Asked(model, base, device, devices, batch, seq, tasks, RANKS[complexity], latency, measured, packed)
     found = ranked([_choice(name, ask) for name in methods], tasks, measured)
     asked = {"memory of a device": memory, "devices": devices, "batch": f"{batch} x {seq} tokens", "tasks": tasks,
              "complexity": complexity, "latency": latency, "measured": measured.origin,
@@ -176,6 +177,7 @@ class Asked(NamedTuple):
     r: int
     latency: str
     measured: Figures
+    packed: bool
 
 
 def _choice(name: str, asked: Asked) -> Choice:
@@ -193,7 +195,8 @@ def _choice(name: str, asked: Asked) -> Choice:
 
 def _sizes(asked: Asked, method: Method) -> tuple[dict[str, int], int]:
     """(bytes by group, bytes of what trains)."""
-    given = shapes(asked.model, method, optax.adamw(1e-4), asked.batch, asked.seq, base=asked.base)
+    given = shapes(asked.model, method, optax.adamw(1e-4), asked.batch, asked.seq, base=asked.base,
+                   packed=asked.packed)
     return groups(sum_of_parts(given, 512, cross_entropy)), tree.nbytes(given.trainable)
 
 

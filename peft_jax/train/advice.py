@@ -46,7 +46,8 @@ def recommend_config(config) -> Recommendation:
     kinds = {name: jnp.dtype(config.model[name]) for name in ("dtype", "param_dtype")}
     return recommend(sizes, round(memory), devices=asked.devices, batch=batch, seq=seq,
                      tasks=asked.tasks, complexity=asked.complexity, latency=asked.latency,
-                     figures=_figures(asked.figures), remat=config.model.remat, **kinds)
+                     figures=_figures(asked.figures), remat=config.model.remat,
+                     packed=config.data.collate == "pack", **kinds)
 
 
 def _figures(path: str) -> dict[str, Any] | None:

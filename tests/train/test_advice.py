@@ -36,6 +36,12 @@ def test_a_table_is_shown_and_written(asked, tmp_path, capsys):
     assert written["asked"]["memory of a device"] == 8 * 10**9 and written["article"]["choice"] == "lora"
 
 
+def test_packed_rows_may_be_longer_than_the_positions_as_in_plans(asked, tmp_path, capsys):
+    long = "--config.data.row_length=272"  # the model has 256 positions, each of the texts in a row at most 32
+    assert run.main(asked(long)) == 0
+    assert json.loads((tmp_path / "run" / "recommend.json").read_text())["asked"]["batch"] == "1 x 272 tokens"
+
+
 def test_a_checkpoint_that_is_quantised_is_no_plain_base(asked, tiny_folder, tmp_path, capsys):
     given = json.loads((tiny_folder / "config.json").read_text())
     given["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
