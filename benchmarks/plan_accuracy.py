@@ -3,7 +3,7 @@
     python benchmarks/plan_accuracy.py               # 36 steps compiled for the CPU, minutes; docs/plan.md's table
     python benchmarks/plan_accuracy.py --only=gpt2   # some of them, by words of their names
     XLA_FLAGS=--xla_force_host_platform_device_count=4 python benchmarks/plan_accuracy.py --mesh   # 6 on 2 or 4 devices
-    JAX_PLATFORMS=cpu python benchmarks/plan_accuracy.py --h100   # 8 steps compiled for an H100 that need not be there
+    JAX_PLATFORMS=cpu python benchmarks/plan_accuracy.py --h100   # 11 steps compiled for an H100 that need not be there
 
 Models of six layers in float32, 8 rows of 128 tokens, AdamW: nothing is allocated, as in any plan. With --h100, which
 needs jax[cuda12], a Llama of 1.2 billion parameters (Llama 3.2's sizes) in bfloat16, 4 rows of 2048 tokens.
@@ -44,8 +44,8 @@ CASES = [(model, method, remat) for model in MODELS for method in METHODS for re
 
 
 LARGE = LlamaConfig(128256, 2048, 8192, 16, 32, 8, 64, 1e-5, 5e5, 8192, True)
-ON_H100 = [(method, remat, attention) for method in ("lora", "qlora") for remat in (False, True)
-           for attention in ("auto", "xla")]
+ON_H100 = [*((method, remat, attention) for method in ("lora", "qlora") for remat in (False, True)
+             for attention in ("auto", "xla")), *((method, True, "auto") for method in ("full", "houlsby", "ia3"))]
 
 
 def found(model: str, method: str, remat: bool):

@@ -3,7 +3,7 @@
 All of it works on shapes, and on what every backend's compiler does, see :func:`peak`: nothing here is measured.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -29,26 +29,33 @@ def kept(function: Callable, wrt: Any, *rest: Any) -> int:
     return sum(tree.nbytes(one.aval) for one in made)
 
 
-def loops(function: Callable, *args: Any) -> list[int]:
-    """For each ``scan`` in ``function(*args)``, the most bytes alive at once inside one turn, beyond what it is given.
+def loops(function: Callable, *args: Any, adds: bool = False) -> list[tuple[int, int]]:
+    """For each ``scan`` in ``function(*args)``: bytes that wait meanwhile, and the most alive inside one turn.
+
+    What waits is neither an argument nor a result of ``function``, nor what the loop hands on from turn to turn: that
+    is inside. ``adds``: as of :func:`peak`.
 
     >>> xs = jnp.zeros((3, 100))  # sines are summed as they are made, a running sum has to be there whole
     >>> loops(lambda xs: jax.lax.scan(lambda c, x: (c + jnp.sin(x).sum(), None), 0.0, xs)[0], xs)
-    [8]
-    >>> loops(lambda xs: jax.lax.scan(lambda c, x: (c + jnp.cumsum(x)[0], None), 0.0, xs)[0], xs)[0] > 400
+    [(0, 8)]
+    >>> loops(lambda xs: jax.lax.scan(lambda c, x: (c + jnp.cumsum(x)[0], None), 0.0, xs)[0], xs)[0][1] > 400
     True
     """
     traced = jax.make_jaxpr(function)(*args).jaxpr
-    return list(_loops(dce_jaxpr(traced, [True] * len(traced.outvars))[0]))
-
-
-def _loops(jaxpr) -> Iterator[int]:
-    for equation in jaxpr.eqns:
-        for one in inside(equation):
-            if equation.primitive.name == "scan":
-                yield peak(one, *_turn(equation))
-            else:
-                yield from _loops(one)
+    jaxpr = dce_jaxpr(traced, [True] * len(traced.outvars))[0]
+    known = {one: Value(one) for one in (*jaxpr.invars, *jaxpr.constvars)}
+    given, flat = set(known.values()), list(written_out(jaxpr, known))
+    results = {known[one] for one in jaxpr.outvars if not isinstance(one, Literal)}
+    sources = _sources(flat, list(results), adds)
+    last, found = _last(flat, sources, ()), []
+    for at, one in enumerate(flat):
+        if one.kind == "scan":
+            (body, same, carried), = one.inside
+            on = {source for value in one.reads[same:same + carried] for source in sources[value] if last[source] == at}
+            there = {*one.makes[carried:], *(value for earlier in flat[:at] for value in earlier.makes)}
+            waits = {value for value in there if sources[value] == {value} and last.get(value, -1) >= at}
+            found.append((sum(value.bytes for value in waits - on - given - results), peak(body, same, carried, adds)))
+    return found
 
 
 def inside(equation) -> Iterator[Jaxpr]:
@@ -67,6 +74,7 @@ DEAR = {"div", "erf", "exp", "exp2", "expm1", "log", "log1p", "logistic", "pow",
 CHEAP = {"abs", "add", "add_any", "and", "clamp", "convert_element_type", "eq", "floor", "ge", "gt", "integer_pow",
          "is_finite", "le", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "round", "select_n", "sign", "square",
          "sub", "xor", "rem", "iota", "slice"}
+ADDS = {"add", "add_any"}
 SUMS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax"}
 CALLS = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call",
          "custom_vjp_call", "custom_vjp_call_jaxpr"}
@@ -113,7 +121,7 @@ def _turn(equation) -> tuple[int, ...]:
     return (equation.params["num_consts"], equation.params["num_carry"]) if scan else ()
 
 
-def peak(jaxpr: Jaxpr, same: int | None = None, carried: int = 0) -> int:
+def peak(jaxpr: Jaxpr, same: int | None = None, carried: int = 0, adds: bool = False) -> int:
     """The most bytes alive at once, beyond the arguments, where each result lives until its last use.
 
     Of the body of a scan the first ``same`` arguments are given in every turn, the next ``carried`` ones are the last
@@ -121,6 +129,8 @@ def peak(jaxpr: Jaxpr, same: int | None = None, carried: int = 0) -> int:
     As a compiler would do it, views are not written to memory, nor is what is computed value by value and read by
     nothing else than more of that and sums, and such a result may take the place of what it is the last to read. In
     what order equations run is a compiler's to choose; here they keep the order that they were traced in.
+    ``adds``: a product is added to what is there as it is made, as GPUs' libraries can (the beta of a GEMM); elsewhere
+    both terms of such a sum are written, and added where it is read.
     """
     known = {one: Value(one) for one in (*jaxpr.invars, *jaxpr.constvars)}
     flat = list(written_out(jaxpr, known))
@@ -130,7 +140,7 @@ def peak(jaxpr: Jaxpr, same: int | None = None, carried: int = 0) -> int:
         flat = [first, *_cut_out(flat, set(arguments[same + carried:]))]
     given = {known[one] for one in (*jaxpr.invars, *jaxpr.constvars)} - {made for one in flat for made in one.makes}
     kept = [known[one] for one in jaxpr.outvars if not isinstance(one, Literal)]
-    return _most(flat, _sources(flat, kept), given, kept)
+    return _most(flat, _sources(flat, kept, adds), given, kept, adds)
 
 
 def _cut_out(flat: list[Flat], slices: set[Value]) -> Iterator[Flat]:
@@ -142,7 +152,7 @@ def _cut_out(flat: list[Flat], slices: set[Value]) -> Iterator[Flat]:
         yield one
 
 
-def _sources(flat: list[Flat], kept: list[Value]) -> dict[Value, frozenset]:
+def _sources(flat: list[Flat], kept: list[Value], adds: bool) -> dict[Value, frozenset]:
     """Each value, and those in memory that it is made from where it is not there itself: itself for most."""
     readers: dict[Value, list[str]] = {}
     for one in reversed(flat):
@@ -151,25 +161,43 @@ def _sources(flat: list[Flat], kept: list[Value]) -> dict[Value, frozenset]:
             readers.setdefault(value, []).extend(through if one.kind in VIEWS else [one.kind])
     for value in kept:
         readers.setdefault(value, []).append("the end")
+    written = _products(flat, readers) if adds else set()
     sources: dict[Value, frozenset] = {}
     for one in flat:
         from_these = frozenset().union(*(sources.setdefault(value, frozenset([value])) for value in one.reads))
         for made in one.makes:
-            inline = set(readers.get(made, ())) <= DEAR | CHEAP | SUMS and (
+            inline = made not in written and set(readers.get(made, ())) <= DEAR | CHEAP | SUMS and (
                 one.kind in CHEAP or (one.kind in DEAR and len(readers.get(made, ())) < 2))
             sources[made] = from_these if inline or one.kind in VIEWS else frozenset([made])
     return sources
 
 
-def _most(flat: list[Flat], sources: dict[Value, frozenset], given: set[Value], kept: list[Value]) -> int:
+def _products(flat: list[Flat], readers: dict[Value, list[str]]) -> set[Value]:
+    """The sums that a product is added to as it is made: one that nothing else reads, in whatever shape or type."""
+    products: set[Value] = set()  # and sums with one, to which another may be added
+    sums: set[Value] = set()
+    for one in flat:
+        alone = any(value in products and len(readers[value]) < 2 for value in one.reads)
+        if one.kind == "dot_general" or (alone and one.kind in VIEWS | ADDS | {"convert_element_type"}):
+            products.update(one.makes)
+            sums.update(one.makes if one.kind in ADDS else ())
+    return sums
+
+
+def _last(flat: list[Flat], sources: dict[Value, frozenset], kept: Iterable[Value]) -> dict[Value, int]:
+    """Where each value in memory is read for the last time, beyond the end where it is kept."""
     last = {source: at for at, one in enumerate(flat) for value in one.reads for source in sources[value]}
-    last |= {source: len(flat) for value in kept for source in sources.get(value, ())}
+    return last | {source: len(flat) for value in kept for source in sources.get(value, ())}
+
+
+def _most(flat: list[Flat], sources: dict[Value, frozenset], given: set[Value], kept: list[Value], adds: bool) -> int:
+    last = _last(flat, sources, kept)
     alive = most = 0
     for at, one in enumerate(flat):
         made = {value for value in one.makes if sources[value] == {value}}
         ends = {source for value in one.reads for source in sources[value] if last[source] == at} - given
         new, gone = (sum(value.bytes for value in values) for values in (made, ends))
         place = min(new, gone) if one.kind in DEAR | CHEAP else 0
-        most = max(most, alive + max([new - place, *(peak(*body) for body in one.inside)]))
+        most = max(most, alive + max([new - place, *(peak(*body, adds=adds) for body in one.inside)]))
         alive += sum(value.bytes for value in made if value in last) - gone
     return most

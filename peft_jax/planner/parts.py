@@ -34,12 +34,10 @@ def sum_of_parts(shapes: Shapes, loss_chunk: int, error: Callable) -> list[Part]
     On a mesh they are those of one device: what the step is given exactly, as it is cut; activations and logits by
     tracing with the rows of one device, as if nothing of them were cut over "tensor", which bounds them from above.
     """
-    states, again, dtype = _within(shapes, loss_chunk, error)
+    found = _within(shapes, loss_chunk, error)
     return [*_weights(shapes.trainable, shapes.frozen), *_gradients(shapes.trainable, shapes.batch),
             _optimiser(shapes.opt_state, tree.count(shapes.trainable)),
-            Part("activations kept", states, "what the backward pass keeps of the forward pass" + _uncut(shapes.mesh),
-                 "activations"),
-            *_working(again, shapes, dtype, loss_chunk),
+            *_working(*found, shapes, loss_chunk),
             *_gathered(shapes),
             Part("batch", held((shapes.batch, *OTHERS)), "token ids, positions, segments, answers; the step's number, "
                  "a key", "batch")]
@@ -121,17 +119,20 @@ def _gradients(trainable, batch) -> list[Part]:
     return [Part("gradients", held(trainable) * (1 + several), recipe, "gradients")]
 
 
-def _working(again: tuple[int, int], shapes: Shapes, dtype, loss_chunk: int) -> list[Part]:
-    layer, loss = again
+def _working(layers: tuple[int, int], loss: tuple[int, int], dtype, shapes: Shapes, loss_chunk: int) -> list[Part]:
+    """What the forward pass left and what is made of it, in the layers or in the loss: the larger of the two counts."""
+    inside = sum(layers) >= sum(loss)
     decoded = [leaf for leaf in tree.flatten(shapes.frozen).values() if quant.is_leaf(leaf)]
-    parts = [Part("one layer, forward and back", layer, "its activations again, their gradients"
-                  + _uncut(shapes.mesh), "activations", layer >= loss)]
+    parts = [Part("activations kept", (layers if inside else loss)[0], "what the backward pass keeps of the forward "
+                  "pass" + _uncut(shapes.mesh), "activations"),
+             Part("one layer, forward and back", layers[1], "its activations again, their gradients"
+                  + _uncut(shapes.mesh), "activations", inside)]
     if decoded:
         size = sum(leaf.size // math.prod(leaf.stack) for leaf in decoded) * dtype.itemsize
         parts.append(Part("decoded weights of a layer", size, f"all of them, in {dtype.name}: waiting for nothing, "
-                          "they may be decoded early", "activations", layer >= loss))
-    return [*parts, Part("loss chunk", loss, f"logits of {loss_chunk} answers and their gradient"
-                         + _uncut(shapes.mesh), "logits", loss > layer)]
+                          "they may be decoded early", "activations", inside))
+    return [*parts, Part("loss chunk", loss[1], f"logits of {loss_chunk} answers and their gradient"
+                         + _uncut(shapes.mesh), "logits", not inside)]
 
 
 def _gathered(shapes: Shapes) -> list[Part]:
@@ -146,8 +147,12 @@ def _gathered(shapes: Shapes) -> list[Part]:
                  "those: a compiler may fetch the next ones early", "weights")]
 
 
-def _within(shapes: Shapes, chunk: int, error: Callable) -> tuple[int, tuple[int, int], np.dtype]:
-    """(bytes kept for the backward pass, (the most alive inside a layer, inside the loss), type of the states)."""
+def _within(shapes: Shapes, chunk: int, error: Callable) -> tuple[tuple[int, int], tuple[int, int], np.dtype]:
+    """((bytes that wait while a layer is computed, the most alive in it), the same of the loss, type of the states).
+
+    In the loss all that the backward pass reads is there. In the layers what it read before them, the last norm's
+    above all, is gone; but only a GPU's programs were seen to make use of that.
+    """
     apply, (trainable, frozen) = shapes.alone, shapes.plain
     micro = {name: jax.ShapeDtypeStruct(shard(leaf).shape[1:], leaf.dtype) for name, leaf in shapes.batch.items()}
 
@@ -168,6 +173,8 @@ def _within(shapes: Shapes, chunk: int, error: Callable) -> tuple[int, tuple[int
             states)
 
     states = jax.eval_shape(hidden, trainable, frozen, micro)
-    alive = (loops(back, trainable, frozen, micro, states), loops(loss, states, trainable, frozen, micro))
-    most = tuple(max(found, default=0) for found in alive)
-    return kept(hidden, trainable, frozen, micro), most, np.dtype(states.dtype)
+    left = kept(hidden, trainable, frozen, micro)
+    turns = [(waits if shapes.gpu else left, most)
+             for waits, most in loops(back, trainable, frozen, micro, states, adds=shapes.gpu)]
+    chunks = max((most for _, most in loops(loss, states, trainable, frozen, micro, adds=shapes.gpu)), default=0)
+    return max(turns, key=sum, default=(left, 0)), (left, chunks), np.dtype(states.dtype)

@@ -27,7 +27,7 @@ class Shapes(NamedTuple):
 
     apply: of :func:`peft_jax.bind`, on the mesh. alone: the same for one device. plain: what trains and what is frozen,
     whole and nowhere. batch: a dict of (accumulate_steps, rows, ...). optimizer: as the method wants it.
-    parameters: how many the base has.
+    parameters: how many the base has. gpu: whether it is for one.
     """
 
     model: Any
@@ -42,6 +42,7 @@ class Shapes(NamedTuple):
     opt_state: Any
     batch: Mapping[str, jax.ShapeDtypeStruct]
     mesh: Mesh | None
+    gpu: bool
 
 
 def as_model(model: Any, dtype: Any = None, param_dtype: Any = None, remat: bool | None = None) -> Any:
@@ -103,7 +104,14 @@ def shapes(model: Any, method: Method, optimizer: optax.GradientTransformation, 
     optimizer = method.optimizer(optimizer, STEPS)
     state = _state(optimizer, trainable, mesh)
     return Shapes(model, method, tree.count(base), bind(method, model, mesh), bind(method, model),
-                  tree.partition(plain, labels), trainable, frozen, optimizer, state, found, mesh)
+                  tree.partition(plain, labels), trainable, frozen, optimizer, state, found, mesh,
+                  _device(mesh, target).platform == "gpu")
+
+
+def _device(mesh: Mesh | None, target: Target | None) -> Any:
+    """The first that the step is for."""
+    placed = target.sharding.device_set if target and target.sharding else mesh.devices.flat if mesh else jax.devices()
+    return next(iter(placed))
 
 
 def _answers(model, seq: int) -> int:

@@ -1,0 +1,49 @@
+"""What is alive at once, by hand: products that are added as they are made, and what waits while a loop runs."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from peft_jax import lora
+from peft_jax.loss import cross_entropy
+from peft_jax.planner import shapes, sum_of_parts
+from peft_jax.planner.liveness import loops, peak
+
+SQUARE = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+EACH = 8 * 8 * 4
+
+
+def two_terms(x, w, a, u):
+    return ((x @ w + x @ a) * (x @ u)).sum()
+
+
+def read_twice(x, w, a, u):
+    first = x @ w
+    return ((first + x @ a) * (x @ u) * first).sum()
+
+
+@pytest.mark.parametrize("function, adds, most", [
+    (two_terms, False, 3), (two_terms, True, 2),  # both terms and the third product; their sum and the third
+    (read_twice, False, 3), (read_twice, True, 3)])  # a term that is read again cannot be added to, the other can
+def test_a_gpu_adds_a_product_as_it_is_made(function, adds, most):
+    traced = jax.make_jaxpr(function)(SQUARE, SQUARE, SQUARE, SQUARE).jaxpr
+    assert peak(traced, adds=adds) == pytest.approx(most * EACH, abs=8)
+
+
+def test_what_a_loop_finds_and_hands_on_does_not_wait_for_it():
+    def run(x):
+        early, late = jnp.cumsum(x), jnp.cumsum(x * 2)  # a running sum has to be there whole
+        last, _ = jax.lax.scan(lambda c, _: (c + 1, None), early, None, 3)
+        return last.sum() + late.sum()
+
+    assert [waits for waits, _ in loops(run, jax.ShapeDtypeStruct((100,), jnp.float32))] == [400]
+
+
+def test_on_a_gpu_less_is_alive_and_less_waits(tiny_model):
+    given = shapes(tiny_model[0].clone(remat=True), lora(r=4, target_modules="all-linear"), optax.adamw(1e-4), 2, 64)
+    here, there = ({part.name: part.bytes for part in sum_of_parts(one, 512, cross_entropy)}
+                   for one in (given, given._replace(gpu=True)))
+    assert not given.gpu
+    fewer = {name for name in here if there[name] < here[name]}
+    assert fewer == {"activations kept", "one layer, forward and back"} and here.keys() == there.keys()
