@@ -62,7 +62,8 @@ def completed(kind: str, given: Mapping[str, Any], required: Sequence[str],
     return found
 
 
-_SIZE = "a whole number of at least 1"
+_MOST = 2**24  # larger than any model's; a slip of the pen must not fill the memory
+_SIZE = f"a whole number from 1 to {_MOST}"
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", dict: "an object",
           list: "a list", _SIZE: _SIZE}
 # Of keys whose default is null, or that are sizes. What may be null though its default is a number.
@@ -83,6 +84,6 @@ def check_heads(kind: str, hidden: int, heads: int) -> None:
 def _check(kind: str, key: str, value: Any, wanted: Any) -> None:
     types = {_SIZE: int, float: (int, float)}.get(wanted, wanted)
     fits = isinstance(value, types) and (wanted is bool or not isinstance(value, bool))
-    if not fits or (wanted == _SIZE and value < 1):
+    if not fits or (wanted == _SIZE and not 1 <= value <= _MOST):
         raise PeftJaxError(f"the {kind} config has {key}={value!r:.60}, where {_WORDS[wanted]} belongs: correct "
                            "config.json.")
