@@ -48,10 +48,10 @@ BUDGETS = {
     "smoke": {"optim.steps": 2, "task.train_limit": 400, "eval.limit": 16, "eval.buckets": 1, "eval.probe_limit": 4,
               "sweep.seeds": (0,), "sweep.rates": 2, "measure.limit": 16, "measure.neighbour_limit": 16,
               "measure.general_limit": 8, "measure.new_tokens": 8, "measure.repeats": 2},
-    "short": {"optim.steps": 30, "eval.limit": 100, "eval.probe_limit": 16, "sweep.seeds": (0, 1, 2), "sweep.rates": 3,
+    "short": {"optim.steps": 30, "eval.limit": 100, "eval.probe_limit": 16, "sweep.seeds": (0, 1, 2), "sweep.rates": 4,
               "measure.limit": 200, "measure.neighbour_limit": 100, "measure.general_limit": 32},
     "long": {"optim.steps": 0, "optim.epochs": 3.0, "eval.limit": 0, "eval.probe_limit": 0,
-             "sweep.seeds": (0, 1, 2, 3, 4), "sweep.rates": 3, "measure.limit": 0, "measure.neighbour_limit": 0,
+             "sweep.seeds": (0, 1, 2, 3, 4), "sweep.rates": 4, "measure.limit": 0, "measure.neighbour_limit": 0,
              "measure.general_limit": 0, "measure.repeats": 20},
 }
 # What some experiments set for themselves, made the same for all, and what a run of many does without.
@@ -69,7 +69,7 @@ def sweep(config: ConfigDict, budget: str, **settings: Any) -> ConfigDict:
         raise PeftJaxError(f"budget={budget}: {nearest(budget, BUDGETS)}")
     config.sweep = ConfigDict({
         "seeds": (0,),
-        "rates": 3,  # how many learning rates of each method
+        "rates": 4,  # how many learning rates of each method, at most
         "metric": metrics_of(config.task)[0],  # the best on validation data is chosen by it, and it is reported
         **settings,
     })  # fmt: skip

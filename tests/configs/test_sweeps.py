@@ -114,8 +114,8 @@ def test_cells_that_share_a_name_are_refused(tmp_path):
 @pytest.mark.parametrize(("argv", "words"), [
     (["--config=experiments/compare.py:budget=tiny"], "budget=tiny: choose one of: long, short, smoke"),
     (["--config=experiments/compare.py:methods=lora+adpter"], "methods=adpter: all, article, or .*adapter"),
-    (["--config=experiments/compare.py", "--sweep_index=31"], "has the cells 0 to 30"),
-    (["--config=experiments/compare.py", "--sweep_index=-1"], "has the cells 0 to 30"),
+    (["--config=experiments/compare.py", "--sweep_index=35"], "has the cells 0 to 34"),
+    (["--config=experiments/compare.py", "--sweep_index=-1"], "has the cells 0 to 34"),
     (["--config=experiments/compare.py", "--mode=merge"], "a sweep is run"),
     (["--config=experiments/compare.py", "--config.method.r=3"], "unknown key --config.method.r"),
     (["--config=experiments/lora.py", "--mode=report"], "--mode=report is for sweeps"),
