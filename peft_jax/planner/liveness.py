@@ -42,19 +42,23 @@ def loops(function: Callable, *args: Any, adds: bool = False) -> list[tuple[int,
     True
     """
     traced = jax.make_jaxpr(function)(*args).jaxpr
-    jaxpr = dce_jaxpr(traced, [True] * len(traced.outvars))[0]
-    known = {one: Value(one) for one in (*jaxpr.invars, *jaxpr.constvars)}
-    given, flat = set(known.values()), list(written_out(jaxpr, known))
-    results = {known[one] for one in jaxpr.outvars if not isinstance(one, Literal)}
-    sources = _sources(flat, list(results), adds)
+    return _loops(dce_jaxpr(traced, [True] * len(traced.outvars))[0], adds)
+
+
+def _loops(jaxpr: Jaxpr, adds: bool) -> list[tuple[int, int]]:
+    _, flat, results = _flattened(jaxpr)
+    sources = _sources(flat, results, adds)
     last, found = _last(flat, sources, ()), []
+    told = {source for value in results for source in sources.get(value, ())}
     for at, one in enumerate(flat):
-        if one.kind == "scan":
-            (body, same, carried), = one.inside
+        for body, *turn in one.inside:
+            same, carried = turn or (0, 0)
             on = {source for value in one.reads[same:same + carried] for source in sources[value] if last[source] == at}
             there = {*one.makes[carried:], *(value for earlier in flat[:at] for value in earlier.makes)}
-            waits = {value for value in there if sources[value] == {value} and last.get(value, -1) >= at}
-            found.append((sum(value.bytes for value in waits - on - given - results), peak(body, same, carried, adds)))
+            waits = sum(value.bytes for value in there - on - told
+                        if sources[value] == {value} and last.get(value, -1) >= at)
+            found += ([(waits, peak(body, same, carried, adds))] if turn else
+                      [(waits + more, most) for more, most in _loops(body, adds)])
     return found
 
 
@@ -115,6 +119,13 @@ def written_out(jaxpr: Jaxpr, known: dict) -> Iterator[Flat]:
                        [(body, *_turn(equation)) for body in bodies])
 
 
+def _flattened(jaxpr: Jaxpr) -> tuple[dict, list[Flat], list[Value]]:
+    """(the values of all variables, the equations, the values of the results)."""
+    known = {one: Value(one) for one in (*jaxpr.invars, *jaxpr.constvars)}
+    flat = list(written_out(jaxpr, known))
+    return known, flat, [known[one] for one in jaxpr.outvars if not isinstance(one, Literal)]
+
+
 def _turn(equation) -> tuple[int, ...]:
     """Of a scan, how many arguments of its body are the same in every turn, and how many it hands on."""
     scan = equation.primitive.name == "scan"
@@ -132,14 +143,12 @@ def peak(jaxpr: Jaxpr, same: int | None = None, carried: int = 0, adds: bool = F
     ``adds``: a product is added to what is there as it is made, as GPUs' libraries can (the beta of a GEMM); elsewhere
     both terms of such a sum are written, and added where it is read.
     """
-    known = {one: Value(one) for one in (*jaxpr.invars, *jaxpr.constvars)}
-    flat = list(written_out(jaxpr, known))
+    known, flat, kept = _flattened(jaxpr)
     if same is not None:
         arguments = [known[one] for one in jaxpr.invars]
         first = Flat("carry", [], arguments[same:same + carried], [])
         flat = [first, *_cut_out(flat, set(arguments[same + carried:]))]
     given = {known[one] for one in (*jaxpr.invars, *jaxpr.constvars)} - {made for one in flat for made in one.makes}
-    kept = [known[one] for one in jaxpr.outvars if not isinstance(one, Literal)]
     return _most(flat, _sources(flat, kept, adds), given, kept, adds)
 
 

@@ -40,6 +40,17 @@ def test_what_a_loop_finds_and_hands_on_does_not_wait_for_it():
     assert [waits for waits, _ in loops(run, jax.ShapeDtypeStruct((100,), jnp.float32))] == [400]
 
 
+def test_a_loop_in_a_branch_is_found_and_a_result_in_another_shape_does_not_wait():
+    def run(x):
+        held, told = jnp.cumsum(x), jnp.cumsum(x * 2)
+        last = jax.lax.cond(x[0] > 0, lambda c: jax.lax.scan(lambda c, _: (jnp.cumsum(c), None), c, None, 3)[0],
+                            lambda c: c, x)
+        return last.sum() + held.sum(), told.reshape(10, 10)
+
+    (waits, most), = loops(run, jax.ShapeDtypeStruct((100,), jnp.float32))
+    assert waits == 804 and most >= 400  # what is held, the branch's result, and which branch
+
+
 def test_on_a_gpu_less_is_alive_and_less_waits(tiny_model):
     given = shapes(tiny_model[0].clone(remat=True), lora(r=4, target_modules="all-linear"), optax.adamw(1e-4), 2, 64)
     here, there = ({part.name: part.bytes for part in sum_of_parts(one, 512, cross_entropy)}
