@@ -3,7 +3,7 @@
     python run.py --config=experiments/ablations/steps.py
     python run.py --config=experiments/ablations/steps.py:budget=smoke --workdir=runs/steps-smoke
 
-Question: in the 30 steps of the comparison LoRA learns less than full fine-tuning and forgets more, at a rate twenty
+Question: in the 30 steps of the comparison LoRA learns less than full fine-tuning and forgets more, at a rate forty
 times as high. Is that the method or the budget? LoRA (experiments/lora.py) at two rates and full fine-tuning at the
 comparison's rate, each with the budget's steps and with four times as many (a cosine over all of them), compared on
 held-out validation sentences, over three seeds. Measured figures are in docs/ablations.md.

@@ -110,8 +110,7 @@ def shapes(model: Any, method: Method, optimizer: optax.GradientTransformation, 
 
 def _device(mesh: Mesh | None, target: Target | None) -> Any:
     """The first that the step is for."""
-    placed = target.sharding.device_set if target and target.sharding else mesh.devices.flat if mesh else jax.devices()
-    return next(iter(placed))
+    return (target and target.device) or (mesh.devices.flat if mesh else jax.devices())[0]
 
 
 def _answers(model, seq: int) -> int:
@@ -123,8 +122,7 @@ def _answers(model, seq: int) -> int:
 def check_attention(config: Any, dtype: Any, target: Target | None = None) -> None:
     """Raise ``PeftJaxError`` where ``config`` asks for cuDNN and the target, or this machine, does not have it."""
     if getattr(config, "attn_implementation", None) == "cudnn":
-        (device,) = target.sharding.device_set if target and target.sharding else (None,)
-        check_device(config, dtype, device)
+        check_device(config, dtype, target and target.device)
 
 
 def _state(optimizer, trainable, mesh) -> Any:
@@ -153,9 +151,10 @@ def attending(model: Any, method: Method, params: tree.Tree, batch: Mapping[str,
               target: Target | None) -> Any:
     """``model`` with the attention that ``target`` would choose where it is left to the device: it is not there to be
     asked. What decides are the keys that the method makes of them, a prefix included."""
-    if target is None or target.sharding is None or getattr(model.config, "attn_implementation", None) != "auto":
+    device = target and target.device
+    if device is None or getattr(model.config, "attn_implementation", None) != "auto":
         return model
-    (device,), fits = target.sharding.device_set, []
+    fits = []
 
     def watch(next_fun, context, *args, **kwargs):
         if isinstance(context.module, AttentionCore):

@@ -13,6 +13,11 @@ class Target(NamedTuple):
     sharding: Any
     options: dict[str, Any]
 
+    @property
+    def device(self) -> Any:
+        """The one it is, ``None`` for the default."""
+        return next(iter(self.sharding.device_set)) if self.sharding else None
+
     def place(self, shapes: Any) -> Any:
         """``shapes`` with leaves that lie on the target."""
         if self.sharding is None:
