@@ -192,17 +192,17 @@ def print_help(values: flags.FlagValues) -> None:
 def start(command: Command, argv: list[str]) -> int:
     """Do what the command asks; jax is imported here, so only once the command line is known to be right."""
     if command.cells and command.sweep_index is None:
-        from peft_jax.sweep import job
+        from peft_jax.cli import sweeps
 
-        return job.run(command, argv)
-    from peft_jax.train import hosts, jobs
+        return sweeps.run(command, argv)
+    from peft_jax.cli import modes, runtime
 
-    hosts.start(command)
+    runtime.start(command)
     if command.cells:
-        from peft_jax.sweep import cell
+        from peft_jax.cli import sweep_cell
 
-        return cell.run(command)
-    return jobs.JOBS[command.mode](command)
+        return sweep_cell.run(command)
+    return modes.JOBS[command.mode](command)
 
 
 def main(argv: list[str] | None = None) -> int:

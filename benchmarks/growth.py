@@ -23,9 +23,10 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from peft_jax import bind, lora, tree
+from peft_jax import bind, lora
+from peft_jax.core import tree
 from peft_jax.models.llama import CausalLM, LlamaConfig
-from peft_jax.planner.program import memory_of
+from peft_jax.planner.compiled import memory_of
 from peft_jax.planner.shapes import batch_shapes
 from peft_jax.train.step import init_state, make_step
 

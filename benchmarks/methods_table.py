@@ -97,7 +97,7 @@ def main() -> None:
     import jax
 
     import peft_jax
-    from peft_jax.train.report import parameter_counts
+    from peft_jax.cli.console import parameter_counts
 
     model, base = peft_jax.load_pretrained(SOURCE)
     held = jax.eval_shape(peft_jax.quantize(double_quant=True).init, jax.random.key(0), base)

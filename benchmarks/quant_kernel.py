@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from peft_jax import quant
-from peft_jax.quant import kernel
+from peft_jax.quant import pallas
 
 TOKENS, SHAPES = (1, 16, 512, 4096), ((4096, 4096), (4096, 14336))
 SMALL_TOKENS, SMALL_SHAPES = (1,), ((128, 64),)
@@ -123,7 +123,7 @@ def row(tokens, shape, way, held, args) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quant_type", default="nf4", choices=quant.QUANT_TYPES)
-    parser.add_argument("--block_size", type=int, default=64, choices=kernel.BLOCKS)
+    parser.add_argument("--block_size", type=int, default=64, choices=pallas.BLOCKS)
     parser.add_argument("--double_quant", action="store_true")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--copies", type=int, default=8)

@@ -65,9 +65,9 @@ CHIPS = (Chip("H100", 989.4e12, 3.35e12, 450e9), Chip("v5e", 197e12, 819e9, 200e
 def measure(case: Case) -> dict:
     """The plan of one case, in this process, which must have as many devices."""
     from configs import base, parse
-    from peft_jax.mesh import make_mesh, row_shards
-    from peft_jax.planner.traffic import moved
-    from peft_jax.train.plan import plan_config
+    from peft_jax.cli.plan import plan_config
+    from peft_jax.parallel.mesh import make_mesh, row_shards
+    from peft_jax.planner.collectives import moved
 
     config, _ = parse.load_experiment(f"{ROOT}/experiments/{case.experiment}.py:model={case.model}")
     config.mesh.update(dict(zip(("data", "fsdp", "tensor"), case.mesh, strict=True)))

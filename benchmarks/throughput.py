@@ -24,7 +24,8 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from peft_jax import bind, chain, lora, quantize, tree
+from peft_jax import bind, chain, lora, quantize
+from peft_jax.core import tree
 from peft_jax.models.llama import CausalLM, LlamaConfig
 from peft_jax.train.step import init_state, make_step
 

@@ -1,7 +1,7 @@
 """Errors for people: what went wrong, where, the nearest valid choice, what to do."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 
 class PeftJaxError(ValueError):
@@ -22,3 +22,13 @@ def nearest(word: str, choices: Iterable[str], most: int = 3) -> str:
         return f"did you mean {' or '.join(close)}?"
     more = ", ..." if len(choices) > 8 else ""
     return f"choose one of: {', '.join(choices[:8])}{more}"
+
+
+def faults_text(faults: Mapping[str, Collection[str]]) -> str:
+    """``"2 missing: a, b; 1 unexpected: c"``, "" where nothing is at fault."""
+    return "; ".join(f"{len(found)} {kind}: {some(sorted(found))}" for kind, found in faults.items() if found)
+
+
+def some(items: list[str], most: int = 5) -> str:
+    """The first few of a list and how many more there are."""
+    return ", ".join(items[:most]) + (f", and {len(items) - most} more" if len(items) > most else "")

@@ -1,6 +1,5 @@
 """What a fine-tuning method is, how two become one, and how one is bound to a model."""
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -8,15 +7,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
-from flax import linen as nn
-from flax.linen.module import InterceptorContext
-from jax.interpreters.partial_eval import dce_jaxpr
-from jax.sharding import Mesh
 
-from peft_jax import contraction, quant, tree
+from peft_jax import quant
+from peft_jax.core import tree
+from peft_jax.core.peft_format import Format
 from peft_jax.errors import PeftJaxError
-from peft_jax.mesh import output_apart
-from peft_jax.stored import Format
 
 TRAINABLE, FROZEN = "trainable", "frozen"
 
@@ -78,20 +73,6 @@ class Method(NamedTuple):
     along: Mapping[str, tuple[str | None, ...]] = MappingProxyType({})
 
 
-@dataclasses.dataclass(frozen=True)
-class Context(InterceptorContext):
-    """Flax's ``module``, ``method_name`` and ``orig_method``, and of the whole call:
-
-    rngs: the names of its random streams; a module inside a lifted transform may see fewer, here a method can tell.
-    params: the whole parameter tree, for leaves that several modules share.
-    notes: empty at the start of the pass; what an interceptor saw in one module and needs in a later one.
-    """
-
-    rngs: frozenset[str]
-    params: Mapping[str, Any]
-    notes: dict[Any, Any]
-
-
 def _pass(next_fun, args, kwargs, context):
     return next_fun(*args, **kwargs)
 
@@ -129,7 +110,7 @@ def chain(*methods: Method) -> Method:
 
     def intercept(next_fun, args, kwargs, context):
         for method in methods:
-            next_fun = partial(_intercepted, method.intercept, next_fun, context)
+            next_fun = partial(with_interceptor, method.intercept, next_fun, context)
         return next_fun(*args, **kwargs)
 
     def labels(params):
@@ -181,7 +162,8 @@ def _conversion(methods: Sequence[Method]) -> Callable[..., Any] | None:
     return convert if first else None
 
 
-def _intercepted(intercept, next_fun, context, *args, **kwargs):
+def with_interceptor(intercept, next_fun, context, *args, **kwargs):
+    """A module's call ``next_fun`` with ``intercept`` around it."""
     return intercept(next_fun, args, kwargs, context)
 
 
@@ -235,61 +217,3 @@ def _check_others(methods, labels, owners, path) -> None:
                            f"them{first}.")
 
 
-def bind(method: Method, model: nn.Module, mesh: Mesh | None = None) -> Callable[..., Any]:
-    """``model.apply`` with the method in the forward pass: same signature, same results otherwise.
-
-    The first call of the whole model (no ``method=`` argument) on a new tree structure also checks that the output
-    depends on every trainable leaf that the method added, and raises ``PeftJaxError`` naming those it does not; not
-    with a ``cache``, which may hold what was computed from them. It raises, too, where the parameters hold none of the
-    method's leaves.
-    Dropout of a method is active where a ``dropout`` key is in ``rngs``, and only there. Quantised leaves are read
-    under any method. On a ``mesh`` (:func:`peft_jax.make_mesh`) every module's output, an array with rows in front, has
-    its rows split over it: so weights travel to the rows.
-    """
-    checked = set()
-
-    def apply(variables, *args, rngs=None, **kwargs):
-        kwargs |= {} if rngs is None else {"rngs": rngs}
-
-        def run(params):
-            entered = partial(_in_context, mesh, method.intercept, _streams(rngs), params, {})
-            with nn.intercept_methods(entered):
-                return model.apply({**variables, "params": params}, *args, **kwargs)
-
-        params = variables.get("params", {})
-        named = kwargs.get("method")
-        if named in (None, "hidden") and (shape := (named, jax.tree.structure(variables))) not in checked:
-            check_held(method, params)
-            if named is None and "cache" not in variables:
-                check_read(method, run, params)
-            checked.add(shape)
-        return run(params)
-
-    return apply
-
-
-def _streams(rngs) -> frozenset[str]:
-    if rngs is None:
-        return frozenset()
-    return frozenset(rngs if isinstance(rngs, Mapping) else ("params",))  # a bare key is flax's "params" stream
-
-
-def _in_context(mesh, intercept, rngs, params, notes, next_fun, args, kwargs, context):
-    # What the module's own method is to all methods:
-    reading = partial(_intercepted, partial(quant.read, mesh), next_fun, context)
-    whole = Context(context.module, context.method_name, reading, rngs, params, notes)
-    args, kwargs = contraction.input_first(context.module, context.method_name, args, kwargs)
-    return output_apart(mesh, intercept(reading, args, kwargs, whole))
-
-
-def check_read(method: Method, forward: Callable[[Mapping], Any], params: Mapping) -> None:
-    """Raise ``PeftJaxError`` naming trainable leaves without influence on ``forward(params)``; only traces."""
-    flat = tree.flatten(params)
-    closed = jax.make_jaxpr(lambda leaves: forward(tree.unflatten(leaves)))(flat)
-    _, used = dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals))
-    read = jax.tree.unflatten(jax.tree.structure(flat), used)
-    labels = tree.flatten(method.labels(params))
-    idle = [path for path in flat if labels[path] != FROZEN and not any(jax.tree.leaves(read[path]))]
-    if idle:
-        raise PeftJaxError(f"the forward pass never reads {len(idle)} trainable leaves, the first is '{idle[0]}': the "
-                           "module that owns it is not called, or is of a type that this method cannot change.")

@@ -44,7 +44,7 @@ def compiled_once(tmp_path_factory):
 def memory_given_back():
     """Compiled programs stay in memory, gigabytes of them in the end; from the cache on disk they come back quickly."""
     yield
-    from peft_jax.train.report import memory_now
+    from peft_jax.train.memory import memory_now
 
     if memory_now() > 3 * 2**30:
         import jax
@@ -97,7 +97,7 @@ def tiny_model(tiny_tokenizer):
 @pytest.fixture(scope="session")
 def tiny_folder(tiny_model, tiny_tokenizer, tmp_path_factory):
     """The tiny model as a folder in Hugging Face's layout."""
-    from peft_jax.hub import save_pretrained
+    from peft_jax.hub.save import save_pretrained
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save_pretrained(folder, *tiny_model, tiny_tokenizer)
@@ -107,7 +107,8 @@ def tiny_folder(tiny_model, tiny_tokenizer, tmp_path_factory):
 @pytest.fixture(scope="session")
 def smollm2():
     """(model, params, tokenizer) of the real SmolLM2-135M-Instruct, float32; mark its users ``pytest.mark.real``."""
-    from peft_jax.hub import load_pretrained, load_tokenizer
+    from peft_jax.hub.load import load_pretrained
+    from peft_jax.hub.tokenizer import load_tokenizer
 
     return *load_pretrained(REAL), load_tokenizer(REAL)
 
@@ -175,7 +176,7 @@ def smollm2_peer(smollm2, tmp_path_factory):
     import torch
     import transformers
 
-    from peft_jax.hub import save_pretrained
+    from peft_jax.hub.save import save_pretrained
 
     folder = tmp_path_factory.mktemp("smollm2")
     save_pretrained(folder, *smollm2)

@@ -7,7 +7,7 @@ import optax
 from flax import linen as nn
 
 from peft_jax import bind, combine, flatten, generate, kernel_axes, partition, unflatten
-from peft_jax.loss import batch_loss
+from peft_jax.train.loss import batch_loss
 from peft_jax.train.step import init_state, make_step
 
 

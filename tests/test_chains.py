@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from peft_jax import (
+from peft_jax import (  # fmt: skip
     METHODS,
     Method,
     PeftJaxError,
@@ -34,7 +34,7 @@ from peft_jax import (
     save_adapter,
     trainable_tokens,
     vera,
-)  # fmt: skip
+)
 from tests.peer import IDS, check_same_bits, forward
 from tests.properties import check_training, moved
 

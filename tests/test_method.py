@@ -5,7 +5,7 @@ import pytest
 from flax import linen as nn
 
 from peft_jax import Method, PeftJaxError, bind, chain, check_read, flatten, ia3, lora
-from peft_jax.tree import map_paths
+from peft_jax.core.tree import map_paths
 
 
 class Net(nn.Module):

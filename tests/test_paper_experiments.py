@@ -8,13 +8,13 @@ import pytest
 
 from configs import parse
 from configs.check import check, tidy
-from peft_jax import bind, tree
+from peft_jax import bind
+from peft_jax.cli import console
+from peft_jax.cli.session import build_method
+from peft_jax.core import tree
 from peft_jax.evaluation.objectives import objective_of
-from peft_jax.hub import config as hub_config
-from peft_jax.hub import families
-from peft_jax.hub.pretrained import with_head
-from peft_jax.train import report
-from peft_jax.train.session import build_method
+from peft_jax.hub import families, model_config
+from peft_jax.hub.load import with_head
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,14 +62,14 @@ def test_every_paper_experiment_is_counted():
 
 def counts(config, sizes) -> tuple[int, int]:
     """(trainable, all) from shapes alone; raises where the forward pass would not read what is trained."""
-    sizes = with_head(hub_config.from_hf(sizes), objective_of(config.task).head(config.task))
+    sizes = with_head(model_config.from_hf(sizes), objective_of(config.task).head(config.task))
     base = tree.unflatten({path: jax.ShapeDtypeStruct(shape, jnp.float32)
-                           for path, shape in hub_config.param_shapes(sizes).items()})
+                           for path, shape in model_config.param_shapes(sizes).items()})
     method = build_method(config)
     params = jax.eval_shape(method.init, jax.random.key(0), base)
     apply = bind(method, families.of(sizes).model(sizes))
     jax.eval_shape(lambda leaves: apply({"params": leaves}, jnp.zeros((1, 4), jnp.int32)), params)
-    return report.parameter_counts(method, base, params)
+    return console.parameter_counts(method, base, params)
 
 
 @pytest.mark.parametrize("name", COUNTS)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import run
-from peft_jax import tree
+from peft_jax.core import tree
 from peft_jax.data import Batches
 from peft_jax.train.checkpoint import Checkpoints
-from peft_jax.train.metrics import read_metrics
+from peft_jax.train.metrics_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 LORA = "experiments/lora.py"

@@ -1,11 +1,8 @@
 """Data: examples from a source, token ids with a loss mask, batches of static shape."""
 
-from peft_jax.data.batches import Batches as Batches
-from peft_jax.data.batches import eval_batches as eval_batches
-from peft_jax.data.batches import prompt_batches as prompt_batches
-from peft_jax.data.sources import load_examples as load_examples
-from peft_jax.data.tokenize import Encoded as Encoded
-from peft_jax.data.tokenize import choice_tokens as choice_tokens
-from peft_jax.data.tokenize import encode as encode
-from peft_jax.data.tokenize import encode_all as encode_all
-from peft_jax.data.tokenize import encode_prompts as encode_prompts
+from peft_jax.data.batches import Batches, eval_batches, prompt_batches
+from peft_jax.data.sources import load_examples
+from peft_jax.data.tokenize import Encoded, choice_tokens, encode, encode_all, encode_prompts
+
+__all__ = ["Batches", "Encoded", "choice_tokens", "encode", "encode_all", "encode_prompts", "eval_batches",
+           "load_examples", "prompt_batches"]

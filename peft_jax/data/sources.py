@@ -154,9 +154,9 @@ def rating_word(mean: float, words: Sequence[str], bins: Sequence[float]) -> str
 
 
 def _fetched_sentences(task) -> list[tuple[float, str, str]]:
-    from peft_jax.hub import assets
+    from peft_jax.hub import download
 
-    return read_rated_sentences(Path(assets.fetch(task.source, task.archive)), task.file)
+    return read_rated_sentences(Path(download.fetch(task.source, task.archive)), task.file)
 
 
 def rating_examples(task, sentences: Sequence[tuple[float, str, str]]) -> list[Example]:

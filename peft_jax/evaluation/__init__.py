@@ -1,6 +1,1 @@
-"""Metrics: pure functions of model outputs."""
-
-from peft_jax.evaluation.metrics import expected_rating as expected_rating
-from peft_jax.evaluation.metrics import first_word as first_word
-from peft_jax.evaluation.metrics import rating_metrics as rating_metrics
-from peft_jax.evaluation.metrics import spearman as spearman
+"""What a model does: held-out losses, metrics, text that it writes, and how long it takes."""

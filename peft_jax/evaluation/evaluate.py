@@ -7,14 +7,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from peft_jax import tree
+from peft_jax.core import tree
 from peft_jax.data import choice_tokens, encode_all, encode_prompts, eval_batches, prompt_batches
 from peft_jax.data.batches import One
 from peft_jax.data.sources import Example
+from peft_jax.evaluation.generation import GREEDY, Sampling, generate
 from peft_jax.evaluation.objectives import Objective, objective_of
-from peft_jax.generation import GREEDY, Sampling, generate
-from peft_jax.loss import pick, summed_loss
-from peft_jax.mesh import feed, fetch, row_shards, rows_apart
+from peft_jax.parallel.mesh import feed, fetch, row_shards, rows_apart
+from peft_jax.train.loss import pick, summed_loss
 
 
 class HeldOut(NamedTuple):

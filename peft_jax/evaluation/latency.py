@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from peft_jax.errors import PeftJaxError
-from peft_jax.generation import GREEDY, decode
+from peft_jax.evaluation.generation import GREEDY, decode
 
 NEVER = np.array([-1])  # no token has this id: rows go on to the end
 

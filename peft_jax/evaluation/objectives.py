@@ -14,8 +14,8 @@ import numpy as np
 from peft_jax.data import encode_all
 from peft_jax.data.labelled import encode_labelled
 from peft_jax.evaluation.metrics import class_metrics, expected_rating, first_word, rating_metrics, spearman
-from peft_jax.loss import cross_entropy, squared_error
 from peft_jax.models import Head
+from peft_jax.train.loss import cross_entropy, squared_error
 
 
 class Objective(NamedTuple):

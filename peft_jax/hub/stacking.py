@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import quant, targets
+from peft_jax import quant
+from peft_jax.core import kernel_axes, targeting
 from peft_jax.errors import PeftJaxError
-from peft_jax.hub.names import Place
+from peft_jax.hub.families.hf_names import Place
 
 Convert = Callable[..., Any]  # see peft_jax.Method
 Where = Callable[[str, Any], Any]
@@ -83,7 +84,8 @@ def converted(convert: Convert | None, path: str, front: tuple[int, ...], entry:
     """``entry``, one of the stack ``front`` of the leaf ``path``, as the method wants it."""
     if convert is None:
         return entry
-    return convert(path, entry, targets.plain_axes(entry.shape), targets.module_names(path.rpartition("/")[0], front))
+    names = targeting.module_names(path.rpartition("/")[0], front)
+    return convert(path, entry, kernel_axes.plain_axes(entry.shape), names)
 
 
 def _entry(tensor, place, dtype, convert, keep):

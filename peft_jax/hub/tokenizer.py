@@ -3,14 +3,15 @@
 import os
 
 from peft_jax.errors import PeftJaxError
-from peft_jax.hub import assets, config, gguf
+from peft_jax.hub import download, model_config
+from peft_jax.hub.formats import gguf
 
 
 def load_tokenizer(source: str | os.PathLike):
     """transformers' fast tokenizer of a model; it always has a pad token.
 
     Args:
-      source: as of :func:`peft_jax.hub.assets.resolve`. A ``.gguf`` file's own tokenizer is converted once and cached.
+      source: as of :func:`peft_jax.hub.download.resolve`. A ``.gguf`` file's tokenizer is converted once and cached.
 
     Returns:
       A ``PreTrainedTokenizerFast``. ``pad_token_id`` may be ``eos_token_id``: mask padding by length, never by id.
@@ -19,13 +20,13 @@ def load_tokenizer(source: str | os.PathLike):
       PeftJaxError: the source or its tokenizer files are missing or unreadable, it has no fast tokenizer, or the
         model's config.json beside it is damaged.
     """
-    path = assets.resolve(source, weights=False)
+    path = download.resolve(source, weights=False)
     folder = gguf.convert(path) if path.is_file() else path
     if not folder.joinpath("tokenizer_config.json").is_file() and not folder.joinpath("tokenizer.json").is_file():
         raise PeftJaxError(f"{folder} has no tokenizer (tokenizer.json, tokenizer_config.json): name the folder that "
                            "the tokenizer was saved in.")
     if folder.joinpath("config.json").is_file():
-        config.read(folder)  # transformers reads it too, and its error would look like the tokenizer's
+        model_config.read(folder)  # transformers reads it too, and its error would look like the tokenizer's
     from transformers import AutoTokenizer
 
     try:

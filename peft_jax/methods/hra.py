@@ -16,12 +16,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from peft_jax import arguments, beside, contraction
-from peft_jax.kept import keep
+from peft_jax.core import kernel_axes, validation
+from peft_jax.core.peft_format import Format
+from peft_jax.core.remat import keep
+from peft_jax.core.targeting import Patterns
 from peft_jax.method import Method
-from peft_jax.methods import biases
-from peft_jax.stored import Format
-from peft_jax.targets import Patterns
+from peft_jax.methods import _adapter_file as adapter_file
+from peft_jax.methods import _biases as biases
+from peft_jax.methods import _kernel_adapter as kernel_adapter
 
 LEAVES = ("hra_u", "hra_on")
 BIASES = ("none", "all", "hra_only")
@@ -50,14 +52,14 @@ def hra(r: int = 8, apply_GS: bool = False, target_modules: Patterns = ("q_proj"
 
     Raises ``PeftJaxError`` for values out of range, and from ``init`` for patterns that match nothing.
     """
-    config = beside.tidy({"peft_type": "HRA", **locals()})
-    arguments.check_rank("r", r)
-    arguments.check_switches(config, "apply_GS", "init_weights")
-    arguments.check_choice("bias", bias, BIASES)
+    config = kernel_adapter.tidy({"peft_type": "HRA", **locals()})
+    validation.check_rank("r", r)
+    validation.check_switches(config, "apply_GS", "init_weights")
+    validation.check_choice("bias", bias, BIASES)
     trains = partial(biases.trains, config, LEAVES[:1], "hra_on")
     init = partial(biases.init, config, partial(_leaves, config), trains, "hra_on")
-    padding = partial(beside.padding, config=config, leaves=LEAVES[:1], switch="hra_on")
-    return Method(init, partial(_intercept, apply_GS), partial(beside.labels, trained=trains),
+    padding = partial(kernel_adapter.padding, config=config, leaves=LEAVES[:1], switch="hra_on")
+    return Method(init, partial(_intercept, apply_GS), partial(kernel_adapter.labels, trained=trains),
                   partial(_merge, apply_GS), config, padding, FORMAT, leaves=LEAVES,
                   along={"hra_u": ("inputs", None)})
 
@@ -67,20 +69,20 @@ def _leaves(config, key, target, kernel) -> dict[str, jax.Array]:
     r, paired = config["r"], config["init_weights"] and not config["apply_GS"] and config["r"] % 2 == 0
     random = jax.random.uniform(key, (*stack, *inputs, r // 2 if paired else r), jnp.float32, -1, 1)
     u = jnp.repeat(random, 2, -1) if paired else random
-    on = beside.switch(config, target)
+    on = kernel_adapter.switch(config, target)
     u = u / math.sqrt(random.shape[-1]) * on.reshape(*stack, *[1] * (u.ndim - len(stack)))
     return {"hra_u": u, "hra_on": on}
 
 
 def _intercept(orthogonal, next_fun, args, kwargs, context):
     module = context.module
-    if (held := beside.read(module, context, LEAVES, "HRA")) is None:
+    if (held := kernel_adapter.read(module, context, LEAVES, "HRA")) is None:
         return next_fun(*args, **kwargs)
-    x = contraction.inputs_last(module, args[0])
+    x = kernel_axes.inputs_last(module, args[0])
     left, right = (side.astype(x.dtype) for side in sides(*held, orthogonal))
     low = keep(x.reshape(-1, left.shape[0]) @ left)
     moved = x - (low @ right.T).reshape(x.shape)
-    return next_fun(contraction.inputs_back(module, moved), *args[1:], **kwargs)
+    return next_fun(kernel_axes.inputs_back(module, moved), *args[1:], **kwargs)
 
 
 def sides(u, on, orthogonal):
@@ -107,15 +109,15 @@ def _merge(orthogonal, params):
         low = jnp.einsum("...nr,...no->...ro", right, rows, precision="highest")
         return kernel - jnp.matmul(left, low, precision="highest").reshape(kernel.shape)
 
-    return beside.merge(params, LEAVES, fold)
+    return kernel_adapter.merge(params, LEAVES, fold)
 
 
 def _slots(config, flat, trained, naming):
     def view(leaf, name):
-        return (lambda u: u.reshape(-1, u.shape[-1])) if beside.chosen(config, [name])[0] else None
+        return (lambda u: u.reshape(-1, u.shape[-1])) if kernel_adapter.chosen(config, [name])[0] else None
 
-    return beside.slots(flat, trained, naming, "hra_on", {"hra_u": "hra_u"}, view)
+    return adapter_file.slots(flat, trained, naming, "hra_on", {"hra_u": "hra_u"}, view)
 
 
-ARGUMENTS = ("r", "apply_GS", *beside.SELECTION, "bias", "init_weights")
-FORMAT = Format("HRA", hra, ARGUMENTS, _slots, beside.fields)
+ARGUMENTS = ("r", "apply_GS", *kernel_adapter.SELECTION, "bias", "init_weights")
+FORMAT = Format("HRA", hra, ARGUMENTS, _slots, adapter_file.fields)

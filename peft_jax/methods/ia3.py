@@ -12,12 +12,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from peft_jax import arguments, beside, contraction, targets, tree
+from peft_jax.core import kernel_axes, targeting, tree, validation
+from peft_jax.core.peft_format import Format
+from peft_jax.core.targeting import Patterns
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.method import Method, check_leaves
+from peft_jax.methods import _adapter_file as adapter_file
+from peft_jax.methods import _kernel_adapter as kernel_adapter
 from peft_jax.quant import plain
-from peft_jax.stored import Format
-from peft_jax.targets import Patterns
 
 DEFAULT = ("down_proj",)
 LEAVES = ("ia3_in", "ia3_out", "ia3_on")
@@ -45,33 +47,34 @@ def ia3(target_modules: Patterns = ("k_proj", "v_proj", "down_proj"), feedforwar
     Raises ``PeftJaxError`` for arguments of the wrong type, and from ``init`` for patterns that match nothing and for
     a stack of which only some layers are feed-forward modules.
     """
-    config = beside.tidy({"peft_type": "IA3", "layers_to_transform": None, "layers_pattern": None, **locals()},
+    config = kernel_adapter.tidy({"peft_type": "IA3", "layers_to_transform": None, "layers_pattern": None, **locals()},
                          ("k_proj", "v_proj", "down_proj"))
-    arguments.check_modules("feedforward_modules", feedforward_modules)
-    arguments.check_switches(config, "init_ia3_weights")
-    trains = partial(beside.trains, config, tuple(KEYS))
-    padding = partial(beside.padding, config=config, leaves=tuple(KEYS), switch="ia3_on")
-    return Method(partial(_init, config, trains), _intercept, partial(beside.labels, trained=trains), _merge, config,
-                  padding, FORMAT, leaves=LEAVES, along={"ia3_in": ("inputs",), "ia3_out": ("outputs",)})
+    validation.check_modules("feedforward_modules", feedforward_modules)
+    validation.check_switches(config, "init_ia3_weights")
+    trains = partial(kernel_adapter.trains, config, tuple(KEYS))
+    padding = partial(kernel_adapter.padding, config=config, leaves=tuple(KEYS), switch="ia3_on")
+    labels = partial(kernel_adapter.labels, trained=trains)
+    return Method(partial(_init, config, trains), _intercept, labels, _merge, config, padding,
+                  FORMAT, leaves=LEAVES, along={"ia3_in": ("inputs",), "ia3_out": ("outputs",)})
 
 
 def _init(config, trains, rng, params, axes=None):
-    _check_feedforward(config, targets.find(params, axes, beside.selection(config)))
-    return beside.init(config, partial(_leaves, config), trains, rng, params, axes)
+    _check_feedforward(config, targeting.find(params, axes, kernel_adapter.selection(config)))
+    return kernel_adapter.init(config, partial(_leaves, config), trains, rng, params, axes)
 
 
 def _check_feedforward(config, found) -> None:
     """What is named in vain would be scaled on its other side; the default alone need not be there."""
     given = config["feedforward_modules"] if config["feedforward_modules"] != DEFAULT else ()
-    names = [name for target in found for name in target.names if beside.chosen(config, [name])[0]]
-    if (said := targets.unmatched(given, names)) is not None:
+    names = [name for target in found for name in target.names if kernel_adapter.chosen(config, [name])[0]]
+    if (said := targeting.unmatched(given, names)) is not None:
         raise PeftJaxError(f"feedforward_modules has '{said}', which matches none of the adapted modules (a string is "
                            "a regex for whole names, endings go into a list): "
                            f"{nearest(said, (name.rsplit('.', 1)[-1] for name in names))}")
 
 
 def _leaves(config, key, target, kernel):
-    inside = {targets.listed(config["feedforward_modules"] or (), name) for name in target.names}
+    inside = {targeting.listed(config["feedforward_modules"] or (), name) for name in target.names}
     if len(inside) > 1:
         raise PeftJaxError(f"feedforward_modules={config['feedforward_modules']!r} names some layers of the stack "
                            f"'{target.path}' and not others: one leaf scales all inputs or all outputs.")
@@ -80,16 +83,16 @@ def _leaves(config, key, target, kernel):
     start = jnp.ones((*stack, *width), jnp.float32)
     if not config["init_ia3_weights"]:
         start = jax.random.normal(key, start.shape, jnp.float32)
-    return {name: start, "ia3_on": beside.switch(config, target)}
+    return {name: start, "ia3_on": kernel_adapter.switch(config, target)}
 
 
 def _intercept(next_fun, args, kwargs, context):
     module = context.module
-    if held := beside.read(module, context, ("ia3_in", "ia3_on"), "IA3"):
-        x = contraction.inputs_last(module, args[0])
-        return next_fun(contraction.inputs_back(module, x * _scale(*held, x.dtype)), *args[1:], **kwargs)
+    if held := kernel_adapter.read(module, context, ("ia3_in", "ia3_on"), "IA3"):
+        x = kernel_axes.inputs_last(module, args[0])
+        return next_fun(kernel_axes.inputs_back(module, x * _scale(*held, x.dtype)), *args[1:], **kwargs)
     y = next_fun(*args, **kwargs)
-    held = beside.read(module, context, ("ia3_out", "ia3_on"), "IA3")
+    held = kernel_adapter.read(module, context, ("ia3_out", "ia3_on"), "IA3")
     return y * _scale(*held, y.dtype) if held else y
 
 
@@ -102,7 +105,7 @@ def _merge(params):
     """Scale the rows or columns of each kernel, and the bias behind scaled columns; back to their own dtypes."""
     check_leaves(LEAVES, params, "IA3")
     flat = tree.flatten(params)
-    for folder in beside.folders(flat, "ia3_on"):
+    for folder in kernel_adapter.folders(flat, "ia3_on"):
         on = flat.pop(folder + "ia3_on")
         name = "ia3_in" if folder + "ia3_in" in flat else "ia3_out"
         scale = _scale(flat.pop(folder + name), on, jnp.float32)
@@ -116,12 +119,12 @@ def _merge(params):
 
 
 def _slots(config, flat, trained, naming):
-    return beside.slots(flat, trained, naming, "ia3_on", KEYS, partial(_view, config))
+    return adapter_file.slots(flat, trained, naming, "ia3_on", KEYS, partial(_view, config))
 
 
 def _view(config, leaf, name):
     """peft keeps a row (1, in) for inputs and a column (out, 1) for outputs."""
-    if not beside.chosen(config, [name])[0]:
+    if not kernel_adapter.chosen(config, [name])[0]:
         return None
     return (lambda scale: scale.reshape(1, -1)) if leaf == "ia3_in" else (lambda scale: scale.reshape(-1, 1))
 
@@ -129,10 +132,10 @@ def _view(config, leaf, name):
 def _fields(config, flat, naming):
     """peft matches feedforward_modules by the ends of whole names too."""
     feedforward = config["feedforward_modules"]
-    both = {theirs for ours, theirs in naming.pairs if targets.listed(feedforward or (), ours)}
-    told = {theirs for _, theirs in naming.pairs if targets.listed(feedforward or (), theirs)}
+    both = {theirs for ours, theirs in naming.pairs if targeting.listed(feedforward or (), ours)}
+    told = {theirs for _, theirs in naming.pairs if targeting.listed(feedforward or (), theirs)}
     listed = feedforward if both == told else tuple(both)
-    return {**beside.fields(config, flat, naming), "feedforward_modules": listed,
+    return {**adapter_file.fields(config, flat, naming), "feedforward_modules": listed,
             "fan_in_fan_out": naming.fan_in_fan_out}
 
 

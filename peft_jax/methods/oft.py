@@ -18,12 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import arguments, beside, contraction
+from peft_jax.core import kernel_axes, validation
+from peft_jax.core.peft_format import Format
+from peft_jax.core.targeting import Patterns
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
-from peft_jax.methods import biases
-from peft_jax.stored import Format
-from peft_jax.targets import Patterns
+from peft_jax.methods import _adapter_file as adapter_file
+from peft_jax.methods import _biases as biases
+from peft_jax.methods import _kernel_adapter as kernel_adapter
 
 LEAVES = ("oft_r", "oft_on")
 BIASES = ("none", "all", "oft_only")
@@ -60,13 +62,14 @@ def oft(r: int = 0, oft_block_size: int = 32, module_dropout: float = 0.0,
 
     Raises ``PeftJaxError`` for values out of range, and from ``init`` for patterns that match nothing.
     """
-    config = beside.tidy({"peft_type": "OFT", **locals()})
+    config = kernel_adapter.tidy({"peft_type": "OFT", **locals()})
     _check(config)
     trains = partial(biases.trains, config, LEAVES[:1], "oft_on")
     init = partial(biases.init, config, partial(_leaves, config), trains, "oft_on")
-    return Method(init, partial(_intercept, config), partial(beside.labels, trained=trains),
+    return Method(init, partial(_intercept, config), partial(kernel_adapter.labels, trained=trains),
                   partial(_merge, config), config,
-                  partial(beside.padding, config=config, leaves=LEAVES[:1], switch="oft_on"), FORMAT, leaves=LEAVES)
+                  partial(kernel_adapter.padding, config=config, leaves=LEAVES[:1], switch="oft_on"), FORMAT,
+                  leaves=LEAVES)
 
 
 def _check(config) -> None:
@@ -74,11 +77,11 @@ def _check(config) -> None:
     if not all(isinstance(number, int) and number >= 0 for number in (r, size)) or bool(r) == bool(size):
         raise PeftJaxError(f"r={r!r} and oft_block_size={size!r}: give one of them, a whole number, and 0 for the "
                            "other; their product is the number of a module's inputs.")
-    arguments.check_probability("module_dropout", config["module_dropout"])
-    arguments.check_number("eps", config["eps"])
-    arguments.check_choice("bias", config["bias"], BIASES)
-    arguments.check_switches(config, "init_weights", "coft", "block_share", "use_cayley_neumann")
-    arguments.check_whole("num_cayley_neumann_terms", config["num_cayley_neumann_terms"])
+    validation.check_probability("module_dropout", config["module_dropout"])
+    validation.check_number("eps", config["eps"])
+    validation.check_choice("bias", config["bias"], BIASES)
+    validation.check_switches(config, "init_weights", "coft", "block_share", "use_cayley_neumann")
+    validation.check_whole("num_cayley_neumann_terms", config["num_cayley_neumann_terms"])
 
 
 def _leaves(config, key, target, kernel) -> dict[str, jax.Array]:
@@ -91,7 +94,7 @@ def _leaves(config, key, target, kernel) -> dict[str, jax.Array]:
         raise PeftJaxError(f"block_share=True needs kernels of one input and one output axis; '{target.path}' has "
                            f"{inputs} and {outputs}: set block_share=False.")
     shape = (*stack, 1 if config["block_share"] else width // size, size * (size - 1) // 2)
-    on = beside.switch(config, target)
+    on = kernel_adapter.switch(config, target)
     start = jnp.zeros(shape, jnp.float32)
     if not config["init_weights"]:
         start = 0.1 * jax.random.normal(key, shape, jnp.float32) * on[..., None, None]
@@ -109,15 +112,15 @@ def nearest_divisor(width: int, wanted: int) -> int:
 
 def _intercept(config, next_fun, args, kwargs, context):
     module = context.module
-    if (held := beside.read(module, context, LEAVES, "OFT")) is None:
+    if (held := kernel_adapter.read(module, context, LEAVES, "OFT")) is None:
         return next_fun(*args, **kwargs)
-    x = contraction.inputs_last(module, args[0])
-    count = len(contraction.input_axes(module, x.ndim))
+    x = kernel_axes.inputs_last(module, args[0])
+    count = len(kernel_axes.input_axes(module, x.ndim))
     turns = excess(config, *held)
     blocks = x.reshape(-1, math.prod(x.shape[x.ndim - count:]) // turns.shape[-1], turns.shape[-1])
     turns = _dropped(module, context, jnp.broadcast_to(turns, (blocks.shape[1], *turns.shape[1:])), config)
     moved = x + jnp.einsum("tbi,bij->tbj", blocks, turns.astype(x.dtype)).reshape(x.shape)
-    return next_fun(contraction.inputs_back(module, moved), *args[1:], **kwargs)
+    return next_fun(kernel_axes.inputs_back(module, moved), *args[1:], **kwargs)
 
 
 def excess(config, upper, on):
@@ -157,7 +160,7 @@ def _dropped(module, context, turns, config):
     rate, blocks = config["module_dropout"], turns.shape[0]
     if not rate or blocks == 1 or config["block_share"]:
         return turns
-    key = beside.dropout_key(module, context, f"module_dropout={rate}")
+    key = kernel_adapter.dropout_key(module, context, f"module_dropout={rate}")
     if key is None:
         return turns
     held = jax.random.permutation(key, np.arange(blocks) >= int(rate * blocks))
@@ -173,20 +176,20 @@ def _merge(config, params):
         rows = kernel.reshape(*on.shape, inputs // turns.shape[-1], turns.shape[-1], -1)
         return kernel + jnp.matmul(turns, rows, precision="highest").reshape(kernel.shape)
 
-    return beside.merge(params, LEAVES, fold)
+    return kernel_adapter.merge(params, LEAVES, fold)
 
 
 def _slots(config, flat, trained, naming):
     def view(leaf, name):
-        return (lambda upper: upper) if beside.chosen(config, [name])[0] else None
+        return (lambda upper: upper) if kernel_adapter.chosen(config, [name])[0] else None
 
-    return beside.slots(flat, trained, naming, "oft_on", {"oft_r": "oft_R.weight"}, view)
+    return adapter_file.slots(flat, trained, naming, "oft_on", {"oft_r": "oft_R.weight"}, view)
 
 
 def _fields(config, flat, naming):
-    return {**beside.fields(config, flat, naming), "fan_in_fan_out": False}
+    return {**adapter_file.fields(config, flat, naming), "fan_in_fan_out": False}
 
 
-ARGUMENTS = ("r", "oft_block_size", "module_dropout", *beside.SELECTION, "bias", "coft", "eps", "block_share",
+ARGUMENTS = ("r", "oft_block_size", "module_dropout", *kernel_adapter.SELECTION, "bias", "coft", "eps", "block_share",
              "use_cayley_neumann", "num_cayley_neumann_terms", "init_weights")
 FORMAT = Format("OFT", oft, ARGUMENTS, _slots, _fields, ("fan_in_fan_out",))

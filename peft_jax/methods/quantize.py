@@ -14,10 +14,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from peft_jax import arguments, beside, quant, targets, tree, whole
+from peft_jax import quant
+from peft_jax.core import kernel_axes, targeting, tree, validation
+from peft_jax.core.targeting import Patterns, Target
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import BASE, Method
-from peft_jax.targets import Patterns, Target
+from peft_jax.methods import _kernel_adapter as kernel_adapter
+from peft_jax.methods import _own_weights as own_weights
 
 SELECTION = ("target_modules", "exclude_modules")
 
@@ -52,13 +55,13 @@ def quantize(quant_type: str = "nf4", block_size: int | None = 64, double_quant:
     """
     config = {"peft_type": "QUANTIZE", **locals()}
     quant.check(quant_type, block_size, double_quant)
-    arguments.check_choice("product", product, quant.PRODUCTS)
+    validation.check_choice("product", product, quant.PRODUCTS)
     for name in SELECTION:
-        arguments.check_modules(name, config[name])
+        validation.check_modules(name, config[name])
     return conversion(config)
 
 
-def conversion(config: Mapping[str, Any], holders: Sequence[str] = targets.HOLDERS) -> Method:
+def conversion(config: Mapping[str, Any], holders: Sequence[str] = kernel_axes.HOLDERS) -> Method:
     """:func:`quantize` of a config that may also have ``layers_to_transform``, ``layers_pattern`` and
     ``modules_to_save``, as of a LoRA; leaves of other names than ``holders`` stay as they are."""
     return BASE._replace(init=partial(_init, config, holders), merge=_merge, config=config,
@@ -66,13 +69,13 @@ def conversion(config: Mapping[str, Any], holders: Sequence[str] = targets.HOLDE
 
 
 def _selection(config) -> dict[str, Any]:
-    return {name: config.get(name) for name in beside.SELECTION}
+    return {name: config.get(name) for name in kernel_adapter.SELECTION}
 
 
 def _init(config, holders, rng, params, axes=None):
     flat = tree.flatten(params)
-    trains = whole.marks_of(flat)
-    for target in targets.find(params, axes, _selection(config), holders):
+    trains = own_weights.marks_of(flat)
+    for target in targeting.find(params, axes, _selection(config), holders):
         path = f"{target.path}/{target.leaf}".lstrip("/")
         flat[path] = _quantized(config, target, path, flat[path])
         if path in trains:  # in some of its layers perhaps: then no label of the leaf itself would tell
@@ -81,7 +84,7 @@ def _init(config, holders, rng, params, axes=None):
 
 
 def _quantized(config, target: Target, path: str, leaf) -> quant.QuantizedArray:
-    chosen = targets.chooser(**_selection(config))
+    chosen = targeting.chooser(**_selection(config))
     if left := [name for name in target.names if not chosen(name)]:
         raise PeftJaxError(f"'{path}' is one leaf for {len(target.names)} layers, and the patterns leave out "
                            f"'{left[0]}': name modules of all its layers, or of none.")
@@ -110,10 +113,10 @@ def _check_same(config, path, leaf) -> None:
                            "or start from plain weights, load_pretrained(keep_quantised=False).")
 
 
-def _convert(config, holders, path: str, array, axes: targets.KernelAxes, names) -> Any:
+def _convert(config, holders, path: str, array, axes: kernel_axes.KernelAxes, names) -> Any:
     """One entry of a leaf's stack while it is read from a file, quantised if it is meant; see ``Method.convert``."""
     module, _, leaf = path.rpartition("/")
-    meant = targets.chooser(**_selection(config))
+    meant = targeting.chooser(**_selection(config))
     if leaf not in (("kernel",) if config["target_modules"] == "all-linear" else holders) or not any(map(meant, names)):
         return array
     return _quantized(config, Target(module, axes, tuple(names), leaf), path, array)

@@ -15,13 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import arguments, beside, contraction
+from peft_jax.core import kernel_axes, validation
+from peft_jax.core.peft_format import Format, Slot
+from peft_jax.core.remat import keep
+from peft_jax.core.targeting import Patterns
 from peft_jax.errors import PeftJaxError
-from peft_jax.kept import keep
 from peft_jax.method import Method, check_leaves
-from peft_jax.methods import biases
-from peft_jax.stored import Format, Slot
-from peft_jax.targets import Patterns
+from peft_jax.methods import _adapter_file as adapter_file
+from peft_jax.methods import _biases as biases
+from peft_jax.methods import _kernel_adapter as kernel_adapter
 
 VECTORS = ("vera_lambda_b", "vera_lambda_d")
 LEAVES = (*VECTORS, "vera_on")
@@ -56,18 +58,19 @@ def vera(r: int = 256, target_modules: Patterns = ("q_proj", "v_proj"), vera_dro
 
     Raises ``PeftJaxError`` for values out of range, and from ``init`` for patterns that match nothing.
     """
-    config = beside.tidy({"peft_type": "VERA", "exclude_modules": None, **locals()})
-    arguments.check_rank("r", r)
-    arguments.check_probability("vera_dropout", vera_dropout)
-    arguments.check_number("d_initial", d_initial)
-    arguments.check_choice("bias", bias, BIASES)
-    arguments.check_switches(config, "init_weights")
+    config = kernel_adapter.tidy({"peft_type": "VERA", "exclude_modules": None, **locals()})
+    validation.check_rank("r", r)
+    validation.check_probability("vera_dropout", vera_dropout)
+    validation.check_number("d_initial", d_initial)
+    validation.check_choice("bias", bias, BIASES)
+    validation.check_switches(config, "init_weights")
     if not isinstance(projection_prng_key, int):
         raise PeftJaxError(f"projection_prng_key={projection_prng_key!r}: a seed is a whole number.")
     trains = partial(biases.trains, config, VECTORS, "vera_on")
-    padding = partial(beside.padding, config=config, leaves=VECTORS, switch="vera_on")
+    padding = partial(kernel_adapter.padding, config=config, leaves=VECTORS, switch="vera_on")
     return Method(partial(_init, config, trains), partial(_intercept, vera_dropout),
-                  partial(beside.labels, trained=trains), _merge, config, padding, FORMAT, leaves=(*LEAVES, *SHARED))
+                  partial(kernel_adapter.labels, trained=trains), _merge, config, padding, FORMAT,
+                  leaves=(*LEAVES, *SHARED))
 
 
 def _init(config, trains, rng, params, axes=None):
@@ -88,15 +91,15 @@ def _leaves(config, sizes, key, target, kernel) -> dict[str, jax.Array]:
     b, d = jnp.zeros((*stack, *outputs), jnp.float32), jnp.full((*stack, config["r"]), config["d_initial"], jnp.float32)
     if not config["init_weights"]:
         b, d = jnp.ones_like(b), jax.random.normal(key, d.shape, jnp.float32)
-    return {"vera_lambda_b": b, "vera_lambda_d": d, "vera_on": beside.switch(config, target)}
+    return {"vera_lambda_b": b, "vera_lambda_d": d, "vera_on": kernel_adapter.switch(config, target)}
 
 
 def _intercept(dropout, next_fun, args, kwargs, context):
     y, module = next_fun(*args, **kwargs), context.module
-    if (held := beside.read(module, context, LEAVES, "VeRA")) is None:
+    if (held := kernel_adapter.read(module, context, LEAVES, "VeRA")) is None:
         return y
-    x = contraction.inputs_last(module, args[0])
-    x = beside.dropped(module, context, x, dropout, "vera_dropout").astype(y.dtype)
+    x = kernel_axes.inputs_last(module, args[0])
+    x = kernel_adapter.dropped(module, context, x, dropout, "vera_dropout").astype(y.dtype)
     b, d, on = (leaf.astype(y.dtype) for leaf in held)
     inside = math.prod(module.get_variable("params", "kernel").shape) // b.size
     low = keep(x.reshape(-1, inside) @ context.params["vera_a"][:inside].astype(y.dtype))
@@ -109,7 +112,7 @@ def _merge(params):
     check_leaves(LEAVES, params, "VERA")
     shared = {name: params[name] for name in SHARED}
     rest = {path: leaf for path, leaf in params.items() if path not in SHARED}
-    return beside.merge(rest, LEAVES, partial(_folded, *shared.values()))
+    return kernel_adapter.merge(rest, LEAVES, partial(_folded, *shared.values()))
 
 
 def _folded(a, b, kernel, scale_b, scale_d, on):
@@ -122,15 +125,15 @@ def _folded(a, b, kernel, scale_b, scale_d, on):
 
 def _slots(config, flat, trained, naming):
     def view(leaf, name):
-        return np.ravel if beside.chosen(config, [name])[0] else None
+        return np.ravel if kernel_adapter.chosen(config, [name])[0] else None
 
     keys = {name: name for name in VECTORS}
-    return {**beside.slots(flat, trained, naming, "vera_on", keys, view),
+    return {**adapter_file.slots(flat, trained, naming, "vera_on", keys, view),
             **{key: Slot(path, np.transpose) for path, key in SHARED.items()}}
 
 
 def _fields(config, flat, naming):
-    return {**beside.fields(config, flat, naming), "save_projection": True, "fan_in_fan_out": False}
+    return {**adapter_file.fields(config, flat, naming), "save_projection": True, "fan_in_fan_out": False}
 
 
 def _read(stated, where):

@@ -11,8 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+from peft_jax.core.remat import POLICY, keep
 from peft_jax.errors import PeftJaxError
-from peft_jax.kept import POLICY, keep
 from peft_jax.models import masks
 from peft_jax.models.attention import AttentionCore
 from peft_jax.models.heads import Head, mean_of_seen
@@ -196,7 +196,7 @@ class Encoder(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: bool = False
-    sharding = (  # how weights are cut over a mesh: see peft_jax.sharding
+    sharding = (  # how weights are cut over a mesh: see peft_jax.parallel.partitioning
         (r".*/(query|key|value|q_lin|k_lin|v_lin|intermediate/dense|lin1)/kernel", ("fsdp", "tensor")),
         (r".*/(output/dense|out_lin|lin2)/kernel", ("tensor", "fsdp")),
         (r".*/word_embeddings/embedding", ("tensor", "fsdp")),

@@ -12,11 +12,11 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from peft_jax.kept import POLICY, keep
+from peft_jax.core.remat import POLICY, keep
 from peft_jax.models import cache, masks
 from peft_jax.models.attention import AttentionCore
 
-# How weights are cut over a mesh: see peft_jax.sharding.
+# How weights are cut over a mesh: see peft_jax.parallel.partitioning.
 SHARDING = (
     (r"(.*/)?(c_attn|c_fc)/kernel", ("fsdp", "tensor")),
     (r"(.*/)?c_proj/kernel", ("tensor", "fsdp")),

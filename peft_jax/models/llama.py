@@ -10,12 +10,12 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+from peft_jax.core.remat import POLICY, keep
 from peft_jax.errors import PeftJaxError
-from peft_jax.kept import POLICY, keep
 from peft_jax.models import cache, masks, rope
 from peft_jax.models.attention import AttentionCore
 
-# How weights are cut over a mesh: see peft_jax.sharding.
+# How weights are cut over a mesh: see peft_jax.parallel.partitioning.
 SHARDING = (
     (r"(.*/)?(q|k|v|gate|up)_proj/kernel", ("fsdp", "tensor")),
     (r"(.*/)?(o|down)_proj/kernel", ("tensor", "fsdp")),

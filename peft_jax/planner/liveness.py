@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
-from jax.interpreters.partial_eval import dce_jaxpr
 
-from peft_jax import tree
+from peft_jax.core import tree
+from peft_jax.core._compat import ClosedJaxpr, Jaxpr, Literal, dce_jaxpr
 
 
 def kept(function: Callable, wrt: Any, *rest: Any) -> int:

@@ -2,7 +2,7 @@
 
 Memory is judged by the planner's sum of parts, quality by a comparison's measurements where there are some, and each
 reason names the figure behind it and where that comes from. Beside it stands what the source article's code would say:
-see :func:`peft_jax.planner.rule.article_method`.
+see :func:`peft_jax.planner.rule_of_thumb.article_method`.
 """
 
 import dataclasses
@@ -13,17 +13,19 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from peft_jax import tree
+from peft_jax.core import tree
 from peft_jax.errors import PeftJaxError, nearest
-from peft_jax.loss import cross_entropy
 from peft_jax.method import Method, chain
-from peft_jax.methods import METHODS, lora, quantize
+from peft_jax.methods import METHODS
+from peft_jax.methods.lora.lora import lora
+from peft_jax.methods.quantize import quantize
 from peft_jax.models import Head
+from peft_jax.planner.breakdown import groups, sum_of_parts
+from peft_jax.planner.figures import Figures, read_figures
 from peft_jax.planner.hardware import Device
-from peft_jax.planner.measured import Figures, read_figures
-from peft_jax.planner.parts import groups, sum_of_parts
-from peft_jax.planner.rule import COMPLEXITIES, RANKS, article_method
+from peft_jax.planner.rule_of_thumb import COMPLEXITIES, RANKS, article_method
 from peft_jax.planner.shapes import abstract, as_model, check_attention, check_sizes, shapes
+from peft_jax.train.loss import cross_entropy
 
 LATENCIES = ("any", "none")  # what inference may cost more than the base's
 # What the modules are called that bottlenecks and IA3 change, in models that do not have Llama's names.

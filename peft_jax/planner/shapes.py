@@ -10,14 +10,16 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from peft_jax import sharding, tree
+from peft_jax.binding.linen import bind
+from peft_jax.core import tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub import families
-from peft_jax.hub.pretrained import floating
-from peft_jax.mesh import ROWS, row_shards, several
-from peft_jax.method import Method, bind
+from peft_jax.hub.load import floating
+from peft_jax.method import Method
 from peft_jax.models.attention import AttentionCore, check_device, flash_fits
-from peft_jax.planner.target import Target
+from peft_jax.parallel import partitioning
+from peft_jax.parallel.mesh import ROWS, row_shards, several
+from peft_jax.planner.target_device import Target
 
 STEPS = 1000  # of the schedule, where only epochs are set: a constant of the program, no memory
 
@@ -96,7 +98,7 @@ def shapes(model: Any, method: Method, optimizer: optax.GradientTransformation, 
     plain = jax.eval_shape(method.init, jax.random.key(0), base)
     mesh = several(mesh)
     found = batch_shapes(batch, seq, answers, accumulate_steps, kind, mesh)
-    params = sharding.shapes(plain, sharding.shardings(plain, mesh, model.sharding, method)) if mesh else plain
+    params = partitioning.shapes(plain, partitioning.shardings(plain, mesh, model.sharding, method)) if mesh else plain
     jax.eval_shape(bind(method, model, mesh), {"params": params}, jnp.zeros((1, 8), jnp.int32))  # leaves nothing reads
     model = attending(model, method, plain, found, target)
     labels = method.labels(params)
@@ -127,7 +129,7 @@ def check_attention(config: Any, dtype: Any, target: Target | None = None) -> No
 
 def _state(optimizer, trainable, mesh) -> Any:
     state = jax.eval_shape(optimizer.init, trainable)
-    return jax.tree.map(sharding.shape_at, state, sharding.like(state, trainable, mesh)) if mesh else state
+    return jax.tree.map(partitioning.shape_at, state, partitioning.like(state, trainable, mesh)) if mesh else state
 
 
 def abstract(model: Any) -> tree.Tree:

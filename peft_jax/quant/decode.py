@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 
 from peft_jax.errors import PeftJaxError
-from peft_jax.quant.codes import byte_table, dynamic
-from peft_jax.quant.leaf import QuantizedArray
+from peft_jax.quant.codebooks import byte_table, dynamic
+from peft_jax.quant.qarray import QuantizedArray
 
 GROUP = 256  # scales that share one nested scale
 SMALLEST = float(jnp.finfo(jnp.float32).min)

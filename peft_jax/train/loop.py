@@ -7,20 +7,30 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from peft_jax.data import Batches
 from peft_jax.errors import PeftJaxError
-from peft_jax.mesh import feed
-from peft_jax.train import hosts
+from peft_jax.parallel import processes
+from peft_jax.parallel.mesh import feed
 from peft_jax.train.checkpoint import Checkpoints
-from peft_jax.train.metrics import MetricsLog
-from peft_jax.train.report import Progress, memory_now
+from peft_jax.train.memory import memory_now
+from peft_jax.train.metrics_log import MetricsLog
+from peft_jax.train.progress import Progress
 from peft_jax.train.step import TrainState
+
+
+class BatchSource(Protocol):
+    """What training takes its batches from, such as :class:`peft_jax.data.Batches`."""
+
+    accumulate_steps: int  # micro-batches of a step
+
+    def at(self, step: int) -> dict[str, np.ndarray]:
+        """A step's batch; where there are several micro-batches, these are the first axis."""
+        ...
 
 
 class StopRequest:
@@ -41,7 +51,7 @@ class StopRequest:
 
     def after(self, step: int) -> bool:
         """Whether to stop after ``step``."""
-        if not self.asked and hosts.preempted(step):
+        if not self.asked and processes.preempted(step):
             self.asked = int(signal.SIGTERM)
         return bool(self.asked)
 
@@ -88,7 +98,7 @@ def fit(
     step: Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]],
     state: TrainState,
     frozen: Any,
-    batches: Batches,
+    batches: BatchSource,
     *,
     total_steps: int,
     schedule: Callable[[int], float],
@@ -121,7 +131,7 @@ def fit(
     """
     done = int(state.step)
     clock = _Clock(before=log.last["seconds"] if log.last else 0.0)
-    progress = Progress(total_steps, done, hosts.first())
+    progress = Progress(total_steps, done, processes.first())
     batch, stopping = at_step(batches, done) if done < total_steps else None, False
     with stop or StopRequest() as stop:
         while done < total_steps and not stopping:
@@ -154,7 +164,7 @@ def due(every: int, also: Collection[int] = ()) -> Callable[[int], bool]:
     return lambda step: step in also or (every > 0 and step % every == 0)
 
 
-def at_step(batches: Batches, step: int) -> dict[str, np.ndarray]:
+def at_step(batches: BatchSource, step: int) -> dict[str, np.ndarray]:
     """A step's batch with the axis of micro-batches in front, also where there is but one."""
     batch = batches.at(step)
     return batch if batches.accumulate_steps > 1 else {name: array[None] for name, array in batch.items()}

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from peft_jax import sharding, tree
-from peft_jax.loss import batch_loss, cross_entropy
+from peft_jax.core import tree
+from peft_jax.parallel import partitioning
+from peft_jax.train.loss import batch_loss, cross_entropy
 
 
 class TrainState(NamedTuple):
@@ -37,7 +38,7 @@ def init_state(trainable: tree.Tree, tx: optax.GradientTransformation, rng: jax.
 def state_shardings(trainable: tree.Tree, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Where the state of ``trainable``, arrays on the mesh or shapes with their shardings, lies on it."""
     shapes = jax.eval_shape(lambda leaves, rng: init_state(leaves, tx, rng), trainable, jax.random.key(0))
-    return sharding.like(shapes, trainable, mesh)
+    return partitioning.like(shapes, trainable, mesh)
 
 
 def make_step(apply: Callable, tx: optax.GradientTransformation, loss_chunk: int,

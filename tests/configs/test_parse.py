@@ -126,7 +126,7 @@ def test_values_that_cannot_be_meant(config, key, value, message):
 def test_the_choices_are_those_of_the_library():
     from peft_jax.data.collate import COLLATIONS
     from peft_jax.data.tokenize import CHAT_LOSS, ON_TOO_LONG
-    from peft_jax.train.optim import SCHEDULES
+    from peft_jax.train.optimizer import SCHEDULES
 
     assert set(check.CHOICES["data.collate"]) == set(COLLATIONS)
     assert set(check.CHOICES["data.on_too_long"]) == set(ON_TOO_LONG)

@@ -268,10 +268,10 @@ def test_bad_messages_are_named(tmp_path):
 
 @pytest.mark.real
 def test_the_default_task_and_the_newspaper_probe():
-    from peft_jax.hub import assets
+    from peft_jax.hub import download
 
     movie = task("movie_rating")
-    path = Path(assets.fetch(movie.source, movie.archive))
+    path = Path(download.fetch(movie.source, movie.archive))
     words = [e["word"] for e in sources.rating_examples(movie, sources.read_rated_sentences(path, movie.file))]
     assert [words.count(word) for word in movie.words] == [1904, 3157, 562, 2946, 2036]
     loaded, probe = load_examples(movie), load_examples(task("newspaper"))

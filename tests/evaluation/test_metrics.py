@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from peft_jax.errors import PeftJaxError
-from peft_jax.evaluation import expected_rating, first_word, rating_metrics, spearman
+from peft_jax.evaluation.metrics import expected_rating, first_word, rating_metrics, spearman
 
 VALUES = {"bad": -1.0, "okay": 0.0, "good": 1.0}
 

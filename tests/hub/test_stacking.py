@@ -8,21 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peft_jax import (
-    chain,
-    load_pretrained,
-    lora,
-    make_mesh,
-    quant,
-    quantize,
-    save_pretrained,
-    shardings,
-    tree,
-)
+from peft_jax import chain, load_pretrained, lora, make_mesh, quant, quantize, save_pretrained, shardings
+from peft_jax.core import tree
 from peft_jax.errors import PeftJaxError
-from peft_jax.hub import weights
-from peft_jax.hub.config import param_shapes
-from peft_jax.hub.gpt2 import FAMILY as GPT2
+from peft_jax.hub.families.gpt2 import FAMILY as GPT2
+from peft_jax.hub.formats import safetensors_files
+from peft_jax.hub.model_config import param_shapes
 from peft_jax.models.heads import Head
 from peft_jax.models.llama import CausalLM, LlamaConfig
 from tests.conftest import REAL
@@ -108,7 +99,7 @@ def test_kernels_of_gpt2_lie_the_other_way_in_the_file(tmp_path):
 def test_no_more_than_one_tensor_is_plain_at_a_time(tmp_path, monkeypatch):
     """Arrays that were read die before the next is read, and no float array of jax's outlives its conversion."""
     saved(tmp_path, DEEP, dtype=jnp.bfloat16)
-    alive, counts, floats, read = [], [], [], weights.Tensor.read
+    alive, counts, floats, read = [], [], [], safetensors_files.Tensor.read
     before = {id(array) for array in jax.live_arrays()}
 
     def watched(tensor):
@@ -119,7 +110,7 @@ def test_no_more_than_one_tensor_is_plain_at_a_time(tmp_path, monkeypatch):
         alive.append(weakref.ref(value))
         return value
 
-    monkeypatch.setattr(weights.Tensor, "read", watched)
+    monkeypatch.setattr(safetensors_files.Tensor, "read", watched)
     load_pretrained(tmp_path, method=quantize())  # jax's own memory, for programs, is taken here
     counts.clear()
     tracemalloc.start()
@@ -141,7 +132,7 @@ def test_no_more_than_one_tensor_is_plain_at_a_time(tmp_path, monkeypatch):
     ("nf4", r"method is a str: give a method, quantize\(\"nf4\"\)"),
 ])
 def test_bad_methods_are_named_before_anything_is_read(folder, monkeypatch, method, message):
-    monkeypatch.setattr(weights.Tensor, "read", lambda tensor: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(safetensors_files.Tensor, "read", lambda tensor: pytest.fail("a tensor was read"))
     with pytest.raises(PeftJaxError, match=message):
         load_pretrained(folder, method=method)
 

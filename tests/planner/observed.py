@@ -16,7 +16,7 @@ import optax
 from peft_jax import full, load_config, load_pretrained, lora, partition
 from peft_jax.models import LlamaConfig
 from peft_jax.planner import shapes
-from peft_jax.planner.program import memory_of
+from peft_jax.planner.compiled import memory_of
 from peft_jax.planner.shapes import as_model
 from peft_jax.train.step import init_state, make_step
 

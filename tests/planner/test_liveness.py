@@ -6,9 +6,9 @@ import optax
 import pytest
 
 from peft_jax import lora
-from peft_jax.loss import cross_entropy
 from peft_jax.planner import shapes, sum_of_parts
 from peft_jax.planner.liveness import loops, peak
+from peft_jax.train.loss import cross_entropy
 
 SQUARE = jax.ShapeDtypeStruct((8, 8), jnp.float32)
 EACH = 8 * 8 * 4

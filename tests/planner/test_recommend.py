@@ -9,9 +9,9 @@ from flax import linen as nn
 from peft_jax import load_config, recommend
 from peft_jax.errors import PeftJaxError
 from peft_jax.models import EncoderConfig, GPT2Config, LlamaConfig
-from peft_jax.planner.measured import read_figures
+from peft_jax.planner.figures import read_figures
 from peft_jax.planner.recommend import SETTINGS, Choice, describe_recommendation, ranked
-from peft_jax.planner.rule import GIB, article_method
+from peft_jax.planner.rule_of_thumb import GIB, article_method
 
 SIZES = LlamaConfig(4096, 256, 688, 4, 4, 2, 64, 1e-5, 1e4, 512, True)
 BERT = EncoderConfig(512, 64, 128, 2, 4, 64)

@@ -8,7 +8,7 @@ import torch
 from bitsandbytes import functional as bnb
 
 from peft_jax import dequantize, flatten, quantize_array
-from peft_jax.quant.codes import dynamic
+from peft_jax.quant.codebooks import dynamic
 from tests.quant import theirs
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from configs import base
-from peft_jax import tree
+from peft_jax import lora
+from peft_jax.binding.linen import bind
+from peft_jax.core import tree
 from peft_jax.data import Batches, encode_all
 from peft_jax.errors import PeftJaxError
-from peft_jax.method import bind
-from peft_jax.methods import lora
 from peft_jax.train.checkpoint import Checkpoints
 from peft_jax.train.loop import due, fit
-from peft_jax.train.metrics import MetricsLog, read_metrics
-from peft_jax.train.optim import make_optimizer, make_schedule
+from peft_jax.train.metrics_log import MetricsLog, read_metrics
+from peft_jax.train.optimizer import make_optimizer, make_schedule
 from peft_jax.train.step import init_state, make_step
 
 STEPS = 5

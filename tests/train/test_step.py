@@ -7,7 +7,7 @@ import pytest
 
 from peft_jax import bind, combine, flatten, lora, partition, untie
 from peft_jax.models import CausalLM, LlamaConfig
-from peft_jax.train.optim import make_optimizer
+from peft_jax.train.optimizer import make_optimizer
 from peft_jax.train.step import init_state, make_step
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

@@ -1,0 +1,1 @@
+"""How a method enters a model's forward pass; the model is not changed."""

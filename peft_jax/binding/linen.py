@@ -1,0 +1,91 @@
+"""A method bound to a flax.linen model: its interceptor around ``model.apply``, and a check that all is read."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from peft_jax.binding import linen_quantised
+from peft_jax.core import kernel_axes, tree
+from peft_jax.core._compat import InterceptorContext, dce_jaxpr
+from peft_jax.errors import PeftJaxError
+from peft_jax.method import FROZEN, Method, check_held, with_interceptor
+from peft_jax.parallel.mesh import output_apart
+
+
+@dataclasses.dataclass(frozen=True)
+class Context(InterceptorContext):
+    """Flax's ``module``, ``method_name`` and ``orig_method``, and of the whole call:
+
+    rngs: the names of its random streams; a module inside a lifted transform may see fewer, here a method can tell.
+    params: the whole parameter tree, for leaves that several modules share.
+    notes: empty at the start of the pass; what an interceptor saw in one module and needs in a later one.
+    """
+
+    rngs: frozenset[str]
+    params: Mapping[str, Any]
+    notes: dict[Any, Any]
+
+
+def bind(method: Method, model: nn.Module, mesh: Mesh | None = None) -> Callable[..., Any]:
+    """``model.apply`` with the method in the forward pass: same signature, same results otherwise.
+
+    The first call of the whole model (no ``method=`` argument) on a new tree structure also checks that the output
+    depends on every trainable leaf that the method added, and raises ``PeftJaxError`` naming those it does not; not
+    with a ``cache``, which may hold what was computed from them. It raises, too, where the parameters hold none of the
+    method's leaves.
+    Dropout of a method is active where a ``dropout`` key is in ``rngs``, and only there. Quantised leaves are read
+    under any method. On a ``mesh`` (:func:`peft_jax.make_mesh`) every module's output, an array with rows in front, has
+    its rows split over it: so weights travel to the rows.
+    """
+    checked = set()
+
+    def apply(variables, *args, rngs=None, **kwargs):
+        kwargs |= {} if rngs is None else {"rngs": rngs}
+
+        def run(params):
+            entered = partial(_in_context, mesh, method.intercept, _streams(rngs), params, {})
+            with nn.intercept_methods(entered):
+                return model.apply({**variables, "params": params}, *args, **kwargs)
+
+        params = variables.get("params", {})
+        named = kwargs.get("method")
+        if named in (None, "hidden") and (shape := (named, jax.tree.structure(variables))) not in checked:
+            check_held(method, params)
+            if named is None and "cache" not in variables:
+                check_read(method, run, params)
+            checked.add(shape)
+        return run(params)
+
+    return apply
+
+
+def _streams(rngs) -> frozenset[str]:
+    if rngs is None:
+        return frozenset()
+    return frozenset(rngs if isinstance(rngs, Mapping) else ("params",))  # a bare key is flax's "params" stream
+
+
+def _in_context(mesh, intercept, rngs, params, notes, next_fun, args, kwargs, context):
+    # What the module's own method is to all methods:
+    reading = partial(with_interceptor, partial(linen_quantised.read, mesh), next_fun, context)
+    whole = Context(context.module, context.method_name, reading, rngs, params, notes)
+    args, kwargs = kernel_axes.input_first(context.module, context.method_name, args, kwargs)
+    return output_apart(mesh, intercept(reading, args, kwargs, whole))
+
+
+def check_read(method: Method, forward: Callable[[Mapping], Any], params: Mapping) -> None:
+    """Raise ``PeftJaxError`` naming trainable leaves without influence on ``forward(params)``; only traces."""
+    flat = tree.flatten(params)
+    closed = jax.make_jaxpr(lambda leaves: forward(tree.unflatten(leaves)))(flat)
+    _, used = dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals))
+    read = jax.tree.unflatten(jax.tree.structure(flat), used)
+    labels = tree.flatten(method.labels(params))
+    idle = [path for path in flat if labels[path] != FROZEN and not any(jax.tree.leaves(read[path]))]
+    if idle:
+        raise PeftJaxError(f"the forward pass never reads {len(idle)} trainable leaves, the first is '{idle[0]}': the "
+                           "module that owns it is not called, or is of a type that this method cannot change.")

@@ -1,0 +1,1 @@
+"""What the modes of ``run.py`` do with a configuration: it prints, and it knows the workdir."""

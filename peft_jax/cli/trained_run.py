@@ -1,0 +1,56 @@
+"""What a run has trained, found again in its workdir."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from jax.sharding import Mesh
+
+from peft_jax import quant
+from peft_jax.binding.linen import bind
+from peft_jax.cli import workdir
+from peft_jax.core import tree
+from peft_jax.errors import PeftJaxError
+from peft_jax.hub.adapters.load import load_adapter
+from peft_jax.hub.load import load_pretrained
+from peft_jax.method import BASE
+from peft_jax.parallel import partitioning
+from peft_jax.parallel.mesh import several
+
+
+class Tuned(NamedTuple):
+    """``"adapter"`` or a whole ``"model"``: how to apply it, and how to get plain weights."""
+
+    name: str
+    apply: Callable
+    params: tree.Tree
+    merge: Callable[[tree.Tree], tree.Tree] | None
+
+    def merged(self) -> tree.Tree:
+        """Plain weights, also where a quantised one has no adapter."""
+        return tree.map_paths(lambda _, leaf: quant.plain(leaf), self.merge(self.params))
+
+
+def folder_of(command) -> Path:
+    """The workdir, if it holds an adapter, or a whole model, trained from the model of the configuration."""
+    folder = Path(command.workdir)
+    if not any((folder / name).is_dir() for name in ("adapter", "model")):
+        raise PeftJaxError(f"{folder} holds no adapter: train one first (the same command with --mode=train)")
+    workdir.check_config(folder, command.config.to_dict(), workdir.ADAPTER_MATTERS)
+    return folder
+
+
+def load(folder: Path, config, model, base: tree.Tree, mesh: Mesh) -> Tuned:
+    """What the run in ``folder`` trained, on the mesh."""
+    if (folder / "adapter").is_dir():
+        return adapter(folder / "adapter", model, base, mesh)
+    _, params = load_pretrained(folder / "model", dtype=config.model.param_dtype, mesh=several(mesh))
+    return Tuned("model", bind(BASE, model, mesh), params, lambda params: params)
+
+
+def adapter(source: str | Path, model, base: tree.Tree, mesh: Mesh) -> Tuned:
+    """An adapter, of a folder or the Hub, on ``base``."""
+    method, params = load_adapter(source, base)
+    if several(mesh):
+        params = partitioning.place(params, partitioning.shardings(params, mesh, model.sharding, method))
+    return Tuned("adapter", bind(method, model, mesh), params, method.merge)

@@ -1,0 +1,127 @@
+"""What a run keeps in its folder, and whether the folder fits the command that is about to use it.
+
+    config.json          the configuration, written when training starts
+    checkpoints/         see checkpoint.py
+    metrics.jsonl        one line per logged step
+    tensorboard/
+    profile/             a trace of some steps, with --profile
+    before.json          the metrics before training
+    adapter/             in Hugging Face peft's format, written when training is done
+    model/               the whole model instead, of a method that has no adapter file
+    results.json         written last: its presence means that the run is finished
+    merged/, eval.json   by --mode=merge (a whole model; --mode=export is the same) and --mode=eval
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from peft_jax.core import files, settings
+from peft_jax.errors import PeftJaxError
+
+WRITTEN = (
+    "results.json", "config.json", "checkpoints", "metrics.jsonl", "tensorboard", "before.json", "adapter", "model",
+    "merged", "eval.json", "profile", "measured.json",
+)  # fmt: skip
+KEPT = tuple(name for name in WRITTEN if name != "merged")  # which merge does not write
+MATTERS = ("seed", "model", "method", "task", "data", "optim")  # sections that a resumed run may not change
+ADAPTER_MATTERS = ("model.source",)  # what its adapter needs; the method is in the adapter's own files
+
+
+def check_writable(folder: Path, leave: bool = False) -> None:
+    """Raise ``PeftJaxError`` where ``folder`` cannot be made or written.
+
+    Leaves nothing behind, or, with ``leave``, the folder: of several processes that look at once, one would take it
+    away under another.
+    """
+    missing = [path for path in (folder, *folder.absolute().parents) if not os.path.exists(path)]
+    try:  # not os.access, which answers root "yes" for folders that nobody can write, such as /proc
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    finally:
+        for path in () if leave else missing:
+            with contextlib.suppress(OSError):  # never made
+                path.rmdir()
+
+
+def check_output(output: Path, folder: Path, source: str) -> None:
+    """Raise ``PeftJaxError`` where a model written to ``output`` would overwrite what is not its own: the base model
+    ``source``, the run in ``folder``, another one, or what either keeps."""
+    base, place = Path(source).expanduser(), output.resolve()
+    if output.exists() and base.exists() and output.samefile(base):
+        raise PeftJaxError(f"--output={output} is the base model itself: choose another folder")
+    for run in (place, *place.parents):
+        inside = place.relative_to(run).parts
+        if (not inside or inside[0] in KEPT) and (run == folder.resolve() or _is_run(run)):
+            what = f"'{inside[0]}' of the run in {run}" if inside else "the folder of a run"
+            raise PeftJaxError(f"--output={output} is {what}, which the model would overwrite: choose another folder, "
+                               f"such as {run / 'merged'}")
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether the folder's ``config.json`` is a run's configuration, and not a model's."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).keys() >= set(MATTERS)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _unwritable(folder: Path, error: OSError) -> PeftJaxError:
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not existing.is_dir():
+        return PeftJaxError(f"workdir {folder}: {existing} is a file, not a folder; choose another with --workdir")
+    return PeftJaxError(f"workdir {folder} cannot be written: {error.strerror}; choose another with --workdir")
+
+
+def check_config(folder: Path, config: dict[str, Any], matters: tuple[str, ...] = MATTERS) -> None:
+    """Raise ``PeftJaxError``, naming the keys, where the run in ``folder`` differs in these sections or keys."""
+    if not (folder / "config.json").exists():
+        return
+    sections = dict.fromkeys(name.split(".")[0] for name in matters)
+    changes = settings.differences(read_json(folder / "config.json", *sections), config, matters)
+    if changes:
+        raise PeftJaxError(
+            f"{folder} holds a run with other settings: {'; '.join(changes)}. Choose another --workdir, or --overwrite "
+            "to train again from the start"
+        )
+
+
+def start(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
+    """Make the folder, remove an old run's files if told to, and write ``config.json``."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in WRITTEN if overwrite else ():
+            files.remove(folder / name)
+        write_json(folder / "config.json", config)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def bytes_in(folder: Path) -> int:
+    """Of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Written aside, then renamed: a reader finds the old file or the new one, never half of it."""
+    files.write(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_report(folder: Path, name: str, value: Any) -> None:
+    """What a job found, into the workdir, and where that is to the terminal."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / name, value)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    print(f"\nwritten: {folder / name}")
+
+
+def read_json(path: Path, *needed: str, mend: str = "remove it, or train again with --overwrite") -> dict[str, Any]:
+    """As of :func:`peft_jax.core.files.read_json`, of a file that a run wrote."""
+    return files.read_json(path, *needed, mend=mend)

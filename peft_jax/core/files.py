@@ -1,0 +1,104 @@
+"""Files and folders that are never half there: written aside, then renamed; JSON objects read."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from peft_jax.errors import PeftJaxError
+
+
+def write(path: Path, data: str | bytes) -> None:
+    """Text (UTF-8) or bytes: a reader finds the old file or the new one, a crash leaves at most ``path.tmp`` behind.
+
+    Raises ``OSError`` where the folder is missing or full.
+    """
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_bytes(data.encode() if isinstance(data, str) else data)
+    os.replace(aside, path)
+
+
+@contextlib.contextmanager
+def written_aside(folder: Path, what: str, last: str, stale: tuple[str, ...] = ()) -> Iterator[Path]:
+    """A scratch folder whose files move into ``folder`` when the block ends well; until then ``folder`` is untouched.
+
+    Args:
+      folder: made where missing; other files in it stay.
+      what: what is written, for the error.
+      last: the file without which readers find nothing.
+      stale: patterns of an older writing's files, removed unless they were written anew.
+    Raises:
+      PeftJaxError: the folder cannot be written; it is then as it was.
+    """
+    from safetensors import SafetensorError  # what it raises for a full disk is no OSError
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as made:
+            scratch, aside = Path(made, "new"), Path(made, "old")
+            scratch.mkdir()
+            aside.mkdir()
+            yield scratch
+            for file in scratch.glob("*.safetensors"):  # which safetensors makes private
+                shutil.copymode(scratch / last, file)
+            _move(scratch, folder, aside, last, stale)
+    except (OSError, SafetensorError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise PeftJaxError(f"the {what} cannot be written to {folder}: {said}.") from error
+
+
+def _move(scratch: Path, folder: Path, aside: Path, last: str, stale: tuple[str, ...]) -> None:
+    """New files into ``folder``, the older writing's out of it; ``last`` leaves first and comes last.
+
+    So in between, where the process may die, there is nothing that a reader takes for whole.
+    """
+    folder.mkdir(exist_ok=True)
+    new = sorted((file.name for file in scratch.iterdir()), key=lambda name: (name == last, name))
+    found = [file.name for pattern in stale for file in folder.glob(pattern)]
+    old = [name for name in dict.fromkeys((*reversed(new), *found)) if (folder / name).is_file()]
+    try:
+        for name in old:
+            os.replace(folder / name, aside / name)
+        for name in new:
+            os.replace(scratch / name, folder / name)
+    except BaseException:
+        _restore(scratch, folder, aside, new, old)
+        raise
+
+
+def _restore(scratch: Path, folder: Path, aside: Path, new: list[str], old: list[str]) -> None:
+    for name in reversed(new):
+        if not (scratch / name).exists() and (folder / name).exists():
+            os.replace(folder / name, scratch / name)
+    for name in reversed(old):
+        if (aside / name).exists():
+            os.replace(aside / name, folder / name)
+
+
+def read_json(path: Path, *needed: str, mend: str = "fetch it again") -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises ``PeftJaxError``, which ends in ``mend``, where it is damaged, no object, or lacks a ``needed`` key.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PeftJaxError(f"{path} is not readable as JSON ({error}): {mend}.") from error
+    if not isinstance(value, dict):
+        raise PeftJaxError(f"{path} holds {json.dumps(value)[:40]}, not a JSON object: {mend}.")
+    missing = [key for key in needed if key not in value]
+    if missing:
+        raise PeftJaxError(f"{path} lacks {', '.join(missing)}: {mend}.")
+    return value
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a whole folder, if it is there; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

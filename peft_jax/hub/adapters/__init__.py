@@ -1,0 +1,1 @@
+"""Adapters as Hugging Face peft stores them, read and written."""

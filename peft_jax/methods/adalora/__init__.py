@@ -1,0 +1,1 @@
+"""AdaLoRA: its leaves and forward pass, and how it shares out its ranks."""

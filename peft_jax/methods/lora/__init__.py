@@ -1,0 +1,1 @@
+"""LoRA, what it may start from, its variants, and several LoRAs at once."""

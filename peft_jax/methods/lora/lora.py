@@ -1,0 +1,214 @@
+"""LoRA, low-rank adaptation (arXiv 2106.09685, eq. 3), with rank-stabilised scaling (arXiv 2312.03732).
+
+    y = x W + s (drop(x) A) B        s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
+
+W (in, out) is frozen, A (in, r) starts random and B (r, out) at zero, so that training starts from the base model.
+Beside each adapted ``kernel`` stand ``lora_a`` (*stack, *in, r), ``lora_b`` (*stack, r, *out) and the frozen
+``lora_scaling`` (*stack): one s for each layer of a scanned stack. Layers of a stack with a smaller rank, or with none,
+are filled with zeros on both sides of the product, which stay zero under any gradient step. An embedding counts as the
+kernel of a one-hot input: ``lora_a`` (vocabulary, r) is looked up, and where the embedding also serves as the head,
+the update does too. What A and B start from is told in init.py and eva.py.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from peft_jax.core import kernel_axes, targeting, tree, validation
+from peft_jax.core.peft_format import Format
+from peft_jax.core.targeting import Patterns
+from peft_jax.method import Method
+from peft_jax.methods import _biases as biases
+from peft_jax.methods import _kernel_adapter as kernel_adapter
+from peft_jax.methods.lora import eva, loftq
+from peft_jax.methods.lora import init as lora_init
+from peft_jax.methods.lora.init import ranks, scalings
+from peft_jax.methods.lora.low_rank import branch, delta
+from peft_jax.methods.lora.peft_file import (
+    ARGUMENTS,
+    LEAVES,
+    SILENT,
+    START,
+    check_split,
+    fields,
+    plain,
+    read,
+    refuses,
+    slots,
+)
+
+
+def lora(r: int = 8, lora_alpha: float = 8, target_modules: Patterns = ("q_proj", "v_proj"), lora_dropout: float = 0.0,
+         *, exclude_modules: Patterns = None, layers_to_transform: int | tuple[int, ...] | None = None,
+         layers_pattern: Patterns = None, rank_pattern: Mapping[str, int] | None = None,
+         alpha_pattern: Mapping[str, float] | None = None, use_rslora: bool = False, bias: str = "none",
+         modules_to_save: tuple[str, ...] | None = None, init_lora_weights: bool | str = True,
+         eva_config: Mapping[str, Any] | None = None, loftq_config: Mapping[str, Any] | None = None) -> Method:
+    """LoRA with the arguments, meanings and defaults of Hugging Face peft's ``LoraConfig``.
+
+    Args:
+      r: rank of the update. lora_alpha: numerator of the scale.
+      target_modules: a list of module names or their endings, a regex for whole names, or ``"all-linear"`` (every
+        kernel but the output head). peft's ``None`` is its default for the model's family; here that is q and v. A
+        list or regex may name embeddings: a tied head then changes with it (peft's ensure_weight_tying); after
+        ``peft_jax.untie`` it does not (peft's default). peft never keeps GPT-2's ``wte`` tied: untie it to save it.
+      lora_dropout: probability that an input element of the branch is dropped; needs ``rngs={"dropout": key}``.
+      exclude_modules: as target_modules, taken out again.
+      layers_to_transform: layer numbers; layers_pattern: the word in front of the number, any where absent.
+      rank_pattern, alpha_pattern: ``{regex for the end of a name: value}``, exceptions from r and lora_alpha.
+      bias: which biases train: "none", "all", "lora_only" (of adapted modules).
+      modules_to_save: endings of names of modules that train as a whole. On a model whose head is tied,
+        "embed_tokens" keeps the tie (peft's ensure_weight_tying); after ``peft_jax.untie`` it does not (peft's
+        default).
+      init_lora_weights: True for A uniform within 1/sqrt(in), "gaussian" for A normal with deviation 1/r; "orthogonal",
+        "pissa", "pissa_niter_4" and "olora" as in init.py; "eva" as in eva.py, for which ``prepare`` sees data
+        first; "loftq" as in loftq.py, which quantises the kernel; False for A and B both uniform (not the base model at
+        the start; for tests).
+      eva_config: ``{"rho", "tau", "whiten", "adjust_scaling_factors"}``, of peft's ``EvaConfig``.
+      loftq_config: ``{"quant_type", "block_size", "double_quant"}``, as of ``quantize``, and ``"loftq_iter"``.
+
+    Returns a :class:`Method`. Leaves are float32 whatever the base's dtype; the branch computes in the module's.
+
+    >>> method = lora(r=4, target_modules=("up_proj",))
+    >>> params = method.init(jax.random.key(0), {"up_proj": {"kernel": jnp.ones((6, 8))}})
+    >>> {name: leaf.shape for name, leaf in params["up_proj"].items()}
+    {'kernel': (6, 8), 'lora_a': (6, 4), 'lora_b': (4, 8), 'lora_scaling': ()}
+
+    Raises ``PeftJaxError`` for values out of range, and from ``init`` for patterns that match nothing.
+    """
+    config = kernel_adapter.tidy({"peft_type": "LORA", **locals()})
+    _check(config)
+    return _method(config)
+
+
+def _method(config, given=None) -> Method:
+    def prepare(*args, **kwargs):
+        return _method(*prepared(config, *args, **kwargs))
+
+    trained = partial(trains, config)
+    return Method(partial(init, config, partial(leaves, config, given=given), trained),
+                  partial(_intercept, config["lora_dropout"]), partial(labels, trained), _merge, config,
+                  partial(padding, config), FORMAT, leaves=(*LEAVES, *START),
+                  along={"lora_a": ("inputs", None), "lora_b": (None, "outputs")},
+                  prepare=prepare if needs_data(config, given) else None, stands_on=loftq.base(config))
+
+
+def needs_data(config, given) -> bool:
+    return config["init_lora_weights"] == "eva" and given is None
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    validation.check_patterns(config, "r", "lora_alpha")
+    validation.check_probability("lora_dropout", config["lora_dropout"])
+    validation.check_choice("bias", config["bias"], biases.OF_LORA)
+    validation.check_switches(config, "use_rslora")
+    lora_init.check(config["init_lora_weights"])
+    eva.check(config["eva_config"])
+    loftq.check(config["loftq_config"])
+
+
+def init(config, leaves: Callable[..., Mapping[str, jax.Array]], trains: Callable[[str, Mapping], bool], rng, params,
+         axes=None, holders: Sequence[str] = kernel_axes.HOLDERS, first: str = "") -> tree.Tree:
+    """``params`` with ``leaves(key, target, kernel)`` beside the kernels and embeddings that ``config`` chooses.
+
+    ``first`` as of ``_kernel_adapter.init``; a start that splits or quantises the kernel is such a method, too.
+    """
+    if lora_init.changes(config["init_lora_weights"]):
+        first = first or f"init_lora_weights={config['init_lora_weights']!r}"
+    return biases.init(config, leaves, trains, "lora_scaling", rng, params, axes, holders=holders, first=first)
+
+
+def leaves(config, key, target, kernel, given: Mapping[str, Any] | None = None) -> dict[str, jax.Array]:
+    """``lora_a``, ``lora_b`` and ``lora_scaling`` of one target; A from ``given``, by path, where it is there.
+
+    A start that splits the kernel brings ``lora_a0``, ``lora_b0`` and the rest of the kernel with it, one that
+    quantises it the quantised kernel.
+    """
+    _, stack, inputs, outputs = target.axes
+    each, scaling = (of(config, target.names).reshape(stack) for of in (ranks, scalings))
+    how = config["init_lora_weights"] if target.leaf == "kernel" else bool(config["init_lora_weights"])
+    a, b, *held = lora_init.start(how, target, key, kernel, each, scaling, (given or {}).get(target.path),
+                                  config["loftq_config"])
+    new = {"lora_a": a.reshape(*stack, *inputs, -1), "lora_b": b.reshape(*stack, -1, *outputs),
+           "lora_scaling": jnp.asarray(scaling)}
+    if held:
+        return new | {target.leaf: held[0]}
+    if lora_init.splits(config["init_lora_weights"]):
+        rest = kernel.astype(jnp.float32) - delta(*new.values())
+        new |= {"lora_a0": new["lora_a"], "lora_b0": new["lora_b"], target.leaf: rest.astype(kernel.dtype)}
+    return new
+
+
+def prepared(config, model, params, batches, axes=None) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """The config with ranks from the inputs that modules see, and their A by path; see eva.py."""
+    found = targeting.find(params, axes, kernel_adapter.selection(config), kernel_axes.HOLDERS)
+    held = {leaf: [target for target in found if target.leaf == leaf] for leaf in kernel_axes.HOLDERS}
+    each, embedded = ({name: int(rank) for target in held[leaf] for name, rank in zip(target.names, ranks(
+        config, target.names)) if rank} for leaf in kernel_axes.HOLDERS)
+    chosen, given = eva.analyse(config["eva_config"], model, params, batches, held["kernel"], each)
+    chosen, each = chosen | embedded, each | embedded
+    alphas = {name: targeting.pattern_value(config["alpha_pattern"], name, config["lora_alpha"]) for name in chosen}
+    if eva.settings(config["eva_config"])["adjust_scaling_factors"]:
+        alphas = {name: alpha * chosen[name] / each[name] for name, alpha in alphas.items()}
+    selection = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+    return {**config, **selection, "target_modules": tuple(chosen),
+            "rank_pattern": {f"^{name}": rank for name, rank in chosen.items() if rank != config["r"]},
+            "alpha_pattern": {f"^{name}": alpha for name, alpha in alphas.items()
+                              if alpha != config["lora_alpha"]}}, given
+
+
+def _intercept(dropout, next_fun, args, kwargs, context):
+    y, module = next_fun(*args, **kwargs), context.module
+    if isinstance(module, nn.Embed) and context.method_name in ("__call__", "attend"):
+        return y + _embedded(module, context.method_name, args[0], y) if module.has_variable("params", "lora_a") else y
+    held = kernel_adapter.read(module, context, LEAVES, "LoRA")
+    if held is None:
+        return y
+    x = kernel_axes.inputs_last(module, args[0])
+    x = kernel_adapter.dropped(module, context, x, dropout, "lora_dropout")
+    return y + branch(x.astype(y.dtype), *held).reshape(y.shape)
+
+
+def _embedded(module, method_name, x, y):
+    """What the update of an embedding adds to its rows ``y`` for ids ``x``, or to the logits ``y`` of states ``x``."""
+    a, b, scaling = (module.get_variable("params", leaf) for leaf in LEAVES)
+    if method_name == "attend":
+        return branch(x.astype(y.dtype), b.T, a.T, scaling).reshape(y.shape)
+    return (jnp.take(a, x, axis=0).astype(y.dtype) * scaling.astype(y.dtype)) @ b.astype(y.dtype)
+
+
+def trains(config, path, flat) -> bool:
+    """Whether the leaf at ``path`` trains."""
+    return biases.trains(config, LEAVES[:2], "lora_scaling", path, flat)
+
+
+def labels(trained, params) -> tree.Tree:
+    """As of ``_kernel_adapter.labels``. Raises ``PeftJaxError`` where a kernel trains of which a part was split off."""
+    check_split(tree.flatten(params))
+    return kernel_adapter.labels(params, trained)
+
+
+def _merge(params):
+    """Fold s A B into each kernel, in float32, back to the kernel's dtype; the LoRA leaves are gone afterwards."""
+    return kernel_adapter.merge(params, LEAVES, lambda kernel, a, b, scaling: kernel + delta(a, b, scaling),
+                                unused=START)
+
+
+def padding(config, params, trained: Sequence[str] = LEAVES[:2]) -> int:
+    """Elements of A and B, or what of them is ``trained``, beyond each layer's own rank."""
+    flat = tree.flatten(params)
+    unused = 0
+    for folder in kernel_adapter.folders(flat, "lora_a"):
+        most = flat[folder + "lora_a"].shape[-1]
+        held = ranks(config, targeting.module_names(folder.rstrip("/"), flat[folder + "lora_scaling"].shape))
+        width = sum(flat[folder + leaf].size for leaf in trained) // (most * len(held))  # of one rank in one layer
+        unused += width * int((most - held).sum())
+    return unused
+
+
+FORMAT = Format("LORA", lora, ARGUMENTS, slots, fields, SILENT, read,
+                lambda given: not given.get("use_dora"), plain, refuses)

@@ -1,0 +1,48 @@
+"""The low-rank product s (x A) B, forward and backward, and its update s A B: what the LoRA family shares."""
+
+import jax
+import jax.numpy as jnp
+from jax.lax import optimization_barrier as barrier
+
+from peft_jax.core.remat import keep
+
+
+def branch(x, a, b, scaling):
+    """s (x A) B for x (..., *in), a (*in, r), b (r, *out): (tokens, prod(out)) in x's dtype.
+
+    Reverse-mode differentiable only, see ``_product``.
+    """
+    rank = a.shape[-1]
+    a, b = a.astype(x.dtype).reshape(-1, rank), b.astype(x.dtype).reshape(rank, -1)
+    return _product(x.reshape(-1, a.shape[0]), a, b, scaling.astype(x.dtype))
+
+
+@jax.custom_vjp
+def _product(x, a, b, s):
+    """s (x A) B for x (tokens, in): differentiated by hand, since XLA on a CPU is up to eight times slower at a tall,
+    thin gradient of A, (in, r), than at its transpose (LOG.md, 2026-11-24); the barriers keep it from swapping back.
+    """
+    return (x @ a * s) @ b
+
+
+def _product_forward(x, a, b, s):
+    low = keep(x @ a)
+    return (low * s) @ b, (x, a, b, s, low)
+
+
+def _product_backward(kept, gradient):
+    x, a, b, s, low = kept
+    back = gradient @ b.T
+    by_a = barrier(barrier((back * s).T) @ x).T
+    by_b = barrier((low * s).T) @ gradient
+    return (back * s) @ a.T, by_a, by_b, jnp.vdot(low, back)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def delta(a, b, scaling):
+    """The update s A B, float32 (*stack, *in, *out), of the leaves of one module."""
+    stack, rank = scaling.shape, a.shape[-1]
+    product = jnp.matmul(a.reshape(*stack, -1, rank), b.reshape(*stack, rank, -1), precision="highest")
+    return (product * scaling[..., None, None]).reshape(*a.shape[:-1], *b.shape[len(stack) + 1:])

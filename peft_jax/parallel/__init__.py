@@ -1,0 +1,1 @@
+"""Devices as a mesh, where each leaf lies on it, several processes."""

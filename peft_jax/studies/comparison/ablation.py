@@ -1,0 +1,197 @@
+"""What is drawn of a sweep over settings: a line or bars over one, a map over two, bars over more.
+
+A panel for each of what all its runs have: the metric, the held-out loss of the answers, that of general text.
+"""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from peft_jax.studies.comparison import draw
+from peft_jax.studies.comparison.columns import spread_words
+from peft_jax.studies.comparison.draw import Style
+from peft_jax.studies.comparison.plots import Plot, measure, rendered, subject
+from peft_jax.studies.comparison.rows import Row, Spread, axes_words, grouped, measured_on
+from peft_jax.studies.comparison.runs import Run
+from peft_jax.studies.comparison.words import compact
+
+
+def ablations(runs: Sequence[Run], look: Mapping[str, Style]) -> list[Plot]:
+    """A plot of every sweep among the finished ``runs``, chosen or not; ``look`` has a style for each label.
+
+    Runs are of one sweep that share model, budget, metric and the names of the settings varied. All are drawn by the
+    metric on validation if any lacks it on test.
+    """
+    sweeps: dict[tuple, list[Run]] = {}
+    for run in runs:
+        if run.finished and run.axes and run.measured_on:
+            sweeps.setdefault((run.model, run.budget, run.metric, tuple(run.axes)), []).append(run)
+    return [plot for sweep in sweeps.values() for plot in _sweep(sweep, look)]
+
+
+def _sweep(runs: Sequence[Run], look) -> list[Plot]:
+    on = next((on for on in ("test", "validation") if all(on in run.values for run in runs)), None)
+    if on is None:
+        return []
+    found = sorted(grouped(runs), key=lambda row: runs.index(row.runs[0]))  # as they came, not best first
+    rows = [measured_on(on, row) for row in found]
+    axes = [axis for axis in runs[0].axes if len({str(row.axes[axis]) for row in rows}) > 1]
+    with matplotlib.rc_context(draw.STYLE):
+        if len(axes) == 1:
+            numeric = all(_numeric(row.axes[axes[0]]) for row in rows)
+            return [(_line if numeric else _bars)(rows, axes[0], look)]
+        if len(axes) == 2:
+            labels = dict.fromkeys(row.label for row in rows)
+            return [_map([row for row in rows if row.label == label], axes, label) for label in labels]
+        return [_every(rows, axes)] if axes else []
+
+
+def _panels(rows: Sequence[Row]) -> dict[str, str]:
+    """{key of ``Row.values``: what it is} of what there is to draw."""
+    unit = "(nats per token)"
+    words = {"value": measure(rows[0]), "before.loss": f"loss of the answers before training {unit}",
+             "loss": f"loss of the answers {unit}", "before.general": f"loss of general text before training {unit}",
+             "general": f"loss of general text {unit}"}  # fmt: skip
+    same = {"loss", "before.loss"} if rows[0].metric == "-loss" else set()
+    return {key: word for key, word in words.items() if key not in same and all(key in row.values for row in rows)}
+
+
+def _wrapped(words: str, letters: int = 24) -> str:
+    return "\n".join(textwrap.wrap(words, letters))
+
+
+def _numeric(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _title(rows: Sequence[Row], words: str) -> str:
+    labels = list(dict.fromkeys(row.label for row in rows))
+    of = f" of {draw.name(labels[0])}" if len(labels) == 1 else ""
+    return f"{measure(rows[0]).capitalize()}{of} {words}\n{subject(rows[0])}"
+
+
+def _caption(rows: Sequence[Row], words: str) -> str:
+    return f"{_title(rows, words).replace(chr(10), ': ')}; with the sample standard deviation over seeds."
+
+
+def _ordered(rows: Sequence[Row], axis: str) -> list[Any]:
+    """The values of a setting, numbers by size, others as they came."""
+    values = list({str(row.axes[axis]): row.axes[axis] for row in rows}.values())
+    return sorted(values) if all(map(_numeric, values)) else values
+
+
+def _line(rows: Sequence[Row], axis: str, look) -> Plot:
+    """Points and a line for each label; a logarithmic axis where the setting spans more than a factor of ten."""
+    words, places = f"against {axis}", _ordered(rows, axis)
+    labels = list(dict.fromkeys(row.label for row in rows))
+    shown = _panels(rows)
+    height = max(1 + 2 * len(shown), draw.room(len(labels)))
+    made, panels = draw.figure(_title(rows, words), 7.8, height, len(shown), stacked=True)
+    for axes, (key, what) in zip(panels, shown.items()):
+        for label in labels:
+            mine = sorted((row for row in rows if row.label == label), key=lambda row: row.axes[axis])
+            style = look[label]
+            axes.errorbar([row.axes[axis] for row in mine], [row.values[key].mean for row in mine],
+                          [row.values[key].std or 0 for row in mine], color=style.colour, marker=style.marker,
+                          linestyle=style.dash, capsize=2.5, linewidth=1.4, label=draw.name(label))  # fmt: skip
+        axes.set_ylabel(_wrapped(what))
+    panels[-1].set_xlabel(axis)
+    _ticks(panels, places)
+    if len(labels) > 1:
+        made.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8.5)
+    return rendered(f"ablation-{axis}", _caption(rows, words), made)
+
+
+def _ticks(panels: Sequence, places: Sequence[float]) -> None:
+    """The x axis that the panels share, with a number at every place if there is room."""
+    if places[0] > 0 and places[-1] > 10 * places[0]:
+        draw.logarithmic(panels[-1].xaxis)
+        places = _roomy(places, np.log)
+    else:
+        places = _roomy(places, np.asarray)
+    if places:
+        panels[-1].set_xticks(places, [compact(place) for place in places])
+        for axes in panels:
+            axes.xaxis.minorticks_off()
+
+
+def _roomy(places: Sequence[float], scale) -> list[float]:
+    """The places, if a number can stand at each of them; else none."""
+    at = np.asarray(scale(places), float)
+    return list(places) if np.diff(at).min() > (at[-1] - at[0]) / 12 else []
+
+
+def _bars(rows: Sequence[Row], axis: str, look) -> Plot:
+    """A bar for each value of a setting that is no number, side by side for several labels."""
+    words, places = f"against {axis}", [str(value) for value in _ordered(rows, axis)]
+    labels = list(dict.fromkeys(row.label for row in rows))
+    wide = 0.8 / len(labels)
+    shown = _panels(rows)
+    made, panels = draw.figure(_title(rows, words), 7.8, 1.6 + len(places) * (0.2 + 0.24 * len(labels)), len(shown))
+    for axes, (key, what) in zip(panels, shown.items()):
+        for at, label in enumerate(labels):
+            mine = [row for row in rows if row.label == label]
+            draw.bars(axes, [places.index(str(row.axes[axis])) + (at + 0.5) * wide - 0.4 for row in mine],
+                      [row.values[key] for row in mine], 0.9 * wide, look[label].colour, label)  # fmt: skip
+        draw.named(axes, places)
+        axes.set_xlabel(_wrapped(what))
+    panels[0].set_ylabel(axis)
+    if len(labels) > 1:
+        made.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8.5)
+    return rendered(f"ablation-{axis}", _caption(rows, words), made)
+
+
+def _map(rows: Sequence[Row], pair: Sequence[str], label: str) -> Plot:
+    """Two settings as a map, the values written in."""
+    down, right = (_ordered(rows, axis) for axis in pair)
+    words, shown = f"against {pair[0]} and {pair[1]}", _panels(rows)
+    wide, high = max(2.4, 0.85 * len(right)), 1.6 + 0.55 * len(down)
+    stacked = 1.6 + len(shown) * wide > 14
+    columns, lines = (1, len(shown)) if stacked else (len(shown), 1)
+    width, height = max(7.2, 1.6 + wide * columns), 0.6 + high * lines
+    made, panels = draw.figure(_title(rows, words), width, height, len(shown), stacked)
+    for axes, (key, what) in zip(panels, shown.items()):
+        places = [(down.index(row.axes[pair[0]]), right.index(row.axes[pair[1]])) for row in rows]
+        _coloured(axes, places, [row.values[key] for row in rows], (len(down), len(right)), key != "value")
+        axes.set(xlabel=pair[1], xticks=np.arange(len(right)) + 0.5, yticks=np.arange(len(down)) + 0.5)
+        axes.set_title(_wrapped(what, 80 if stacked else int(9 * wide)), fontsize=9, fontweight="normal")
+        axes.set_xticklabels([draw.name(str(value)) for value in right])
+        axes.set_yticklabels([draw.name(str(value)) for value in down])
+        axes.set_ylim(*((0, len(down)) if all(map(_numeric, down)) else (len(down), 0)))  # as the sweep, from the top
+        axes.tick_params(length=0)
+        axes.grid(visible=False)
+    for axes in panels if stacked else panels[:1]:
+        axes.set_ylabel(pair[0])
+    return rendered(f"ablation-{pair[0]}-{pair[1]}-{label}", _caption(rows, words), made)
+
+
+def _coloured(axes, places: Sequence[tuple[int, int]], values: Sequence[Spread], size: tuple[int, int],
+              less: bool) -> None:
+    """The field of a map, bright where it is better: where ``less`` is, of a loss."""
+    table = np.full(size, np.nan)
+    for place, value in zip(places, values):
+        table[place] = value.mean
+    mesh = axes.pcolormesh(np.ma.masked_invalid(table), cmap="cividis_r" if less else "cividis", edgecolors="white",
+                           linewidth=1.5)  # fmt: skip
+    for (row, column), value in zip(places, values):
+        dark = (mesh.norm(value.mean) < 0.47) != less
+        axes.annotate(spread_words(value, lambda number, like: f"{number:.3f}", value.n).replace(" ±", "\n±"),
+                      (column + 0.5, row + 0.5), ha="center", va="center", fontsize=8.5,
+                      color="white" if dark else "black")  # fmt: skip
+
+
+def _every(rows: Sequence[Row], names: Sequence[str]) -> Plot:
+    """More than two settings: a bar for each combination, best first."""
+    words, rows = f"for each {', '.join(names)}", sorted(rows, key=lambda row: -row.values["value"].mean)
+    shown = _panels(rows)
+    made, panels = draw.figure(_title(rows, words), 7.8, 1.6 + 0.34 * len(rows), len(shown))
+    several = len({row.label for row in rows}) > 1
+    told = [axes_words({axis: row.axes[axis] for axis in names}) for row in rows]
+    for axes, (key, what) in zip(panels, shown.items()):
+        draw.bars(axes, range(len(rows)), [row.values[key] for row in rows], 0.7, draw.COLOURS[0], "")
+        draw.named(axes, [f"{row.label} {words}" if several else words for row, words in zip(rows, told)])
+        axes.set_xlabel(_wrapped(what))
+    return rendered(f"ablation-{'-'.join(names)}", _caption(rows, words), made)

@@ -1,0 +1,123 @@
+"""Runs that differ in their seed alone as one row: mean, sample standard deviation, n."""
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from peft_jax.studies.comparison.runs import Run
+
+
+class Spread(NamedTuple):
+    """Of the runs that have the number. std: the sample standard deviation, None of a single run."""
+
+    mean: float
+    std: float | None
+    n: int
+
+
+class Row(NamedTuple):
+    """name: the label, with what tells it from other rows of that label. values: as a run's, over the seeds.
+    measured_on: "test" where any run has it, else "validation"; ``values["value"]``, ``["loss"]`` and ``["general"]``
+    are of such runs only."""
+
+    name: str
+    label: str
+    axes: dict[str, Any]
+    metric: str
+    measured_on: str
+    model: str
+    budget: str
+    runs: list[Run]
+    values: dict[str, Spread]
+
+
+def rows(runs: Iterable[Run]) -> list[Row]:
+    """One row for each kind of finished run, best metric first.
+
+    Where a learning rate was chosen for a label, only the chosen runs count. Runs of the same label that differ in
+    another setting than the seed, varied or not, their model, budget or metric never share a row.
+    """
+    return grouped(run for run in chosen_of(list(runs)) if run.finished)
+
+
+def failures(runs: Iterable[Run]) -> list[Run]:
+    return [run for run in runs if not run.finished]
+
+
+def chosen_of(runs: Sequence[Run]) -> list[Run]:
+    """Without the runs that lost the choice of a learning rate."""
+    labels = {(run.label, run.model) for run in runs if run.chosen}
+    return [run for run in runs if run.chosen or (run.label, run.model) not in labels]
+
+
+def grouped(runs: Iterable[Run]) -> list[Row]:
+    """Rows of runs that share all but the seed; named apart, best metric first."""
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.label, run.variety, run.model, run.budget, run.metric, str(run.asked)), []).append(run)
+    found = [_row(name, group) for name, group in zip(_names(list(groups.values())), groups.values(), strict=True)]
+    order = list(dict.fromkeys((row.metric, row.model, row.budget) for row in found))
+    return sorted(found, key=lambda row: (order.index((row.metric, row.model, row.budget)), -_best(row)))
+
+
+def _best(row: Row) -> float:
+    return row.values["value"].mean if "value" in row.values else float("-inf")
+
+
+def _row(name: str, runs: list[Run]) -> Row:
+    on = next((on for on in ("test", "validation") if any(on in run.values for run in runs)), "")
+    keys = dict.fromkeys(key for run in runs for key in run.values)
+    values = {key: spread([run.values[key] for run in runs if key in run.values]) for key in keys if key != "value"}
+    one = runs[0]
+    return measured_on(on, Row(name, one.label, one.axes, one.metric, on, one.model, one.budget, runs, values))
+
+
+def measured_on(on: str, row: Row) -> Row:
+    """``row`` with the numbers of that part, "test" or "validation", as those that count."""
+    counts = {"value": on, "loss": f"{on}.loss", "general": f"{on}.general"}
+    values = {key: value for key, value in row.values.items() if key not in counts}
+    values |= {key: row.values[source] for key, source in counts.items() if source in row.values}
+    return row._replace(measured_on=on, values=values)
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """
+    >>> spread([1.0, 3.0]), spread([5.0])
+    (Spread(mean=2.0, std=1.4142135623730951, n=2), Spread(mean=5.0, std=None, n=1))
+    """
+    std = statistics.stdev(values) if len(values) > 1 else None
+    mean = values[0] if len(set(values)) == 1 else statistics.fmean(values)  # a count stays whole
+    return Spread(mean, std, len(values))
+
+
+# What tells rows of one label apart, the shortest that does.
+TELLING: tuple[Callable[[Run], str], ...] = (
+    lambda run: axes_words(run.axes) or run.variety, lambda run: run.variety, lambda run: run.model,
+    lambda run: run.budget, lambda run: run.metric)  # fmt: skip
+
+
+def _names(groups: list[list[Run]]) -> list[str]:
+    names = [group[0].label for group in groups]
+    for words in TELLING:
+        count = Counter(names)
+        told = [words(group[0]) for group in groups]
+        differ = {name for name in names if len({word for other, word in zip(names, told) if other == name}) > 1}
+        names = [f"{name} {word}".strip() if count[name] > 1 and name in differ else name
+                 for name, word in zip(names, told)]  # fmt: skip
+    alike = {name: [group[0] for other, group in zip(names, groups) if other == name] for name in names}
+    return [f"{name} {_unlike(group[0], alike[name])}".strip() for name, group in zip(names, groups)]
+
+
+def _unlike(run: Run, others: Sequence[Run]) -> str:
+    """The settings that its sweep did not vary and in which it differs from others."""
+    return " ".join(f"{key}={value}" for key, value in run.asked.items()
+                    if any(other.asked.get(key, value) != value for other in others))  # fmt: skip
+
+
+def axes_words(axes: dict[str, Any]) -> str:
+    """
+    >>> axes_words({"method.r": 8, "method.init": "pissa"})
+    'r=8 init=pissa'
+    """
+    return " ".join(f"{axis.split('.')[-1]}={value}" for axis, value in axes.items())

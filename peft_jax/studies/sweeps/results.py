@@ -1,0 +1,112 @@
+"""What the workdir of a sweep holds of its cells: which are finished, and what others choose by them."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft_jax.core import files, settings
+from peft_jax.errors import PeftJaxError
+from peft_jax.studies.comparison import record
+from peft_jax.studies.comparison.runs import ASKED, Run, dig, number, run_of
+
+RESULTS, LOGS = "results", "logs"
+
+
+@contextlib.contextmanager
+def alone(folder: Path, name: str) -> Iterator[None]:
+    """While entered, no other process is at what ``name`` names; the lock ends with the process, however that ends.
+
+    Raises ``PeftJaxError`` where another one is.
+    """
+    from filelock import FileLock, Timeout
+
+    path = folder / LOGS / f"{name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise PeftJaxError(f"{folder}: another process is at {name} now; wait for it, or choose another "
+                           "--workdir") from error
+    except (OSError, NotImplementedError):  # a file system that knows no locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def record_of(folder: Path, cell) -> Path:
+    """Where the record of a cell is, or will be."""
+    return record.path_of(folder / RESULTS, cell.experiment)
+
+
+def kept(folder: Path, cell) -> Run | None:
+    """What the cell's record tells, a damaged one of a failed run (see ``record.read``); None where there is none."""
+    path = record_of(folder, cell)
+    return run_of(record.read_one(path)) if path.exists() else None
+
+
+def finished(folder: Path, command, cell) -> bool:
+    """Whether the cell has been run to its end and would come out the same now: nothing that it chooses from has become
+    better since, nor has the base model beside it been measured."""
+    run = kept(folder, cell)
+    if run is None or not run.finished:
+        return False
+    tried = candidates(folder, command, cell)
+    if tried and dig(run.record, "peft_jax", "cell", "settings") != settings.plain(cell.having(_best(tried)).settings):
+        return False
+    base = next((one for one in command.cells if one.config.measure.of == "base"), None)
+    alone_then = cell.measure and base not in (None, cell) and not dig(run.record, "peft_jax", "base_test")
+    return not (alone_then and (there := kept(folder, base)) and there.finished)
+
+
+def candidates(folder: Path, command, cell) -> list[tuple[float, dict[str, Any]]]:
+    """(metric on validation data, settings) of the finished cells that ``cell`` chooses from, in the sweep's order.
+
+    A run whose metric is not finite is none of them.
+    """
+    metric, found = command.config.sweep.metric, []
+    for other in (one for one in command.cells if one.name in cell.best_of):
+        run = kept(folder, other)
+        value = number(run.record, "peft_jax", "validation", metric) if run and run.finished else None
+        if value is not None:
+            found.append((value, other.settings))
+    return found
+
+
+def chosen(folder: Path, command, cell) -> dict[str, Any]:
+    """The settings of the best, on validation data, of the cells that ``cell`` chooses from; {} where it does not."""
+    found = candidates(folder, command, cell)
+    if cell.best_of and not found:
+        raise PeftJaxError(f"{cell.name} takes the best of {', '.join(cell.best_of)}, none of which is finished: run "
+                           "these cells first")
+    return _best(found) if found else {}
+
+
+def _best(found: Sequence[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
+    """Of equals the one that comes first."""
+    return max(found, key=lambda one: one[0])[1]
+
+
+def check_same(folder: Path, command, cell) -> None:
+    """Raise ``PeftJaxError``, naming the keys, where the finished cell was run with other settings."""
+    run = kept(folder, cell)
+    if run is None or not run.finished or not run.asked:
+        return
+    wanted = {**cell.config.to_dict(), "metric": command.config.sweep.metric}
+    sections = [name for name in ("seed", "metric", *ASKED) if name != "measure" or cell.measure]
+    asked = {**dig(run.record, "peft_jax", "asked"), "metric": run.metric}
+    if changes := settings.differences(asked, wanted, sections):
+        raise PeftJaxError(f"{folder} holds {cell.name} with other settings: {'; '.join(changes)}. Choose another "
+                           "--workdir, or --overwrite to run all again")
+
+
+def forget(folder: Path, command) -> None:
+    """Remove the records and the runs of the cells, also those of whatever a cell may choose."""
+    settings = {one.name: one.settings for one in command.cells}
+    for cell in command.cells:
+        files.remove(record_of(folder, cell))
+        for one in (cell, *(cell.having(settings[name]) for name in cell.best_of)):
+            files.remove(folder / "runs" / one.name)

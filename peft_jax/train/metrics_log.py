@@ -1,0 +1,63 @@
+"""Metrics of a run: one JSON object per line, and TensorBoard."""
+
+import json
+from pathlib import Path
+
+from peft_jax.core import files
+from peft_jax.errors import PeftJaxError
+
+
+class MetricsLog:
+    """Appends to ``folder/metrics.jsonl``, and to ``folder/tensorboard`` where that is asked for.
+
+    Lines beyond ``first_step`` are of steps that a resumed run does again; they are dropped. ``last`` is the last line
+    that was kept or written, ``{}`` at the start. Without a ``folder`` nothing is written.
+    """
+
+    def __init__(self, folder: Path | None, first_step: int, tensorboard: bool):
+        self.last, self.file, self.board = {}, None, None
+        if folder:
+            self.path = folder / "metrics.jsonl"
+            self.last = _keep_until(self.path, first_step)
+            self.file = self.path.open("a", encoding="utf-8")
+            self.board = _open_board(folder / "tensorboard", first_step) if tensorboard else None
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Record ``values`` of an optimiser step."""
+        self.last = {"step": step, **values}
+        if self.file:
+            self.file.write(json.dumps(self.last) + "\n")
+            self.file.flush()
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        for one in (self.file, self.board):
+            if one:
+                one.close()
+
+
+def _keep_until(path: Path, step: int) -> dict[str, float]:
+    rows = [row for row in read_metrics(path) if row["step"] <= step]
+    files.write(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows[-1] if rows else {}
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """All complete lines of a metrics file, [] where there is none; a last line cut short by a crash is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise PeftJaxError(f"{path}:{number} is not JSON; remove the line, or --overwrite") from error
+    return rows
+
+
+def _open_board(folder: Path, first_step: int):
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=first_step + 1)

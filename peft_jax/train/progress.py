@@ -1,0 +1,44 @@
+"""How far training has come, for a person who watches."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Progress:
+    """A bar on a terminal; where standard error is none, a line now and then; nothing where it is not ``shown``."""
+
+    def __init__(self, total: int, done: int, shown: bool = True):
+        self.total, self.started, self.first, self.shown = total, time.perf_counter(), done, shown
+        self.printed = self.started
+        terminal = shown and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=done, unit="step", ncols=79, dynamic_ncols=False) if terminal else None
+
+    def update(self, step: int, loss: float, rate: float) -> None:
+        """``step`` steps are done; ``rate`` is in tokens per second."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tok/s", refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif self._due(step):
+            self.printed = time.perf_counter()
+            left = (self.printed - self.started) / (step - self.first) * (self.total - step)
+            line = f"step {step:>{len(str(self.total))}}/{self.total}  loss {loss:.4f}  {rate:,.0f} tokens/s"
+            print(f"{line}  {duration(left)} left", file=sys.stderr, flush=True)
+
+    def _due(self, step: int) -> bool:
+        return self.shown and (step in (self.first + 1, self.total) or time.perf_counter() - self.printed >= 10)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(9.4), duration(75), duration(3700)
+    ('9 s', '1 min 15 s', '1 h 01 min')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -1,0 +1,105 @@
+"""A workdir that cannot be used, or that holds another run, is refused before anything is written."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs import base
+from peft_jax.cli import workdir
+from peft_jax.errors import PeftJaxError
+
+
+def settings(**changes):
+    config = base.get_config()
+    config.update_from_flattened_dict(changes)
+    return config.to_dict()
+
+
+def test_the_same_settings_are_welcome_and_evaluation_may_change(tmp_path):
+    workdir.start(tmp_path / "new" / "run", settings(), overwrite=False)
+    workdir.check_config(tmp_path / "new" / "run", settings(**{"eval.limit": 3, "checkpoint.every": 1}))
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("seed", 1), ("method.r", 4), ("method.target_modules", ("k_proj",)), ("model.source", "other/model"),
+     ("data.batch_size", 2), ("optim.learning_rate", 1.0), ("task.prompt_template", "{text}")],
+)  # fmt: skip
+def test_settings_that_make_another_run_are_named(tmp_path, key, value):
+    workdir.start(tmp_path, settings(), overwrite=False)
+    with pytest.raises(PeftJaxError, match=rf"other settings: {key} was [^;]*, now [^;]*\. .*--overwrite"):
+        workdir.check_config(tmp_path, settings(**{key: value}))
+
+
+def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path):
+    workdir.start(tmp_path, settings(), overwrite=False)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "x").write_text("old")
+    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "notes.txt").write_text("mine")
+    workdir.start(tmp_path, settings(seed=3), overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "notes.txt"]
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 3
+
+
+def test_a_folder_that_cannot_be_is_refused_and_nothing_is_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PeftJaxError, match="is a file, not a folder"):
+        workdir.check_writable(tmp_path / "file" / "run")
+    workdir.check_writable(tmp_path / "deep" / "run")
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, where even root can make nothing")
+@pytest.mark.parametrize("folder", ["/proc/run", "/proc/deep/run", "/proc"])
+def test_a_folder_that_only_looks_writable_is_refused(folder):
+    with pytest.raises(PeftJaxError, match=f"^workdir {folder} cannot be written: .*; choose another with --workdir$"):
+        workdir.check_writable(Path(folder))
+
+
+def test_a_name_that_no_file_system_takes_is_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "run")
+    for folder in (tmp_path / ("n" * 300), tmp_path / "link"):
+        with pytest.raises(PeftJaxError, match=r"cannot be written: .*; choose another with --workdir"):
+            workdir.check_writable(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_looking_whether_a_folder_is_writable_changes_nothing_in_it(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    workdir.check_writable(tmp_path)
+    workdir.check_writable(tmp_path / "a" / "b" / "c")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_of_several_processes_none_takes_the_folder_away(tmp_path):
+    workdir.check_writable(tmp_path / "deep" / "run", leave=True)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "deep", tmp_path / "deep" / "run"]
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": ')
+    with pytest.raises(PeftJaxError, match=r"config.json is not readable as JSON"):
+        workdir.check_config(tmp_path, settings())
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [("[]", r"holds \[\], not a JSON object"), ("3", "holds 3, not a JSON object"), ("null", "holds null, not a JSON"),
+     ("{}", "lacks seed, model, method, task, data, optim"), ('{"model": {}}', "lacks seed, method")],
+)  # fmt: skip
+def test_a_configuration_that_no_run_wrote_is_named(tmp_path, content, words):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(PeftJaxError, match=rf"config.json {words}.*; remove it, or train again with --overwrite$"):
+        workdir.check_config(tmp_path, settings())
+
+
+def test_only_the_model_s_source_matters_to_a_trained_adapter(tmp_path):
+    workdir.start(tmp_path, settings(), overwrite=False)
+    other = {"model.dtype": "bfloat16", "model.param_dtype": "bfloat16", "model.remat": True}
+    workdir.check_config(tmp_path, settings(**other), workdir.ADAPTER_MATTERS)
+    with pytest.raises(PeftJaxError, match=r"other settings: model.source was [^;]*, now \"a/b\"\."):
+        workdir.check_config(tmp_path, settings(**other, **{"model.source": "a/b"}), workdir.ADAPTER_MATTERS)
+    with pytest.raises(PeftJaxError, match=r"model.dtype was .*model.param_dtype was .*model.remat was "):
+        workdir.check_config(tmp_path, settings(**other))

