@@ -3,6 +3,8 @@
 import gc
 import json
 import os
+import shutil
+import zlib
 from functools import cache
 from pathlib import Path
 
@@ -29,15 +31,29 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Tests compile many programs more than once, in other functions or in the other process: kept for this session."""
+def compiled_once():
+    """Compiled programs are kept between runs, with the downloads, for these versions and this processor alone."""
     import jax
 
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(shared / "compiled")  # of subprocesses too
-    jax.config.update("jax_compilation_cache_dir", str(shared / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    from peft_jax.hub.download import cache_folder
+
+    folder = cache_folder("compiled_tests", _versions_and_processor())
+    for other in folder.parent.iterdir():
+        if other.name != folder.name:
+            shutil.rmtree(other, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)  # of subprocesses too
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
+def _versions_and_processor() -> str:
+    import jax
+    import jaxlib
+
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    flags = [line for line in lines if line.startswith(("flags", "Features"))]
+    return f"jax-{jax.__version__}-jaxlib-{jaxlib.__version__}-{zlib.crc32(''.join(flags[:1]).encode()):08x}"
 
 
 @pytest.fixture(scope="module", autouse=True)
