@@ -62,7 +62,7 @@ def _train_run(command) -> int:
         if processes.agreed((folder / "results.json").exists()):
             return _already_done(folder)
     run, state = _begun(command, folder)
-    memory = {"compiled": _compiled(run, state)}
+    bytes_used = {"compiled": _compiled(run, state)}
     earlier = memory.peak_memory()
     memory.forget_peak()
     stop = StopRequest()
@@ -71,8 +71,8 @@ def _train_run(command) -> int:
     if int(state.step) < run.total:
         print(f"stopped after step {int(state.step)} of {run.total}; the same command goes on from there")
         return 128 + stop.asked
-    memory |= memory.peak_memory()
-    return _finished(run, state, {"seconds": seconds, "training_memory": memory}, found, earlier)
+    bytes_used |= memory.peak_memory()
+    return _finished(run, state, {"seconds": seconds, "training_memory": bytes_used}, found, earlier)
 
 
 def _begun(command, folder: Path) -> tuple[Run, TrainState]:

@@ -105,8 +105,8 @@ def check_same(folder: Path, command, cell) -> None:
 
 def forget(folder: Path, command) -> None:
     """Remove the records and the runs of the cells, also those of whatever a cell may choose."""
-    settings = {one.name: one.settings for one in command.cells}
+    chosen_settings = {one.name: one.settings for one in command.cells}
     for cell in command.cells:
         files.remove(record_of(folder, cell))
-        for one in (cell, *(cell.having(settings[name]) for name in cell.best_of)):
+        for one in (cell, *(cell.having(chosen_settings[name]) for name in cell.best_of)):
             files.remove(folder / "runs" / one.name)
