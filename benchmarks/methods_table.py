@@ -57,7 +57,7 @@ def facts(name: str, model, base, counts) -> tuple[int, int, str, str, str]:
     method = METHODS[name](**ROWS[name][0])
     params = method.init(jax.random.key(0), base)
     trainable, everything = counts(method, base, params)
-    merges = "yes" if method.merge else "no"
+    merges = "yes" if method.mergeable else "no"
     if method.stored is None:
         return trainable, everything, "whole model", merges, "no"
     with tempfile.TemporaryDirectory() as folder:

@@ -192,7 +192,7 @@ def _choice(name: str, asked: Asked) -> Choice:
     reasons = [_memory(need, spare, states, asked.devices), *_switching(name, asked.tasks, trained),
                *_inference(method, asked.latency), *[Reason(*one) for one in asked.measured.reasons(name)]]
     return Choice(name, settings | (_QLORA if name == "qlora" else {}), need, spare >= 0, spare,
-                  asked.latency == "any" or method.merge is not None, reasons)
+                  asked.latency == "any" or method.mergeable, reasons)
 
 
 def _sizes(asked: Asked, method: Method) -> tuple[dict[str, int], int]:
@@ -224,7 +224,7 @@ def _switching(name: str, tasks: int, trained: int) -> list[Reason]:
 def _inference(method: Method, latency: str) -> list[Reason]:
     if latency == "any":
         return []
-    if method.merge is None:
+    if not method.mergeable:
         return [Reason("it cannot be merged, so inference costs more than the base's: ruled out", "the method itself")]
     return [Reason("merged into the weights it costs nothing at inference; a merged model serves one task",
                    "the method itself")]
