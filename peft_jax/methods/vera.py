@@ -146,3 +146,4 @@ VECTORS_ALONE = adapter_file.stored(
     vera, "VERA", "vera_on", {name: (name, np.ravel) for name in VECTORS}, fields=_fields, read=_read,
     arguments=(*arguments_of(vera), "save_projection"), silent=("fan_in_fan_out",))
 FORMAT = VECTORS_ALONE._replace(slots=_slots)
+SHOWN = {"step": {"r": 64}}  # in tables and benchmarks

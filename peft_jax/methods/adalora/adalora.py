@@ -212,3 +212,5 @@ def _fields(config: Mapping[str, Any], flat: Mapping[str, Any], naming: Naming) 
 # peft's AdaLoRA takes the last three from LoRA's config and reads none of them.
 FORMAT = Format(kind="ADALORA", make=adalora, arguments=arguments_of(adalora), slots=_slots, fields=_fields,
                 silent=(*peft_file.SILENT, "r", "alpha_pattern", "use_rslora"), plain=plain)
+# In tables and benchmarks.
+SHOWN = {"arguments": {"total_step": 1000}, "note": "12 → 8, q v", "step": {"init_r": 16}}

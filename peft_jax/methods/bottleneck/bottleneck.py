@@ -290,3 +290,4 @@ KEYS = {"adapter_down": "adapter_down.weight", "adapter_down_bias": "adapter_dow
         "adapter_up": "adapter_up.weight", "adapter_up_bias": "adapter_up.bias"}
 PLAIN = Matrices(kind="BOTTLENECK", keys=KEYS, start=_start, read=_read)
 FORMAT = Format(kind="BOTTLENECK", make=bottleneck, arguments=arguments_of(bottleneck), slots=partial(slots, KEYS))
+SHOWN = None  # not in tables and benchmarks: what is made from it is

@@ -140,3 +140,5 @@ KEYS = _keys()
 ROOT = ("phm_rule", "phm_rule_left", "phm_rule_right")
 MATRICES = bn.Matrices(kind="COMPACTER", keys=KEYS, start=_start, read=_read, shared=_shared)
 FORMAT = Format(kind="COMPACTER", make=compacter, arguments=arguments_of(compacter), slots=_slots)
+# In tables and benchmarks.
+SHOWN = {"arguments": {"reduction_factor": 16}, "note": "reduction 16", "checked": "`adapters` 1.3, golden values"}

@@ -137,3 +137,4 @@ def _fields(config: Mapping[str, Any], flat: Mapping[str, Any], naming: Naming) 
 KEYS = {**LORA_KEYS, "lora_magnitude": "lora_magnitude_vector"}
 FORMAT = LORA._replace(make=dora, slots=_slots, fields=_fields, silent=(*LORA.silent, "use_dora"),
                        claims=lambda stated: bool(stated.get("use_dora")))
+SHOWN = {"arguments": {"r": 16, "lora_alpha": 32}}  # in tables and benchmarks

@@ -210,6 +210,8 @@ def padding(config: Mapping[str, Any], params: Mapping[str, Any], trained: Seque
     return unused
 
 
+# How tables and benchmarks show the method.
+SHOWN = {"arguments": {"r": 16, "lora_alpha": 32}}
 ALONG = {"lora_a": ("inputs", None), "lora_b": (None, "outputs")}
 FORMAT = Format(kind="LORA", make=lora, arguments=ARGUMENTS, slots=slots, fields=fields, silent=SILENT, read=read,
                 claims=lambda stated: not stated.get("use_dora"), plain=plain, unsavable_because=unsavable_because)

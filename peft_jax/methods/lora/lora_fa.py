@@ -63,3 +63,4 @@ def _slots(config: Mapping[str, Any], flat: Mapping[str, Any], trained: Sequence
 
 # What was saved loads as a LoRA: no file is claimed.
 FORMAT = LORA._replace(make=lorafa, slots=_slots, claims=lambda stated: False)
+SHOWN = {"arguments": {"r": 16, "lora_alpha": 32}}  # in tables and benchmarks

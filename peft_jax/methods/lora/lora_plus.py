@@ -54,3 +54,6 @@ def _group(path: str, label: str, flat: Mapping[str, Any]) -> str:
     if name in KEYS and f"{folder}/embedding" in flat:
         return "lora_embedding"
     return "lora_b" if name == "lora_b" or name in VECTORS else label
+
+
+SHOWN = {"arguments": {"r": 16, "lora_alpha": 32}}  # in tables and benchmarks

@@ -125,3 +125,5 @@ def _view(config: Mapping[str, Any], leaf: str, name: str) -> Callable | None:
 
 FORMAT = Format(kind="BITFIT", make=bitfit, arguments=arguments_of(bitfit), slots=_slots,
                 silent=("ensure_weight_tying",))
+# In tables and benchmarks.
+SHOWN = {"arguments": {"add_missing": True}, "note": "added biases", "checked": "equation"}

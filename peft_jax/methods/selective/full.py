@@ -109,3 +109,4 @@ def _slots(config: Mapping[str, Any], flat: Mapping[str, Any], trained: Sequence
 
 
 FORMAT = Format(kind="FULL", make=full, arguments=arguments_of(full), slots=_slots, silent=("ensure_weight_tying",))
+SHOWN = {"checked": "transformers"}  # in tables and benchmarks

@@ -164,3 +164,4 @@ def _fields(config: Mapping[str, Any], flat: Mapping[str, Any], naming: Naming) 
 
 FORMAT = Format(kind="TRAINABLE_TOKENS", make=trainable_tokens, arguments=arguments_of(trainable_tokens), slots=_slots,
                 fields=_fields)
+SHOWN = {"arguments": {"token_indices": (0, 1, 2, 3)}}  # in tables and benchmarks
