@@ -5,6 +5,7 @@ files are parsed, not imported: they would import jax.
 """
 
 import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,10 @@ def arguments(name: str) -> list[tuple[str, str, Any]]:
     """
     file = Path(peft_jax.methods.__file__).parent / METHODS.files[name].replace(".", "/")
     body = ast.parse(file.with_suffix(".py").read_text()).body
-    for statement in body:
-        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == f"{name}.__signature__":
-            return arguments(ast.unparse(statement.value.args[0]))
+    for text in [ast.unparse(statement) for statement in body if isinstance(statement, ast.Assign)]:
+        if other := re.fullmatch(rf"{name}\.__signature__ = signature\((\w+)\)", text):
+            return arguments(other[1])
     made = next(one.args for one in body if isinstance(one, ast.FunctionDef) and one.name == name)
     pairs = zip([*made.args, *made.kwonlyargs], [*made.defaults, *made.kw_defaults], strict=True)
-    return [(one.arg, ast.unparse(one.annotation), ast.literal_eval(default)) for one, default in pairs]
+    return [(one.arg, ast.unparse(one.annotation), ast.literal_eval(default)) for one, default in pairs
+            if one.annotation and default]

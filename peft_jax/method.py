@@ -153,7 +153,7 @@ def chain(*methods: Method) -> Method:
             inner = method.optimizer(inner, total_steps)
         return inner
 
-    def penalty(params):
+    def penalty(params) -> Any:
         return sum(method.penalty(params) for method in methods if method.penalty)
 
     def prepare(model, params, batches):

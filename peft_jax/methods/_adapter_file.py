@@ -83,7 +83,7 @@ def _whole(naming: Naming, path: str, adapted: list[bool]) -> dict[str, Slot]:
 
 
 def portable(config: Mapping[str, Any], naming: Naming,
-             numbers: Callable[..., list] = chosen) -> tuple[dict[str, Any], dict[str, Any] | None]:
+             numbers: Callable[..., Any] = chosen) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The config in words that peft reads as we do, and ``{name: numbers}`` where every module had to be spelled out.
 
     Our patterns may leave out peft's "model." in front of a name, which peft's may not: then every module is spelled

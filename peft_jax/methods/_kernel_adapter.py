@@ -91,7 +91,7 @@ def switch(config: Mapping[str, Any], target: targeting.Target) -> jax.Array:
     return jnp.asarray(chosen(config, target.names).astype(np.float32).reshape(target.axes.stack))
 
 
-def init(config: Mapping[str, Any], leaves: Leaves, trains: Trains, switch: str, rng: jax.Array | None,
+def init(config: Mapping[str, Any], leaves: Leaves, trains: Trains, switch: str, rng: Any,
          params: Mapping[str, Any], axes: Mapping[str, Any] | None = None, holders: Sequence[str] = ("kernel",),
          first: str = "") -> tree.Tree:
     """``params`` with ``leaves(key, target, kernel)`` beside every chosen kernel; what trains becomes float32.
@@ -245,4 +245,5 @@ def dropped(module: nn.Module, context: Any, x: jax.Array, rate: float, argument
     key = dropout_key(module, context, f"{argument}={rate}") if rate else None
     if key is None:
         return x
-    return nn.Dropout(rate, deterministic=False, parent=None).apply({}, x, rngs={"dropout": key})
+    thinned: Any = nn.Dropout(rate, deterministic=False, parent=None).apply({}, x, rngs={"dropout": key})
+    return thinned

@@ -79,7 +79,7 @@ def _intercept(orthogonal: bool, next_fun: Callable[..., Any], args: Any, kwargs
     if (leaves := kernel_adapter.read(module, context, LEAVES, "HRA")) is None:
         return next_fun(*args, **kwargs)
     x = kernel_axes.inputs_last(module, args[0])
-    left, right = (side.astype(x.dtype) for side in sides(*leaves, orthogonal))
+    left, right = (side.astype(x.dtype) for side in sides(leaves[0], leaves[1], orthogonal))
     low = keep(x.reshape(-1, left.shape[0]) @ left)
     moved = x - (low @ right.T).reshape(x.shape)
     return next_fun(kernel_axes.inputs_back(module, moved), *args[1:], **kwargs)

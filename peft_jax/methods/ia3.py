@@ -93,10 +93,10 @@ def _intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: An
     module = context.module
     if leaves := kernel_adapter.read(module, context, ("ia3_in", "ia3_on"), "IA3"):
         x = kernel_axes.inputs_last(module, args[0])
-        return next_fun(kernel_axes.inputs_back(module, x * _scale(*leaves, x.dtype)), *args[1:], **kwargs)
+        return next_fun(kernel_axes.inputs_back(module, x * _scale(leaves[0], leaves[1], x.dtype)), *args[1:], **kwargs)
     y = next_fun(*args, **kwargs)
     leaves = kernel_adapter.read(module, context, ("ia3_out", "ia3_on"), "IA3")
-    return y * _scale(*leaves, y.dtype) if leaves else y
+    return y * _scale(leaves[0], leaves[1], y.dtype) if leaves else y
 
 
 def _scale(scale: jax.Array, on: jax.Array, dtype: Any) -> jax.Array:

@@ -50,7 +50,7 @@ def miss(r: int = 64, target_modules: Patterns = ("q_proj", "v_proj"), miss_drop
 def _leaves(config: dict[str, Any], key: jax.Array, target: Target, kernel: Any) -> dict[str, jax.Array]:
     (_, stack, inputs, outputs), r, mini_r = target.axes, config["r"], config["mini_r"]
     shape = (*stack, r, mini_r) if (mini := config["init_weights"] == "mini") else (*stack, r, *outputs)
-    if r > prod(inputs) or (mini and (len(outputs) > 1 or outputs[0] % mini_r)):
+    if r > prod(inputs) or (mini and (len(outputs) > 1 or prod(outputs) % mini_r)):
         raise PeftJaxError(f"'{target.path}' has inputs {inputs}, outputs {outputs}: r={r} can be at most the inputs, "
                            f"and with init_weights='mini' mini_r={mini_r} must divide outputs of one axis.")
     block = jnp.zeros(shape) if config["init_weights"] else jax.random.uniform(key, shape, minval=-1) * 0.1

@@ -254,8 +254,8 @@ def _branch(config: Mapping[str, Any], matrices: Matrices, context: Any, u: jax.
     if scaling.ndim:
         raise PeftJaxError(f"'{'/'.join(module.path)}' is one module, which was taken for a stack of {scaling.size}: "
                            "give init axes=peft_jax.kernel_axes(model, params, *inputs).")
-    down, down_bias, up, up_bias = (None if one is None else one.astype(dtype)
-                                    for one in matrices.read(get, context))
+    parts: list[Any] = [None if one is None else one.astype(dtype) for one in matrices.read(get, context)]
+    down, down_bias, up, up_bias = parts
     if u.shape[-1] != down.shape[0]:
         raise PeftJaxError(f"'{'/'.join(module.path)}' has {u.shape[-1]} channels, its adapter {down.shape[0]}: "
                            "give init the hidden_size.")
@@ -268,7 +268,7 @@ def _branch(config: Mapping[str, Any], matrices: Matrices, context: Any, u: jax.
     return jnp.where(scaling != 0, f, 0)
 
 
-def _leaf(module: nn.Module, name: str) -> jax.Array | None:
+def _leaf(module: nn.Module, name: str) -> Any:
     return module.get_variable("params", name) if module.has_variable("params", name) else None
 
 

@@ -111,7 +111,7 @@ def _read(get: Callable[[str], Any], context: Any) -> tuple:
     return matrix("down"), get("adapter_down_bias"), matrix("up"), get("adapter_up_bias")
 
 
-def _product(get: Callable[[str], Any], name: str) -> jax.Array | None:
+def _product(get: Callable[[str], Any], name: str) -> Any:
     """The leaf of that name, or the product of its left and right part; ``None`` where there is neither."""
     left = get(f"{name}_left")
     return get(name) if left is None else jnp.matmul(left, get(f"{name}_right"), precision="highest")

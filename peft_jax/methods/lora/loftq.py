@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax import quant
-from peft_jax.core import validation
+from peft_jax.core import targeting, validation
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.methods import _kernel_adapter as kernel_adapter
@@ -53,7 +53,8 @@ def base(config: Mapping[str, Any]) -> Method | None:
     return conversion({**codec, **kernel_adapter.selection(config), "product": "plain"}, holders=("kernel",))
 
 
-def start(given, target, kernel, ranks, scaling) -> tuple[jax.Array, jax.Array, quant.QuantizedArray]:
+def start(given: Mapping[str, Any] | None, target: targeting.Target, kernel: Any, ranks: np.ndarray,
+          scaling: np.ndarray) -> tuple[jax.Array, jax.Array, quant.QuantizedArray]:
     """A (*stack, in, r), B (*stack, r, out) and the quantised kernel of a target; zero beyond each layer's own rank."""
     asked = settings(given)
     _, stack, inputs, outputs = target.axes
@@ -63,14 +64,14 @@ def start(given, target, kernel, ranks, scaling) -> tuple[jax.Array, jax.Array, 
     matrix = kernel.astype(jnp.float32).reshape(*stack, int(np.prod(inputs)), int(np.prod(outputs)))
     most, rest = int(ranks.max()), matrix
     inside = np.arange(most) < ranks[..., None]
-    for _ in range(asked["loftq_iter"]):
-        held = quant.quantize_array(rest.reshape(kernel.shape).astype(kernel.dtype), asked["quant_type"],
-                                    block_size=asked["block_size"], double_quant=asked["double_quant"], stack=stack,
-                                    inputs=inputs, outputs=outputs)
-        error = matrix - quant.dequantize(held, jnp.float32).reshape(matrix.shape)
+    for _ in range(asked["loftq_iter"]):  # at least one round, see check
+        quantised = quant.quantize_array(rest.reshape(kernel.shape).astype(kernel.dtype), asked["quant_type"],
+                                         block_size=asked["block_size"], double_quant=asked["double_quant"],
+                                         stack=stack, inputs=inputs, outputs=outputs)
+        error = matrix - quant.dequantize(quantised, jnp.float32).reshape(matrix.shape)
         u, s, v = jnp.linalg.svd(error, full_matrices=False)
         root = jnp.sqrt(s[..., :most] / np.where(ranks > 0, scaling, 1)[..., None])
         a = jnp.where(inside[..., None, :], u[..., :most] * root[..., None, :], 0)
         b = jnp.where(inside[..., None], root[..., None] * v[..., :most, :], 0)
         rest = matrix - delta(a, b, jnp.asarray(scaling))
-    return a, b, held
+    return a, b, quantised  # pyright: ignore[reportPossiblyUnbound]

@@ -40,15 +40,17 @@ lorafa.__signature__ = signature(lora)  # pyright: ignore[reportFunctionMemberAc
 def _frozen(method: Method) -> Method:
     """A LoRA without training of A, which its file holds nevertheless."""
 
+    again: Any = method.prepare
+
     def labels(params: Mapping[str, Any]) -> tree.Tree:
         return tree.map_paths(lambda path, label: FROZEN if path.rpartition("/")[2] == "lora_a" else label,
                               method.labels(params))
 
     def prepare(*args: Any, **kwargs: Any) -> Method:
-        return _frozen(method.prepare(*args, **kwargs))
+        return _frozen(again(*args, **kwargs))
 
     return method._replace(labels=labels, stored=FORMAT, padding=partial(_padding, method.config),
-                           prepare=prepare if method.prepare else None)
+                           prepare=prepare if again else None)
 
 
 def _padding(config: Mapping[str, Any], params: Mapping[str, Any]) -> int:

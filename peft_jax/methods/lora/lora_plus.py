@@ -38,15 +38,17 @@ loraplus.__signature__ = signature(lora)  # pyright: ignore[reportFunctionMember
 
 
 def _grouped(method: Method) -> Method:
+    again: Any = method.prepare
+
     def labels(params: Mapping[str, Any]) -> tree.Tree:
         flat = tree.flatten(params)
         return tree.map_paths(lambda path, label: label if label == FROZEN else _group(path, label, flat),
                               method.labels(params))
 
     def prepare(*args: Any, **kwargs: Any) -> Method:
-        return _grouped(method.prepare(*args, **kwargs))
+        return _grouped(again(*args, **kwargs))
 
-    return method._replace(labels=labels, prepare=prepare if method.prepare else None)
+    return method._replace(labels=labels, prepare=prepare if again else None)
 
 
 def _group(path: str, label: str, flat: Mapping[str, Any]) -> str:

@@ -60,7 +60,7 @@ def full(patterns: str | Sequence[str] = (".*",), *, exclude: str | Sequence[str
 
 def _listed(patterns: Any) -> tuple[str, ...]:
     several = isinstance(patterns, Iterable) and not isinstance(patterns, str)
-    regexes = tuple(patterns) if several else () if patterns is None else (patterns,)
+    regexes: tuple[Any, ...] = tuple(patterns) if several else () if patterns is None else (patterns,)
     if not all(isinstance(one, str) for one in regexes):
         raise PeftJaxError(f"{patterns!r}: give regular expressions for the paths of leaves, such as '.*/bias'.")
     return regexes

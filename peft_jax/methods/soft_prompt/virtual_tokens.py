@@ -104,10 +104,10 @@ def check_room(module: Any, length: int, tokens: int) -> None:
 
 
 class Front(NamedTuple):
-    """The tokens in front: how many, their embeddings (count, hidden) when called, the most texts of a row that is
+    """The tokens in front: how many, their embeddings (tokens, hidden) when called, the most texts of a row that is
     not looked at, and the call."""
 
-    count: int
+    tokens: int
     table: Callable[[], jax.Array]
     packed: int
     context: Any
@@ -126,7 +126,7 @@ def intercept(leaf: str, table: Callable[[Mapping, Any], jax.Array], packed: int
     beside = _embedding_leaves(context.module) if hook else {}
     if hook is None or leaf not in beside:
         return next_fun(*args, **kwargs)
-    front = Front(count=beside[leaf].shape[0], table=partial(table, beside, context), packed=packed, context=context)
+    front = Front(tokens=beside[leaf].shape[0], table=partial(table, beside, context), packed=packed, context=context)
     return hook(front, context.module, next_fun, *args, **kwargs)
 
 
@@ -143,7 +143,7 @@ def _embedding_leaves(module: Any) -> Mapping[str, Any]:
 def _hidden(front: Front, module: Any, next_fun: Callable[..., Any], input_ids: Any, attention_mask: Any = None, *,
             positions: Any = None, segment_ids: Any = None, **types: Any) -> Any:
     """The virtual tokens take positions 0 to n - 1 and come out again at the end; a cache holds them already."""
-    n, others = front.count, [attention_mask, positions, segment_ids, *types.values()]
+    n, others = front.tokens, [attention_mask, positions, segment_ids, *types.values()]
     if module.has_variable("cache", "index"):
         if not module.has_variable("cache", MARK):
             raise PeftJaxError(f"the cache was made without the {n} virtual tokens: make it with the bound model, "
@@ -195,7 +195,7 @@ def _embed(front: Front, module: Any, next_fun: Callable[..., Any], input_ids: A
     if not count or module.has_variable("cache", "index"):
         return next_fun(input_ids)
     x = next_fun(input_ids[:, count:])
-    rows = jnp.tile(front.table().astype(x.dtype), (count // front.count, 1))
+    rows = jnp.tile(front.table().astype(x.dtype), (count // front.tokens, 1))
     return jnp.concatenate([jnp.broadcast_to(rows, (x.shape[0], *rows.shape)), x], axis=1)
 
 
@@ -203,7 +203,7 @@ def _visible(front: Front, module: Any, next_fun: Callable[..., Any], key_mask: 
              segment_ids: Any) -> tuple:
     """Every segment of a decoder sees the virtual tokens, through a window as far as it reaches: by positions, since
     in the row padding or other segments may lie between."""
-    n, (full, windowed) = front.count, next_fun(key_mask, positions, index, segment_ids)
+    n, (full, windowed) = front.tokens, next_fun(key_mask, positions, index, segment_ids)
     if is_encoder(module):
         return full, windowed
     first = full.shape[-1] - key_mask.shape[1]  # keys of another method may stand in front
@@ -231,7 +231,7 @@ def _check_length(front: Front, module: Any, next_fun: Callable[..., Any], token
 
 def _init_cache(front: Front, module: Any, next_fun: Callable[..., Any], batch: int, length: int) -> Any:
     """A cache that begins with the virtual tokens. To run them through the model, they are made its vocabulary."""
-    n, params = front.count, module.variables["params"]
+    n, params = front.tokens, module.variables["params"]
     check_room(module, length, n)
     cache = {**next_fun(batch, length + n), MARK: jnp.int32(n)}
     model = module.clone(parent=None, config=dataclasses.replace(module.config, vocab_size=n))
