@@ -72,5 +72,5 @@ METHODS = _Files({
 def formats() -> "tuple[Format, ...]":
     """The kinds of adapter file that can be read: the ``FORMATS`` of every method's file, or its one ``FORMAT``."""
     modules = dict.fromkeys(map(METHODS.module, METHODS))
-    found = [one for module in modules for one in getattr(module, "FORMATS", (getattr(module, "FORMAT", None),)) if one]
-    return tuple(dict.fromkeys(found))
+    of_each = [getattr(module, "FORMATS", (getattr(module, "FORMAT", None),)) for module in modules]
+    return tuple(dict.fromkeys(one for some in of_each for one in some if one))

@@ -114,22 +114,22 @@ def _noticed(config: Mapping[str, Any], flat: Mapping[str, Any], slope: Mapping[
 def scores(parts: list[tuple[str, np.ndarray]], allocation: Allocation) -> dict[str, jax.Array]:
     """``{path of e: importance of each entry (*stack, r)}`` for ``modules(...)``, infinite where an entry is none."""
     sensitivity, uncertainty = tree.flatten(allocation.sensitivity), tree.flatten(allocation.uncertainty)
-    found = {}
+    each = {}
     for folder, own in parts:
         a, b, e = (sensitivity[folder + name] * uncertainty[folder + name] for name in FACTORS)
         stack, most = own.shape[:-1], own.shape[-1]
         score = e + a.reshape(*stack, -1, most).mean(-2) + b.reshape(*stack, most, -1).mean(-1)
-        found[f"{folder}adalora_e"] = jnp.where(own, score, jnp.inf)
-    return found
+        each[f"{folder}adalora_e"] = jnp.where(own, score, jnp.inf)
+    return each
 
 
 def _cut(parts: list[tuple[str, np.ndarray]], gone: jax.Array, allocation: Allocation) -> tree.Tree:
     """Which entries of e stay where the ``gone`` least important ones go."""
-    found = scores(parts, allocation)
-    ordered = jnp.sort(jnp.concatenate([score.ravel() for score in found.values()]))
+    each = scores(parts, allocation)
+    ordered = jnp.sort(jnp.concatenate([score.ravel() for score in each.values()]))
     threshold = jnp.where(gone > 0, ordered[jnp.maximum(gone - 1, 0)], -1)
     own = {f"{folder}adalora_e": own for folder, own in parts}
-    return tree.unflatten({path: (score > threshold) & own[path] for path, score in found.items()})
+    return tree.unflatten({path: (score > threshold) & own[path] for path, score in each.items()})
 
 
 def optimizer(config: Mapping[str, Any], inner: optax.GradientTransformation, total: int,

@@ -33,38 +33,38 @@ class Components(NamedTuple):
     total: jax.Array
 
 
-def settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """peft's ``EvaConfig`` with ``given`` in place of its defaults; raises ``PeftJaxError`` for what is none."""
-    return validation.check_settings("eva_config", given, DEFAULTS, "{'rho': 1.0}")
+def settings(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """peft's ``EvaConfig`` with ``options`` in place of its defaults; raises ``PeftJaxError`` for what is none."""
+    return validation.check_settings("eva_config", options, DEFAULTS, "{'rho': 1.0}")
 
 
-def check(given: Mapping[str, Any] | None) -> None:
+def check(options: Mapping[str, Any] | None) -> None:
     """Raise ``PeftJaxError`` for a setting that there is not, or a value out of range."""
-    asked = settings(given)
+    asked = settings(options)
     for name in ("rho", "tau"):
         validation.check_number(f"eva_config['{name}']", asked[name])
     if asked["rho"] < 1 or not 0 < asked["tau"] <= 1:
         raise PeftJaxError(f"eva_config: rho={asked['rho']} must be at least 1, tau={asked['tau']} above 0, at most 1.")
 
 
-def analyse(given: Mapping[str, Any] | None, model: Any, params: Mapping[str, Any],
-            batches: Iterable[Mapping[str, Any]], found: Sequence[targeting.Target], ranks: Mapping[str, int],
+def analyse(options: Mapping[str, Any] | None, model: Any, params: Mapping[str, Any],
+            batches: Iterable[Mapping[str, Any]], targets: Sequence[targeting.Target], ranks: Mapping[str, int],
            ) -> tuple[dict[str, int], dict[str, jax.Array]]:
     """The ranks of the modules by name, those without one left out, and A by path, (*stack, in, rho times r).
 
     Args:
-      given: ``eva_config``. found: the targets. ranks: of each module by name, before they are shared out.
+      options: ``eva_config``. targets: of the LoRA. ranks: of each module by name, before they are shared out.
       batches: dicts with ``input_ids`` and maybe ``positions`` and ``segment_ids`` (..., batch, seq), 0 for padding.
     Raises:
       PeftJaxError: no batches, modules that the pass does not call or whose nn.scan withholds intermediates.
     """
-    asked = settings(given)
-    most = {target.path: round(asked["rho"] * max(ranks[name] for name in target.names)) for target in found}
-    widths = {target.path: min(most[target.path], math.prod(target.axes.inputs)) for target in found}
+    asked = settings(options)
+    most = {target.path: round(asked["rho"] * max(ranks[name] for name in target.names)) for target in targets}
+    widths = {target.path: min(most[target.path], math.prod(target.axes.inputs)) for target in targets}
     states: dict[str, Components] = {}
     groups: dict[str, str] = {}
     for batch in batches:
-        inputs, real = _inputs(model, params, batch, found)
+        inputs, real = _inputs(model, params, batch, targets)
         groups = groups or _equal(inputs)
         before = dict(states)
         for path in dict.fromkeys(groups.values()):
@@ -75,13 +75,13 @@ def analyse(given: Mapping[str, Any] | None, model: Any, params: Mapping[str, An
     if not states:
         raise PeftJaxError("eva: there are no batches to look at.")
     states = {path: states[groups[path]] for path in groups}
-    return _share(asked, found, ranks, states), {t.path: _start(states[t.path], asked["whiten"]) for t in found}
+    return _share(asked, targets, ranks, states), {t.path: _start(states[t.path], asked["whiten"]) for t in targets}
 
 
-def _inputs(model: Any, params: Mapping[str, Any], batch: Mapping[str, Any], found: Sequence[targeting.Target],
+def _inputs(model: Any, params: Mapping[str, Any], batch: Mapping[str, Any], targets: Sequence[targeting.Target],
            ) -> tuple[dict[str, jax.Array], jax.Array]:
     """{path: inputs (*stack, tokens, in)} of one batch, and which tokens are real (tokens,)."""
-    paths = {target.path: target.axes for target in found}
+    paths = {target.path: target.axes for target in targets}
 
     def note(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         path = "/".join(context.module.path)
@@ -156,11 +156,11 @@ def _settled(before: Components, after: Components, tau: float) -> bool:
     return bool((jnp.abs(turned) >= tau).all())
 
 
-def _share(asked: Mapping[str, Any], found: Sequence[targeting.Target], ranks: Mapping[str, int],
+def _share(asked: Mapping[str, Any], targets: Sequence[targeting.Target], ranks: Mapping[str, int],
            states: Mapping[str, Any]) -> dict[str, int]:
     """The new rank of each module that keeps one; of equal shares the earlier module's is taken."""
     offers = []
-    for target in found:
+    for target in targets:
         components = states[target.path]
         explained = np.asarray((components.scaled**2).sum(-1) / jnp.maximum(components.total, 1e-30)[..., None])
         for name, shares in zip(target.names, explained.reshape(len(target.names), -1), strict=True):

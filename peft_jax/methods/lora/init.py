@@ -64,10 +64,10 @@ def changes(how: bool | str) -> bool:
 
 
 def start(how: bool | str, target: targeting.Target, key: jax.Array, kernel: Any, ranks: np.ndarray,
-          scaling: np.ndarray, given: Any, loftq_config: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
+          scaling: np.ndarray, start_a: Any, loftq_config: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
     """A (*stack, in, r) and B (*stack, r, out) of a target for ``ranks`` and ``scaling`` (*stack), r the largest rank.
 
-    Zero beyond each layer's own rank. ``given`` is A for "eva". For "loftq" the quantised kernel is third. Raises
+    Zero beyond each layer's own rank. ``start_a`` is A for "eva". For "loftq" the quantised kernel is third. Raises
     ``PeftJaxError`` for ranks that do not fit, and a kernel that is quantised already.
     """
     _, stack, inputs, outputs = target.axes
@@ -75,13 +75,13 @@ def start(how: bool | str, target: targeting.Target, key: jax.Array, kernel: Any
     if changes(how) and quant.is_leaf(kernel):
         raise PeftJaxError(f"init_lora_weights={how!r} on '{target.path}' needs the plain kernel, and it is quantised: "
                            f"put the LoRA in front, chain(lora(init_lora_weights={how!r}), quantize(...)).")
-    _check_fits(how, target, ranks, scaling, given, min(shape[-2:]))
+    _check_fits(how, target, ranks, scaling, start_a, min(shape[-2:]))
     if how == loftq.NAME:
         return loftq.start(loftq_config, target, kernel, ranks, scaling)
     if target.leaf == "embedding":
         a, b = _embedding(how, key, shape, ranks)
     elif how == "eva":
-        a, b = given[..., :ranks.max()], jnp.zeros((*stack, ranks.max(), shape[-1]))
+        a, b = start_a[..., :ranks.max()], jnp.zeros((*stack, ranks.max(), shape[-1]))
     elif splits(how):
         a, b = _split(how, key, kernel.reshape(shape).astype(jnp.float32), ranks, scaling)
     else:
@@ -90,10 +90,10 @@ def start(how: bool | str, target: targeting.Target, key: jax.Array, kernel: Any
     return jnp.where(inside[..., None, :], a, 0), jnp.where(inside[..., None], b, 0)
 
 
-def _check_fits(how: bool | str, target: targeting.Target, ranks: np.ndarray, scaling: np.ndarray, given: Any,
+def _check_fits(how: bool | str, target: targeting.Target, ranks: np.ndarray, scaling: np.ndarray, start_a: Any,
                 most: int) -> None:
     where = f"init_lora_weights={how!r} on '{target.path}'"
-    if how == "eva" and given is None:
+    if how == "eva" and start_a is None:
         raise PeftJaxError(f"{where} needs to see data first: method = method.prepare(model, params, batches).")
     if changes(how) and ranks.max() > most:
         raise PeftJaxError(f"{where}: its kernel has {most} singular values, so a rank of {ranks.max()} is too high.")

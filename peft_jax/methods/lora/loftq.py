@@ -27,22 +27,22 @@ NAME = "loftq"
 DEFAULTS = {"quant_type": "nf4", "block_size": 64, "double_quant": False, "loftq_iter": 1}
 
 
-def settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The codec, as of :func:`peft_jax.quantize`, and the rounds, with ``given`` in place of defaults; raises
+def settings(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The codec, as of :func:`peft_jax.quantize`, and the rounds, with ``options`` in place of defaults; raises
     ``PeftJaxError`` for what is none."""
-    return validation.check_settings("loftq_config", given, DEFAULTS, "{'loftq_iter': 5}")
+    return validation.check_settings("loftq_config", options, DEFAULTS, "{'loftq_iter': 5}")
 
 
-def check(given: Mapping[str, Any] | None) -> None:
+def check(options: Mapping[str, Any] | None) -> None:
     """Raise ``PeftJaxError`` for a setting that there is not, or a value out of range."""
-    asked = settings(given)
+    asked = settings(options)
     validation.check_whole("loftq_config['loftq_iter']", asked["loftq_iter"])
     quant.check(asked["quant_type"], asked["block_size"], asked["double_quant"])
 
 
-def keeps_base(how: Any, given: Mapping[str, Any] | None) -> bool:
+def keeps_base(how: Any, options: Mapping[str, Any] | None) -> bool:
     """Whether an adapter so begun stands on the base that ``quantize`` gives, or on any base but for this start."""
-    return how != NAME or settings(given)["loftq_iter"] == 1
+    return how != NAME or settings(options)["loftq_iter"] == 1
 
 
 def base(config: Mapping[str, Any]) -> Method | None:
@@ -53,10 +53,10 @@ def base(config: Mapping[str, Any]) -> Method | None:
     return conversion({**codec, **kernel_adapter.selection(config), "product": "plain"}, holders=("kernel",))
 
 
-def start(given: Mapping[str, Any] | None, target: targeting.Target, kernel: Any, ranks: np.ndarray,
+def start(options: Mapping[str, Any] | None, target: targeting.Target, kernel: Any, ranks: np.ndarray,
           scaling: np.ndarray) -> tuple[jax.Array, jax.Array, quant.QuantizedArray]:
     """A (*stack, in, r), B (*stack, r, out) and the quantised kernel of a target; zero beyond each layer's own rank."""
-    asked = settings(given)
+    asked = settings(options)
     _, stack, inputs, outputs = target.axes
     if left := [name for name, rank in zip(target.names, ranks.reshape(-1)) if not rank]:
         raise PeftJaxError(f"init_lora_weights='loftq' quantises all {len(target.names)} layers of '{target.path}', "
