@@ -20,7 +20,7 @@ def get_config(model: str = "smollm2-135m", task: str = "movie_rating", method: 
     Args:
       model: a name of configs/models.py, or any source (Hub id, folder, .gguf file, pypi:NAME==VERSION).
       task: a name of configs/tasks.py, or a local .jsonl, .json, .csv or .parquet file.
-      method: a name of configs/methods.py.
+      method: a name of peft_jax/methods/__init__.py.
     Raises:
       PeftJaxError: unknown model, task or method, naming the nearest.
     """

@@ -16,11 +16,11 @@ from peft_jax.errors import PeftJaxError
 TRAINABLE, FROZEN = "trainable", "frozen"
 
 
-def _no_padding(params) -> int:
+def _no_padding(params: Mapping[str, Any]) -> int:
     return 0
 
 
-def _as_given(optimizer, total_steps):
+def _same_optimizer(optimizer: Any, total_steps: int) -> Any:
     return optimizer
 
 
@@ -33,7 +33,8 @@ class Method(NamedTuple):
       intercept: ``(next_fun, args, kwargs, context) -> output``, a flax.linen interceptor that reads those leaves;
         ``context`` is a :class:`Context`.
       labels: ``(params) -> labels``: a string for each leaf, ``"frozen"`` or the name of an optimiser group.
-      merge: ``(params) -> params`` without the method's leaves, ``None`` where it cannot be folded into the weights.
+      fold: ``(params) -> params`` with the method's leaves folded into the weights and gone; ``None`` where that cannot
+        be done. Callers use :meth:`merge` and :attr:`mergeable`.
       config: the method's arguments in Hugging Face peft's words, with ``peft_type``; what a saved adapter states.
       padding: ``(params) -> int``: trainable elements that are only there to give stacked layers one shape. They are
         zero, stay zero, and are not counted as parameters.
@@ -50,27 +51,47 @@ class Method(NamedTuple):
         all the names of the leaf's module. ``init`` leaves alone what was converted.
       leaves: the names of all leaves that the method itself adds, trained and frozen; one that ends in a slash is a
         folder of such leaves. Empty where the method adds none, or does not say.
-      stands_on: what changes the types of a base as a stored adapter of the method needs it, a method with ``convert``,
-        where ``init`` itself does that to a plain base.
+      base_quantization: the quantisation, a method with ``convert``, that ``init`` itself gives a plain base (LoftQ). A
+        saved adapter belongs to a base that was quantised so.
       along: of leaves beside a kernel, what their axes run along, the stack left out: "inputs" or "outputs" of the
         kernel, or ``None``. On a mesh they are cut as it is.
     """
 
     init: Callable[..., tree.Tree]
     intercept: Callable[..., Any]
-    labels: Callable[[Mapping], tree.Tree]
-    merge: Callable[[Mapping], tree.Tree] | None
+    labels: Callable[[Mapping[str, Any]], tree.Tree]
+    fold: Callable[[Mapping[str, Any]], tree.Tree] | None
     config: Mapping[str, Any]
-    padding: Callable[[Mapping], int] = _no_padding
+    padding: Callable[[Mapping[str, Any]], int] = _no_padding
     stored: Format | None = None
-    optimizer: Callable[[Any, int], Any] = _as_given
-    penalty: Callable[[Mapping], jax.Array] | None = None
+    optimizer: Callable[[Any, int], Any] = _same_optimizer
+    penalty: Callable[[Mapping[str, Any]], jax.Array] | None = None
     parts: tuple["Method", ...] = ()
     prepare: Callable[..., "Method"] | None = None
     leaves: tuple[str, ...] = ()
     convert: Callable[..., Any] | None = None
-    stands_on: "Method | None" = None
+    base_quantization: "Method | None" = None
     along: Mapping[str, tuple[str | None, ...]] = MappingProxyType({})
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether the method can be folded into the weights of the model."""
+        return self.fold is not None
+
+    def merge(self, params: Mapping[str, Any]) -> tree.Tree:
+        """Plain parameters that compute what ``params`` do with the method: its leaves folded into the weights.
+
+        Raises ``PeftJaxError`` where the method is not :attr:`mergeable`, and where ``params`` lack its leaves.
+        """
+        if self.fold is None:
+            raise PeftJaxError(f"merge: {_unmergeable(self)} cannot be folded into the weights: save the adapter "
+                               "(save_adapter) and use bind(method, model). method.mergeable says so beforehand.")
+        return self.fold(params)
+
+
+def _unmergeable(method: Method) -> str:
+    """The parts that cannot be merged, by their kinds."""
+    return ", ".join(dict.fromkeys(part.config["peft_type"] for part in method.parts or (method,) if part.fold is None))
 
 
 def _pass(next_fun, args, kwargs, context):
@@ -86,7 +107,8 @@ def _same(params):
 
 
 # The base model as it is: nothing is added, nothing trains. Bound, it reads quantised leaves.
-BASE = Method(lambda rng, params, axes=None: params, _pass, _frozen, _same, {"peft_type": "BASE"})
+BASE = Method(init=lambda rng, params, axes=None: params, intercept=_pass, labels=_frozen, fold=_same,
+              config={"peft_type": "BASE"})
 
 
 def chain(*methods: Method) -> Method:
@@ -114,13 +136,13 @@ def chain(*methods: Method) -> Method:
         return next_fun(*args, **kwargs)
 
     def labels(params):
-        found = _agree(methods, [tree.flatten(m.labels(params)) for m in methods])
+        groups = _agree(methods, [tree.flatten(m.labels(params)) for m in methods])
         for path, leaf in tree.flatten(params).items():
-            if found[path] != FROZEN and quant.is_leaf(leaf):
+            if groups[path] != FROZEN and quant.is_leaf(leaf):
                 raise quant.cannot_train(path, leaf)
-        return tree.unflatten(found)
+        return tree.unflatten(groups)
 
-    def merge(params):
+    def fold(params):
         check_held(chained, params)
         for method in methods:  # the first is nearest to the weights, the next changes what it made of them
             params = method.merge(params)
@@ -131,21 +153,21 @@ def chain(*methods: Method) -> Method:
             inner = method.optimizer(inner, total_steps)
         return inner
 
-    def penalty(params):
+    def penalty(params) -> Any:
         return sum(method.penalty(params) for method in methods if method.penalty)
 
     def prepare(model, params, batches):
         return chain(*[m.prepare(model, params, batches) if m.prepare else m for m in methods])
 
-    foldable = all(method.merge for method in methods)
-    chained = Method(init, intercept, labels, merge if foldable else None,
-                     {"peft_type": "CHAIN", "methods": tuple(m.config for m in methods)},
-                     lambda params: sum(m.padding(params) for m in methods), optimizer=optimizer,
-                     penalty=penalty if any(m.penalty for m in methods) else None,
-                     prepare=prepare if any(m.prepare for m in methods) else None, parts=methods,
-                     leaves=tuple(dict.fromkeys(name for m in methods for name in m.leaves)),
-                     along={name: axes for m in methods for name, axes in m.along.items()},
-                     convert=_conversion(methods))
+    chained = Method(
+        init=init, intercept=intercept, labels=labels,
+        fold=fold if all(method.mergeable for method in methods) else None,
+        config={"peft_type": "CHAIN", "methods": tuple(m.config for m in methods)},
+        padding=lambda params: sum(m.padding(params) for m in methods),
+        optimizer=optimizer, penalty=penalty if any(m.penalty for m in methods) else None,
+        parts=methods, prepare=prepare if any(m.prepare for m in methods) else None,
+        leaves=tuple(dict.fromkeys(name for m in methods for name in m.leaves)),
+        convert=_conversion(methods), along={name: axes for m in methods for name, axes in m.along.items()})
     return chained
 
 

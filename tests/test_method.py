@@ -76,8 +76,11 @@ def test_two_methods_of_one_kernel_merge_in_the_order_of_the_forward_pass(first)
                                bind(method, MODEL)({"params": params}, X), rtol=1e-4, atol=1e-5)
 
 
-def test_a_chain_with_an_unfoldable_part_has_no_merge():
-    assert chain(on("first"), scaled("second", 1.0, "a")._replace(merge=None)).merge is None
+def test_a_chain_with_a_part_that_cannot_be_folded_says_so():
+    method = chain(on("first"), scaled("second", 1.0, "a")._replace(fold=None))
+    assert on("first").mergeable and not method.mergeable
+    with pytest.raises(PeftJaxError, match=r"merge: SCALED cannot be folded into the weights: save the adapter"):
+        method.merge(method.init(jax.random.key(0), PARAMS))
 
 
 def test_two_groups_for_one_leaf_are_an_error():

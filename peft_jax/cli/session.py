@@ -119,7 +119,7 @@ def load_model(config, method: Method = BASE, mesh: Mesh | None = None) -> tuple
 def trained_on(config) -> Method:
     """What an adapter of this configuration's method stands on: its changes of types alone."""
     method = build_method(config)
-    changes = [one for part in method.parts or (method,) if (one := part.stands_on or part).convert]
+    changes = [one for part in method.parts or (method,) if (one := part.base_quantization or part).convert]
     return chain(*changes) if changes else BASE
 
 

@@ -53,4 +53,4 @@ def adapter(source: str | Path, model, base: tree.Tree, mesh: Mesh) -> Tuned:
     method, params = load_adapter(source, base)
     if several(mesh):
         params = partitioning.place(params, partitioning.shardings(params, mesh, model.sharding, method))
-    return Tuned("adapter", bind(method, model, mesh), params, method.merge)
+    return Tuned("adapter", bind(method, model, mesh), params, method.merge if method.mergeable else None)

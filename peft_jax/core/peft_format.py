@@ -6,6 +6,7 @@ serves both ways.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from peft_jax.errors import PeftJaxError
 PREFIX = "base_model.model."  # peft's two wrappers around the model
 
 
-def _same(leaf):
+def _same(leaf: np.ndarray) -> np.ndarray:
     return leaf
 
 
@@ -65,23 +66,23 @@ class Naming(NamedTuple):
     heads: int | None = None
 
 
-def _no_fields(config, flat, naming) -> dict[str, Any]:
+def _no_fields(config: Mapping[str, Any], flat: Mapping[str, Any], naming: Naming) -> dict[str, Any]:
     return {}
 
 
-def _always(given) -> bool:
+def _always(stated: Mapping[str, Any]) -> bool:
     return True
 
 
-def _as_given(given, where) -> dict[str, Any]:
-    return dict(given)
+def _as_stated(stated: Mapping[str, Any], where: str) -> dict[str, Any]:
+    return dict(stated)
 
 
-def _as_it_is(config, flat):
+def _as_it_is(config: Mapping[str, Any], flat: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     return config, flat
 
 
-def _never(config, flat) -> str:
+def _savable(config: Mapping[str, Any], flat: Mapping[str, Any]) -> str:
     return ""
 
 
@@ -96,11 +97,12 @@ class Format(NamedTuple):
       fields: ``(config, flat params, naming) -> {field: value}``, fields of the config beside or instead of the
         arguments.
       silent: fields that change nothing about what a stored adapter computes.
-      read: ``(arguments found, where) -> arguments`` as ``make`` takes them; raises ``PeftJaxError`` naming the file
-        ``where`` for a value that is not supported.
+      read: ``(arguments of the file, where) -> arguments`` as ``make`` takes them; raises ``PeftJaxError`` naming the
+        file ``where`` for a value that is not supported.
       claims: ``(config file's content) -> bool``, where several methods share a ``peft_type``.
       plain: ``(config, flat params) -> (config, flat params)`` without what only training needed, before saving.
-      refuses: ``(config, flat params) -> why`` these parameters are no adapter of a base that others have, or ``""``.
+      unsavable_because: ``(config, flat params) -> reason`` why no adapter file can hold these parameters: nobody else
+        has the base that they need. ``""`` where one can. Then the whole model is saved instead.
     """
 
     kind: str
@@ -109,10 +111,19 @@ class Format(NamedTuple):
     slots: Callable[..., dict[str, Slot]]
     fields: Callable[..., dict[str, Any]] = _no_fields
     silent: tuple[str, ...] = ()
-    read: Callable[[Mapping[str, Any], str], dict[str, Any]] = _as_given
+    read: Callable[[Mapping[str, Any], str], dict[str, Any]] = _as_stated
     claims: Callable[[Mapping[str, Any]], bool] = _always
     plain: Callable[..., tuple] = _as_it_is
-    refuses: Callable[..., str] = _never
+    unsavable_because: Callable[..., str] = _savable
+
+
+def arguments_of(make: Callable[..., Any], without: Sequence[str] = ()) -> tuple[str, ...]:
+    """The names of a method's arguments, in order, for :class:`Format`.
+
+    >>> arguments_of(lambda r, bias, init_weights: None, without=("bias",))
+    ('r', 'init_weights')
+    """
+    return tuple(name for name in signature(make).parameters if name not in without)
 
 
 def no_place(paths: Sequence[str], kind: str) -> PeftJaxError:

@@ -1,6 +1,9 @@
 """Fine-tuning methods: this is the one list of them. Every other list of methods is derived from it.
 
-A method is one file, named here; its function has the method's name. The file is imported when it is first used.
+A method is one file, named here; its function has the method's name. The file is imported when it is first used. It may
+hold ``FORMAT``, how its adapters are stored, and ``SHOWN``, what tables and benchmarks of all methods say of it:
+``{"arguments": ..., "note": what these are, "checked": against what, "step": more arguments where a step is timed}``,
+or ``None`` where they leave it out.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -53,6 +56,7 @@ METHODS = _Files({
     "lora": "lora.lora",
     "lorafa": "lora.lora_fa",
     "loraplus": "lora.lora_plus",
+    "miss": "miss",
     "oft": "oft",
     "parallel_adapter": "bottleneck.parallel_adapter",
     "pfeiffer": "bottleneck.pfeiffer",
@@ -68,5 +72,5 @@ METHODS = _Files({
 def formats() -> "tuple[Format, ...]":
     """The kinds of adapter file that can be read: the ``FORMATS`` of every method's file, or its one ``FORMAT``."""
     modules = dict.fromkeys(map(METHODS.module, METHODS))
-    found = [one for module in modules for one in getattr(module, "FORMATS", (getattr(module, "FORMAT", None),)) if one]
-    return tuple(dict.fromkeys(found))
+    of_each = [getattr(module, "FORMATS", (getattr(module, "FORMAT", None),)) for module in modules]
+    return tuple(dict.fromkeys(one for some in of_each for one in some if one))

@@ -9,7 +9,7 @@ The copies are at the root because a scan slices every leaf below it, all by the
 them up from there, layer by layer. (Adding them into the stack first would copy all of it and its gradient.)
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,8 @@ PLAIN = ("kernel", "bias", "scale", "embedding")  # what flax calls the paramete
 Wanted = Callable[[str, str], bool]  # (path of a leaf, name of its module in one layer) -> whether it trains
 
 
-def init(method: str, params: Mapping[str, Any], axes, wanted: Wanted, required: bool = True) -> tree.Tree:
+def init(method: str, params: Mapping[str, Any], axes: Mapping[str, kernel_axes.KernelAxes] | None, wanted: Wanted,
+         required: bool = True) -> tree.Tree:
     """``params`` with the leaves that ``wanted`` chooses made trainable; ``method`` is the root folder for its marks.
 
     Raises ``PeftJaxError`` where nothing is chosen, a chosen leaf is no plain float array, or marks are there already.
@@ -37,7 +38,7 @@ def init(method: str, params: Mapping[str, Any], axes, wanted: Wanted, required:
         raise PeftJaxError(f"the parameters already hold '{method}' leaves: start from the base's, or merge first.")
     new, marks, stacks = dict(flat), {}, targeting.stacks(flat, axes)
     before = marks_of(flat)
-    others = {mark for held in before.values() for mark in held}
+    others = {mark for own in before.values() for mark in own}
     for path, leaf in flat.items():
         folder, _, name = path.rpartition("/")
         if path in others or (name.endswith("_at") and name.removesuffix("_at") in params):
@@ -45,10 +46,7 @@ def init(method: str, params: Mapping[str, Any], axes, wanted: Wanted, required:
         on = np.array([wanted(path, module) for module in targeting.module_names(folder, stacks[folder])], bool)
         if not on.any():
             continue
-        if quant.is_leaf(leaf):
-            raise quant.cannot_train(path, leaf)
-        if not isinstance(leaf, jax.Array | np.ndarray) or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise PeftJaxError(f"'{path}' cannot train: it is no plain array of floating-point numbers. Leave it out.")
+        _check_trainable(path, leaf)
         mark = f"{method}/{path.replace('/', '.')}"
         if on.all():
             kept = [flat[one].dtype for one in before.get(path, ()) if not flat[one].ndim]  # it is float32 already
@@ -62,14 +60,21 @@ def init(method: str, params: Mapping[str, Any], axes, wanted: Wanted, required:
     return tree.unflatten(new | marks)
 
 
+def _check_trainable(path: str, leaf: Any) -> None:
+    if quant.is_leaf(leaf):
+        raise quant.cannot_train(path, leaf)
+    if not isinstance(leaf, jax.Array | np.ndarray) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise PeftJaxError(f"'{path}' cannot train: it is no plain array of floating-point numbers. Leave it out.")
+
+
 def marks_of(flat: Mapping[str, Any]) -> dict[str, list[str]]:
     """The marks and copies, of any such method, of each leaf that has some, by path."""
     dotted = {path.replace("/", "."): path for path in flat if "/" in path}
-    found: dict[str, list[str]] = {}
+    marks: dict[str, list[str]] = {}
     for mark in flat:
         if path := dotted.get(mark.partition("/")[2]):
-            found.setdefault(path, []).append(mark)
-    return found
+            marks.setdefault(path, []).append(mark)
+    return marks
 
 
 def labels(method: str, params: Mapping[str, Any]) -> tree.Tree:
@@ -77,33 +82,33 @@ def labels(method: str, params: Mapping[str, Any]) -> tree.Tree:
     marks = params.get(method, {})
     copies = {f"{method}/{name}" for name, mark in marks.items() if mark.ndim}
 
-    def label(path, leaf):
+    def label(path: str, leaf: Any) -> str:
         mark = marks.get(path.replace("/", "."))
         return TRAINABLE if path in copies or (mark is not None and not mark.ndim) else FROZEN
 
     return tree.map_paths(label, params)
 
 
-def intercept(method: str, next_fun, args, kwargs, context):
+def intercept(method: str, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     """Call a module that trains in some layers only with this layer's own leaves."""
     module = context.module
     if context.method_name not in ("__call__", "attend") or not module.has_variable("params", f"{method}_at"):
         return next_fun(*args, **kwargs)
-    held = dict(module.variables["params"])
-    at = held.pop(f"{method}_at")
+    own = dict(module.variables["params"])
+    at = own.pop(f"{method}_at")
     place = "/".join(module.path)
-    _check_alone(method, place, held)
+    _check_alone(method, place, own)
     if next_fun is not context.orig_method:
         raise PeftJaxError(f"'{place}' trains in some layers only, by {method}: name {method} first in the chain.")
-    for name, leaf in held.items():
+    for name, leaf in own.items():
         copies = context.params[method].get(".".join((*module.path, name)))
         if copies is not None and copies.ndim:
-            own = copies[jnp.maximum(at, 0).astype(jnp.int32)]
-            held[name] = jnp.where(at >= 0, own, leaf.astype(jnp.float32))
-    return module.clone(parent=None).apply({"params": held}, *args, method=context.method_name, **kwargs)
+            copy = copies[jnp.maximum(at, 0).astype(jnp.int32)]
+            own[name] = jnp.where(at >= 0, copy, leaf.astype(jnp.float32))
+    return module.clone(parent=None).apply({"params": own}, *args, method=context.method_name, **kwargs)
 
 
-def _check_alone(method: str, place: str, names) -> None:
+def _check_alone(method: str, place: str, names: Iterable[str]) -> None:
     """Neither the forward pass nor a merge could tell which of two methods changes a layer's leaf first."""
     if other := [name for name in names if name not in PLAIN]:
         raise PeftJaxError(f"'{place}' trains in some layers only, by {method}, and has '{other[0]}' beside: use one "
@@ -117,18 +122,18 @@ def merge(method: str, params: Mapping[str, Any]) -> tree.Tree:
     marks = {path: flat.pop(path) for path in list(flat) if path.startswith(f"{method}/")}
     places = {f"{method}/{path.replace('/', '.')}": path for path in flat}
     spots = {path.rpartition("/")[0]: flat.pop(path) for path in list(flat) if path.endswith(f"/{method}_at")}
-    for mark, held in marks.items():
+    for mark, copies in marks.items():
         path = places[mark]
         folder, leaf = path.rpartition("/")[0], flat[path]
-        if held.ndim:
+        if copies.ndim:
             _check_alone(method, folder, [p.rpartition("/")[2] for p in flat if p.rpartition("/")[0] == folder])
-            flat[path] = _put(leaf, held, spots[folder])
+            flat[path] = _put(leaf, copies, spots[folder])
         else:
-            flat[path] = leaf.astype(held.dtype)
+            flat[path] = leaf.astype(copies.dtype)
     return tree.unflatten(flat)
 
 
-def _put(leaf, copies, at):
+def _put(leaf: jax.Array, copies: jax.Array, at: jax.Array) -> jax.Array:
     """``leaf`` with ``copies`` (n, ...) in the layers where ``at`` (*stack) is not negative."""
     own = copies[jnp.maximum(at, 0).astype(jnp.int32)].astype(leaf.dtype)
     return jnp.where((at >= 0).reshape(*at.shape, *[1] * (leaf.ndim - at.ndim)), own, leaf)
@@ -138,7 +143,7 @@ def slots(method: str, flat: Mapping[str, Any], trained: Sequence[str], naming: 
           key: Callable[[str, str], str]) -> dict[str, Slot]:
     """The tensors of all trained leaves. ``key(path of the model's leaf, tensor's name)`` is the name in the file."""
     places = {f"{method}/{path.replace('/', '.')}": path for path in flat}
-    found = {}
+    tensors = {}
     for path in trained:
         original = places.get(path, path) if path.startswith(f"{method}/") else path
         named = list(_whole(naming, original).items())
@@ -148,8 +153,8 @@ def slots(method: str, flat: Mapping[str, Any], trained: Sequence[str], naming: 
             entries = entries if len(entries) == len(named) else [0]  # other models: one tensor for all copies
         for (name, _), entry in zip(named, entries, strict=True):
             if entry >= 0:
-                found[PREFIX + key(original, name)] = Slot(path, named[entry][1].view)
-    return found
+                tensors[PREFIX + key(original, name)] = Slot(path, named[entry][1].view)
+    return tensors
 
 
 def _whole(naming: Naming, path: str) -> dict[str, Slot]:
@@ -158,10 +163,10 @@ def _whole(naming: Naming, path: str) -> dict[str, Slot]:
     return dict([*named.items()][:1]) if path.endswith("/embedding") else named
 
 
-def bound(method: str) -> dict[str, Callable]:
+def bound(method: str) -> dict[str, Any]:
     """The functions of a method but for ``init``, and its leaves, as keyword arguments of :class:`peft_jax.Method`."""
     return {"intercept": partial(intercept, method), "labels": partial(labels, method),
-            "merge": partial(merge, method), "leaves": leaves(method)}
+            "fold": partial(merge, method), "leaves": leaves(method)}
 
 
 def leaves(method: str) -> tuple[str, ...]:
@@ -169,7 +174,7 @@ def leaves(method: str) -> tuple[str, ...]:
     return f"{method}/", f"{method}_at"
 
 
-def modules(flat: Mapping[str, Any], axes) -> list[targeting.Target]:
+def modules(flat: Mapping[str, Any], axes: Mapping[str, kernel_axes.KernelAxes] | None) -> list[targeting.Target]:
     """Every module that owns leaves, with its names; their layout is not known."""
     unknown = kernel_axes.KernelAxes("module", (), (), ())
     return [targeting.Target(folder, unknown._replace(stack=stack), targeting.module_names(folder, stack))

@@ -11,18 +11,18 @@ layers of a stack that are not adapted. Columns start in equal pairs, whose refl
 """
 
 import math
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from peft_jax.core import kernel_axes, validation
-from peft_jax.core.peft_format import Format
 from peft_jax.core.remat import keep
-from peft_jax.core.targeting import Patterns
+from peft_jax.core.targeting import Patterns, Target
 from peft_jax.method import Method
 from peft_jax.methods import _adapter_file as adapter_file
-from peft_jax.methods import _biases as biases
 from peft_jax.methods import _kernel_adapter as kernel_adapter
 
 LEAVES = ("hra_u", "hra_on")
@@ -52,19 +52,19 @@ def hra(r: int = 8, apply_GS: bool = False, target_modules: Patterns = ("q_proj"
 
     Raises ``PeftJaxError`` for values out of range, and from ``init`` for patterns that match nothing.
     """
-    config = kernel_adapter.tidy({"peft_type": "HRA", **locals()})
+    config = kernel_adapter.tidy(
+        peft_type="HRA", r=r, apply_GS=apply_GS, target_modules=target_modules, bias=bias,
+        exclude_modules=exclude_modules, layers_to_transform=layers_to_transform, layers_pattern=layers_pattern,
+        modules_to_save=modules_to_save, init_weights=init_weights)
     validation.check_rank("r", r)
     validation.check_switches(config, "apply_GS", "init_weights")
     validation.check_choice("bias", bias, BIASES)
-    trains = partial(biases.trains, config, LEAVES[:1], "hra_on")
-    init = partial(biases.init, config, partial(_leaves, config), trains, "hra_on")
-    padding = partial(kernel_adapter.padding, config=config, leaves=LEAVES[:1], switch="hra_on")
-    return Method(init, partial(_intercept, apply_GS), partial(kernel_adapter.labels, trained=trains),
-                  partial(_merge, apply_GS), config, padding, FORMAT, leaves=LEAVES,
-                  along={"hra_u": ("inputs", None)})
+    return kernel_adapter.method(
+        config, trained=LEAVES[:1], switch="hra_on", leaves=_leaves, intercept=partial(_intercept, apply_GS),
+        fold=partial(_fold, apply_GS), stored=FORMAT, along={"hra_u": ("inputs", None)})
 
 
-def _leaves(config, key, target, kernel) -> dict[str, jax.Array]:
+def _leaves(config: Mapping[str, Any], key: jax.Array, target: Target, kernel: Any) -> dict[str, jax.Array]:
     _, stack, inputs, _ = target.axes
     r, paired = config["r"], config["init_weights"] and not config["apply_GS"] and config["r"] % 2 == 0
     random = jax.random.uniform(key, (*stack, *inputs, r // 2 if paired else r), jnp.float32, -1, 1)
@@ -74,18 +74,18 @@ def _leaves(config, key, target, kernel) -> dict[str, jax.Array]:
     return {"hra_u": u, "hra_on": on}
 
 
-def _intercept(orthogonal, next_fun, args, kwargs, context):
+def _intercept(orthogonal: bool, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     module = context.module
-    if (held := kernel_adapter.read(module, context, LEAVES, "HRA")) is None:
+    if (leaves := kernel_adapter.read(module, context, LEAVES, "HRA")) is None:
         return next_fun(*args, **kwargs)
     x = kernel_axes.inputs_last(module, args[0])
-    left, right = (side.astype(x.dtype) for side in sides(*held, orthogonal))
+    left, right = (side.astype(x.dtype) for side in sides(leaves[0], leaves[1], orthogonal))
     low = keep(x.reshape(-1, left.shape[0]) @ left)
     moved = x - (low @ right.T).reshape(x.shape)
     return next_fun(kernel_axes.inputs_back(module, moved), *args[1:], **kwargs)
 
 
-def sides(u, on, orthogonal):
+def sides(u: jax.Array, on: jax.Array, orthogonal: bool) -> tuple[jax.Array, jax.Array]:
     """Float32 matrices (*stack, in, r), left and right, with I - left right' the product that x is multiplied by."""
     r, switch = u.shape[-1], on[..., None, None] > 0
     u = u.reshape(*on.shape, -1, r)
@@ -100,24 +100,12 @@ def sides(u, on, orthogonal):
     return jnp.where(switch, u, 0), right
 
 
-def _merge(orthogonal, params):
-    """Reflect each kernel's inputs, in float32, back to the kernel's dtype; the leaves are gone afterwards."""
-
-    def fold(kernel, u, on):
-        left, right = sides(u, on, orthogonal)
-        rows = kernel.reshape(*left.shape[:-1], -1)
-        low = jnp.einsum("...nr,...no->...ro", right, rows, precision="highest")
-        return kernel - jnp.matmul(left, low, precision="highest").reshape(kernel.shape)
-
-    return kernel_adapter.merge(params, LEAVES, fold)
+def _fold(orthogonal: bool, kernel: jax.Array, u: jax.Array, on: jax.Array) -> jax.Array:
+    """The kernel with its inputs reflected."""
+    left, right = sides(u, on, orthogonal)
+    rows = kernel.reshape(*left.shape[:-1], -1)
+    low = jnp.einsum("...nr,...no->...ro", right, rows, precision="highest")
+    return kernel - jnp.matmul(left, low, precision="highest").reshape(kernel.shape)
 
 
-def _slots(config, flat, trained, naming):
-    def view(leaf, name):
-        return (lambda u: u.reshape(-1, u.shape[-1])) if kernel_adapter.chosen(config, [name])[0] else None
-
-    return adapter_file.slots(flat, trained, naming, "hra_on", {"hra_u": "hra_u"}, view)
-
-
-ARGUMENTS = ("r", "apply_GS", *kernel_adapter.SELECTION, "bias", "init_weights")
-FORMAT = Format("HRA", hra, ARGUMENTS, _slots, adapter_file.fields)
+FORMAT = adapter_file.stored(hra, "HRA", "hra_on", {"hra_u": ("hra_u", lambda u: u.reshape(-1, u.shape[-1]))})

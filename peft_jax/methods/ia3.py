@@ -7,14 +7,16 @@ and the frozen switch ``ia3_on`` (*stack), zero for layers of a stack that are n
 starts from the base model.
 """
 
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from peft_jax.core import kernel_axes, targeting, tree, validation
-from peft_jax.core.peft_format import Format
-from peft_jax.core.targeting import Patterns
+from peft_jax.core.peft_format import Naming
+from peft_jax.core.targeting import Patterns, Target
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.method import Method, check_leaves
 from peft_jax.methods import _adapter_file as adapter_file
@@ -23,7 +25,6 @@ from peft_jax.quant import plain
 
 DEFAULT = ("down_proj",)
 LEAVES = ("ia3_in", "ia3_out", "ia3_on")
-KEYS = {"ia3_in": "ia3_l", "ia3_out": "ia3_l"}
 
 
 def ia3(target_modules: Patterns = ("k_proj", "v_proj", "down_proj"), feedforward_modules: Patterns = ("down_proj",), *,
@@ -47,33 +48,35 @@ def ia3(target_modules: Patterns = ("k_proj", "v_proj", "down_proj"), feedforwar
     Raises ``PeftJaxError`` for arguments of the wrong type, and from ``init`` for patterns that match nothing and for
     a stack of which only some layers are feed-forward modules.
     """
-    config = kernel_adapter.tidy({"peft_type": "IA3", "layers_to_transform": None, "layers_pattern": None, **locals()},
-                         ("k_proj", "v_proj", "down_proj"))
+    config = kernel_adapter.tidy(
+        peft_type="IA3", target_modules=target_modules, feedforward_modules=feedforward_modules,
+        exclude_modules=exclude_modules, modules_to_save=modules_to_save, init_ia3_weights=init_ia3_weights,
+        default=("k_proj", "v_proj", "down_proj"))
     validation.check_modules("feedforward_modules", feedforward_modules)
     validation.check_switches(config, "init_ia3_weights")
-    trains = partial(kernel_adapter.trains, config, tuple(KEYS))
-    padding = partial(kernel_adapter.padding, config=config, leaves=tuple(KEYS), switch="ia3_on")
-    labels = partial(kernel_adapter.labels, trained=trains)
-    return Method(partial(_init, config, trains), _intercept, labels, _merge, config, padding,
-                  FORMAT, leaves=LEAVES, along={"ia3_in": ("inputs",), "ia3_out": ("outputs",)})
+    method = kernel_adapter.method(
+        config, trained=LEAVES[:2], switch="ia3_on", leaves=_leaves, intercept=_intercept, stored=FORMAT,
+        along={"ia3_in": ("inputs",), "ia3_out": ("outputs",)})
+    return method._replace(init=partial(_init, config, method), fold=_merge)
 
 
-def _init(config, trains, rng, params, axes=None):
+def _init(config: Mapping[str, Any], method: Method, rng: jax.Array, params: Mapping[str, Any],
+          axes: Mapping[str, Any] | None = None) -> tree.Tree:
     _check_feedforward(config, targeting.find(params, axes, kernel_adapter.selection(config)))
-    return kernel_adapter.init(config, partial(_leaves, config), trains, rng, params, axes)
+    return method.init(rng, params, axes)
 
 
-def _check_feedforward(config, found) -> None:
+def _check_feedforward(config: Mapping[str, Any], targets: list[Target]) -> None:
     """What is named in vain would be scaled on its other side; the default alone need not be there."""
-    given = config["feedforward_modules"] if config["feedforward_modules"] != DEFAULT else ()
-    names = [name for target in found for name in target.names if kernel_adapter.chosen(config, [name])[0]]
-    if (said := targeting.unmatched(given, names)) is not None:
+    wanted = config["feedforward_modules"] if config["feedforward_modules"] != DEFAULT else ()
+    names = [name for target in targets for name in target.names if kernel_adapter.chosen(config, [name])[0]]
+    if (said := targeting.unmatched(wanted, names)) is not None:
         raise PeftJaxError(f"feedforward_modules has '{said}', which matches none of the adapted modules (a string is "
                            "a regex for whole names, endings go into a list): "
                            f"{nearest(said, (name.rsplit('.', 1)[-1] for name in names))}")
 
 
-def _leaves(config, key, target, kernel):
+def _leaves(config: Mapping[str, Any], key: jax.Array, target: Target, kernel: Any) -> dict[str, jax.Array]:
     inside = {targeting.listed(config["feedforward_modules"] or (), name) for name in target.names}
     if len(inside) > 1:
         raise PeftJaxError(f"feedforward_modules={config['feedforward_modules']!r} names some layers of the stack "
@@ -86,22 +89,22 @@ def _leaves(config, key, target, kernel):
     return {name: start, "ia3_on": kernel_adapter.switch(config, target)}
 
 
-def _intercept(next_fun, args, kwargs, context):
+def _intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     module = context.module
-    if held := kernel_adapter.read(module, context, ("ia3_in", "ia3_on"), "IA3"):
+    if leaves := kernel_adapter.read(module, context, ("ia3_in", "ia3_on"), "IA3"):
         x = kernel_axes.inputs_last(module, args[0])
-        return next_fun(kernel_axes.inputs_back(module, x * _scale(*held, x.dtype)), *args[1:], **kwargs)
+        return next_fun(kernel_axes.inputs_back(module, x * _scale(leaves[0], leaves[1], x.dtype)), *args[1:], **kwargs)
     y = next_fun(*args, **kwargs)
-    held = kernel_adapter.read(module, context, ("ia3_out", "ia3_on"), "IA3")
-    return y * _scale(*held, y.dtype) if held else y
+    leaves = kernel_adapter.read(module, context, ("ia3_out", "ia3_on"), "IA3")
+    return y * _scale(leaves[0], leaves[1], y.dtype) if leaves else y
 
 
-def _scale(scale, on, dtype):
+def _scale(scale: jax.Array, on: jax.Array, dtype: Any) -> jax.Array:
     """l, and one where the layer is not adapted, whatever an optimiser did to it there."""
     return jnp.where(on.reshape(*on.shape, *[1] * (scale.ndim - on.ndim)) > 0, scale, 1).astype(dtype)
 
 
-def _merge(params):
+def _merge(params: Mapping[str, Any]) -> tree.Tree:
     """Scale the rows or columns of each kernel, and the bias behind scaled columns; back to their own dtypes."""
     check_leaves(LEAVES, params, "IA3")
     flat = tree.flatten(params)
@@ -118,18 +121,7 @@ def _merge(params):
     return tree.unflatten(flat)
 
 
-def _slots(config, flat, trained, naming):
-    return adapter_file.slots(flat, trained, naming, "ia3_on", KEYS, partial(_view, config))
-
-
-def _view(config, leaf, name):
-    """peft keeps a row (1, in) for inputs and a column (out, 1) for outputs."""
-    if not kernel_adapter.chosen(config, [name])[0]:
-        return None
-    return (lambda scale: scale.reshape(1, -1)) if leaf == "ia3_in" else (lambda scale: scale.reshape(-1, 1))
-
-
-def _fields(config, flat, naming):
+def _fields(config: Mapping[str, Any], flat: Mapping[str, Any], naming: Naming) -> dict[str, Any]:
     """peft matches feedforward_modules by the ends of whole names too."""
     feedforward = config["feedforward_modules"]
     both = {theirs for ours, theirs in naming.pairs if targeting.listed(feedforward or (), ours)}
@@ -139,5 +131,8 @@ def _fields(config, flat, naming):
             "fan_in_fan_out": naming.fan_in_fan_out}
 
 
-ARGUMENTS = ("target_modules", "feedforward_modules", "exclude_modules", "modules_to_save", "init_ia3_weights")
-FORMAT = Format("IA3", ia3, ARGUMENTS, _slots, _fields, ("fan_in_fan_out",))
+# peft keeps a row (1, in) for inputs and a column (out, 1) for outputs.
+FORMAT = adapter_file.stored(
+    ia3, "IA3", "ia3_on", {"ia3_in": ("ia3_l", lambda scale: scale.reshape(1, -1)),
+                           "ia3_out": ("ia3_l", lambda scale: scale.reshape(-1, 1))},
+    fields=_fields, silent=("fan_in_fan_out",))

@@ -12,19 +12,20 @@ base model; what is added to x is x (R - I), which is then zero.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core import kernel_axes, validation
-from peft_jax.core.peft_format import Format
-from peft_jax.core.targeting import Patterns
+from peft_jax.core.peft_format import Naming
+from peft_jax.core.targeting import Patterns, Target
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.methods import _adapter_file as adapter_file
-from peft_jax.methods import _biases as biases
 from peft_jax.methods import _kernel_adapter as kernel_adapter
 
 LEAVES = ("oft_r", "oft_on")
@@ -62,17 +63,18 @@ def oft(r: int = 0, oft_block_size: int = 32, module_dropout: float = 0.0,
 
     Raises ``PeftJaxError`` for values out of range, and from ``init`` for patterns that match nothing.
     """
-    config = kernel_adapter.tidy({"peft_type": "OFT", **locals()})
+    config = kernel_adapter.tidy(
+        peft_type="OFT", r=r, oft_block_size=oft_block_size, module_dropout=module_dropout,
+        target_modules=target_modules, bias=bias, coft=coft, eps=eps, block_share=block_share,
+        use_cayley_neumann=use_cayley_neumann, num_cayley_neumann_terms=num_cayley_neumann_terms,
+        exclude_modules=exclude_modules, layers_to_transform=layers_to_transform, layers_pattern=layers_pattern,
+        modules_to_save=modules_to_save, init_weights=init_weights)
     _check(config)
-    trains = partial(biases.trains, config, LEAVES[:1], "oft_on")
-    init = partial(biases.init, config, partial(_leaves, config), trains, "oft_on")
-    return Method(init, partial(_intercept, config), partial(kernel_adapter.labels, trained=trains),
-                  partial(_merge, config), config,
-                  partial(kernel_adapter.padding, config=config, leaves=LEAVES[:1], switch="oft_on"), FORMAT,
-                  leaves=LEAVES)
+    return kernel_adapter.method(config, trained=LEAVES[:1], switch="oft_on", leaves=_leaves,
+                                 intercept=partial(_intercept, config), fold=partial(_fold, config), stored=FORMAT)
 
 
-def _check(config) -> None:
+def _check(config: Mapping[str, Any]) -> None:
     r, size = config["r"], config["oft_block_size"]
     if not all(isinstance(number, int) and number >= 0 for number in (r, size)) or bool(r) == bool(size):
         raise PeftJaxError(f"r={r!r} and oft_block_size={size!r}: give one of them, a whole number, and 0 for the "
@@ -84,7 +86,7 @@ def _check(config) -> None:
     validation.check_whole("num_cayley_neumann_terms", config["num_cayley_neumann_terms"])
 
 
-def _leaves(config, key, target, kernel) -> dict[str, jax.Array]:
+def _leaves(config: Mapping[str, Any], key: jax.Array, target: Target, kernel: Any) -> dict[str, jax.Array]:
     _, stack, inputs, outputs = target.axes
     width, blocks = math.prod(inputs), config["r"]
     size = width // nearest_divisor(width, blocks) if blocks else nearest_divisor(width, config["oft_block_size"])
@@ -110,20 +112,21 @@ def nearest_divisor(width: int, wanted: int) -> int:
     return min((abs(wanted - d), d) for d in range(1, width + 1) if width % d == 0)[1]
 
 
-def _intercept(config, next_fun, args, kwargs, context):
+def _intercept(config: Mapping[str, Any], next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any,
+               ) -> Any:
     module = context.module
-    if (held := kernel_adapter.read(module, context, LEAVES, "OFT")) is None:
+    if (leaves := kernel_adapter.read(module, context, LEAVES, "OFT")) is None:
         return next_fun(*args, **kwargs)
     x = kernel_axes.inputs_last(module, args[0])
     count = len(kernel_axes.input_axes(module, x.ndim))
-    turns = excess(config, *held)
+    turns = excess(config, *leaves)
     blocks = x.reshape(-1, math.prod(x.shape[x.ndim - count:]) // turns.shape[-1], turns.shape[-1])
     turns = _dropped(module, context, jnp.broadcast_to(turns, (blocks.shape[1], *turns.shape[1:])), config)
     moved = x + jnp.einsum("tbi,bij->tbj", blocks, turns.astype(x.dtype)).reshape(x.shape)
     return next_fun(kernel_axes.inputs_back(module, moved), *args[1:], **kwargs)
 
 
-def excess(config, upper, on):
+def excess(config: Mapping[str, Any], upper: jax.Array, on: jax.Array) -> jax.Array:
     """R - I of each block, float32 (..., blocks, size, size), from the upper triangles of its Q."""
     q = skew(_constrained(config, upper) * on[..., None, None])
     if not config["use_cayley_neumann"]:  # (I - Q) (I + Q)^-1 - I = -2 Q (I + Q)^-1, and transposed of a skew Q
@@ -137,7 +140,7 @@ def excess(config, upper, on):
     return total + jnp.matmul(power, q, precision="highest") if terms > 2 else total
 
 
-def skew(upper):
+def skew(upper: jax.Array) -> jax.Array:
     """The skew-symmetric matrices (..., size, size) of upper triangles (..., size (size - 1) / 2), row by row."""
     size = (1 + math.isqrt(1 + 8 * upper.shape[-1])) // 2
     rows, columns = np.triu_indices(size, 1)
@@ -145,17 +148,17 @@ def skew(upper):
     return half - jnp.swapaxes(half, -1, -2)
 
 
-def _constrained(config, upper):
+def _constrained(config: Mapping[str, Any], upper: jax.Array) -> jax.Array:
     """Triangles of which each Q has a norm of at most eps / sqrt(blocks), in constrained OFT."""
     if not config["coft"]:
         return upper
     limit = config["eps"] / math.sqrt(upper.shape[-2])
     norm = jnp.sqrt(2 * jnp.sum(jnp.square(upper), -1, keepdims=True))  # each element stands in Q twice
-    held = upper * jnp.minimum(1, limit / jnp.where(norm > 0, norm, limit))
-    return upper + jax.lax.stop_gradient(held - upper)
+    short = upper * jnp.minimum(1, limit / jnp.where(norm > 0, norm, limit))
+    return upper + jax.lax.stop_gradient(short - upper)
 
 
-def _dropped(module, context, turns, config):
+def _dropped(module: Any, context: Any, turns: jax.Array, config: Mapping[str, Any]) -> jax.Array:
     """Some blocks unrotated, where there are several and the call was given a ``dropout`` stream."""
     rate, blocks = config["module_dropout"], turns.shape[0]
     if not rate or blocks == 1 or config["block_share"]:
@@ -163,33 +166,21 @@ def _dropped(module, context, turns, config):
     key = kernel_adapter.dropout_key(module, context, f"module_dropout={rate}")
     if key is None:
         return turns
-    held = jax.random.permutation(key, np.arange(blocks) >= int(rate * blocks))
-    return jnp.where(held[:, None, None], turns, 0)
+    stays = jax.random.permutation(key, np.arange(blocks) >= int(rate * blocks))
+    return jnp.where(stays[:, None, None], turns, 0)
 
 
-def _merge(config, params):
-    """Rotate each kernel's inputs, in float32, back to the kernel's dtype; the leaves are gone afterwards."""
-
-    def fold(kernel, upper, on):
-        turns = excess(config, upper, on)
-        inputs = kernel.shape[on.ndim] if config["block_share"] else math.prod(turns.shape[-3:-1])
-        rows = kernel.reshape(*on.shape, inputs // turns.shape[-1], turns.shape[-1], -1)
-        return kernel + jnp.matmul(turns, rows, precision="highest").reshape(kernel.shape)
-
-    return kernel_adapter.merge(params, LEAVES, fold)
+def _fold(config: Mapping[str, Any], kernel: jax.Array, upper: jax.Array, on: jax.Array) -> jax.Array:
+    """The kernel with its inputs rotated."""
+    turns = excess(config, upper, on)
+    inputs = kernel.shape[on.ndim] if config["block_share"] else math.prod(turns.shape[-3:-1])
+    rows = kernel.reshape(*on.shape, inputs // turns.shape[-1], turns.shape[-1], -1)
+    return kernel + jnp.matmul(turns, rows, precision="highest").reshape(kernel.shape)
 
 
-def _slots(config, flat, trained, naming):
-    def view(leaf, name):
-        return (lambda upper: upper) if kernel_adapter.chosen(config, [name])[0] else None
-
-    return adapter_file.slots(flat, trained, naming, "oft_on", {"oft_r": "oft_R.weight"}, view)
-
-
-def _fields(config, flat, naming):
+def _fields(config: Mapping[str, Any], flat: Mapping[str, Any], naming: Naming) -> dict[str, Any]:
     return {**adapter_file.fields(config, flat, naming), "fan_in_fan_out": False}
 
 
-ARGUMENTS = ("r", "oft_block_size", "module_dropout", *kernel_adapter.SELECTION, "bias", "coft", "eps", "block_share",
-             "use_cayley_neumann", "num_cayley_neumann_terms", "init_weights")
-FORMAT = Format("OFT", oft, ARGUMENTS, _slots, _fields, ("fan_in_fan_out",))
+FORMAT = adapter_file.stored(oft, "OFT", "oft_on", {"oft_r": ("oft_R.weight", lambda upper: upper)}, fields=_fields,
+                             silent=("fan_in_fan_out",))

@@ -53,7 +53,9 @@ def quantize(quant_type: str = "nf4", block_size: int | None = 64, double_quant:
     stack of which only some are meant, weights that train, are quantised otherwise already, or hold infinite values
     or NaN.
     """
-    config = {"peft_type": "QUANTIZE", **locals()}
+    config = {"peft_type": "QUANTIZE", "quant_type": quant_type, "block_size": block_size,
+              "double_quant": double_quant, "target_modules": target_modules, "exclude_modules": exclude_modules,
+              "product": product}
     quant.check(quant_type, block_size, double_quant)
     validation.check_choice("product", product, quant.PRODUCTS)
     for name in SELECTION:
@@ -64,15 +66,16 @@ def quantize(quant_type: str = "nf4", block_size: int | None = 64, double_quant:
 def conversion(config: Mapping[str, Any], holders: Sequence[str] = kernel_axes.HOLDERS) -> Method:
     """:func:`quantize` of a config that may also have ``layers_to_transform``, ``layers_pattern`` and
     ``modules_to_save``, as of a LoRA; leaves of other names than ``holders`` stay as they are."""
-    return BASE._replace(init=partial(_init, config, holders), merge=_merge, config=config,
+    return BASE._replace(init=partial(_init, config, holders), fold=_fold, config=config,
                          convert=partial(_convert, config, holders))
 
 
-def _selection(config) -> dict[str, Any]:
+def _selection(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: config.get(name) for name in kernel_adapter.SELECTION}
 
 
-def _init(config, holders, rng, params, axes=None):
+def _init(config: Mapping[str, Any], holders: Sequence[str], rng: Any, params: Mapping[str, Any],
+          axes: Mapping[str, kernel_axes.KernelAxes] | None = None) -> tree.Tree:
     flat = tree.flatten(params)
     trains = own_weights.marks_of(flat)
     for target in targeting.find(params, axes, _selection(config), holders):
@@ -83,7 +86,7 @@ def _init(config, holders, rng, params, axes=None):
     return tree.unflatten(flat)
 
 
-def _quantized(config, target: Target, path: str, leaf) -> quant.QuantizedArray:
+def _quantized(config: Mapping[str, Any], target: Target, path: str, leaf: Any) -> quant.QuantizedArray:
     chosen = targeting.chooser(**_selection(config))
     if left := [name for name in target.names if not chosen(name)]:
         raise PeftJaxError(f"'{path}' is one leaf for {len(target.names)} layers, and the patterns leave out "
@@ -96,15 +99,15 @@ def _quantized(config, target: Target, path: str, leaf) -> quant.QuantizedArray:
                     outputs=target.axes.outputs, by_rows=target.leaf == "embedding")
 
 
-def _encoded(path: str, array, product: str, *codec, **options) -> quant.QuantizedArray:
+def _encoded(path: str, array: Any, product: str, quant_type: str, **options: Any) -> quant.QuantizedArray:
     """:func:`peft_jax.quantize_array`, whose errors say where."""
     try:
-        return dataclasses.replace(quant.quantize_array(array, *codec, **options), product=product)
+        return dataclasses.replace(quant.quantize_array(array, quant_type, **options), product=product)
     except PeftJaxError as error:
         raise PeftJaxError(f"'{path}': {error}") from error
 
 
-def _check_same(config, path, leaf) -> None:
+def _check_same(config: Mapping[str, Any], path: str, leaf: quant.QuantizedArray) -> None:
     have = (leaf.quant_type, leaf.block_size, leaf.double_quant)
     want = (config["quant_type"], config["block_size"] or 0, config["double_quant"])
     if have != want:
@@ -113,7 +116,8 @@ def _check_same(config, path, leaf) -> None:
                            "or start from plain weights, load_pretrained(keep_quantised=False).")
 
 
-def _convert(config, holders, path: str, array, axes: kernel_axes.KernelAxes, names) -> Any:
+def _convert(config: Mapping[str, Any], holders: Sequence[str], path: str, array: Any, axes: kernel_axes.KernelAxes,
+             names: Sequence[str]) -> Any:
     """One entry of a leaf's stack while it is read from a file, quantised if it is meant; see ``Method.convert``."""
     module, _, leaf = path.rpartition("/")
     meant = targeting.chooser(**_selection(config))
@@ -133,8 +137,8 @@ def requantize(params: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[tree
     leaf. Codes can hold an adapter's update only where it is larger than their steps: look at the errors, and at the
     loss. Raises ``PeftJaxError`` where ``params`` lack a leaf, have it quantised or of another shape, or not finite.
 
-    >>> held = quantize("int8").init(None, {"up_proj": {"kernel": jnp.eye(64)}})
-    >>> requantize({"up_proj": {"kernel": jnp.eye(64)}}, held)[1]
+    >>> base = quantize("int8").init(None, {"up_proj": {"kernel": jnp.eye(64)}})
+    >>> requantize({"up_proj": {"kernel": jnp.eye(64)}}, base)[1]
     {'up_proj/kernel': 0.0}
     """
     flat, errors = dict(tree.flatten(params)), {}
@@ -152,5 +156,8 @@ def requantize(params: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[tree
     return tree.unflatten(flat), errors
 
 
-def _merge(params: Mapping[str, Any]) -> tree.Tree:
+def _fold(params: Mapping[str, Any]) -> tree.Tree:
     return tree.map_paths(lambda path, leaf: quant.plain(leaf), params)
+
+
+SHOWN = None  # not in tables and benchmarks: it trains nothing

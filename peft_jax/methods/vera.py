@@ -9,20 +9,21 @@ zero for layers of a stack that are not adapted. b starts at zero, so that train
 """
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.core import kernel_axes, validation
-from peft_jax.core.peft_format import Format, Slot
+from peft_jax.core import kernel_axes, targeting, tree, validation
+from peft_jax.core.peft_format import Naming, Slot, arguments_of
 from peft_jax.core.remat import keep
-from peft_jax.core.targeting import Patterns
+from peft_jax.core.targeting import Patterns, Target
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method, check_leaves
 from peft_jax.methods import _adapter_file as adapter_file
-from peft_jax.methods import _biases as biases
 from peft_jax.methods import _kernel_adapter as kernel_adapter
 
 VECTORS = ("vera_lambda_b", "vera_lambda_d")
@@ -58,7 +59,10 @@ def vera(r: int = 256, target_modules: Patterns = ("q_proj", "v_proj"), vera_dro
 
     Raises ``PeftJaxError`` for values out of range, and from ``init`` for patterns that match nothing.
     """
-    config = kernel_adapter.tidy({"peft_type": "VERA", "exclude_modules": None, **locals()})
+    config = kernel_adapter.tidy(
+        peft_type="VERA", r=r, target_modules=target_modules, vera_dropout=vera_dropout, d_initial=d_initial,
+        projection_prng_key=projection_prng_key, bias=bias, layers_to_transform=layers_to_transform,
+        layers_pattern=layers_pattern, modules_to_save=modules_to_save, init_weights=init_weights)
     validation.check_rank("r", r)
     validation.check_probability("vera_dropout", vera_dropout)
     validation.check_number("d_initial", d_initial)
@@ -66,48 +70,45 @@ def vera(r: int = 256, target_modules: Patterns = ("q_proj", "v_proj"), vera_dro
     validation.check_switches(config, "init_weights")
     if not isinstance(projection_prng_key, int):
         raise PeftJaxError(f"projection_prng_key={projection_prng_key!r}: a seed is a whole number.")
-    trains = partial(biases.trains, config, VECTORS, "vera_on")
-    padding = partial(kernel_adapter.padding, config=config, leaves=VECTORS, switch="vera_on")
-    return Method(partial(_init, config, trains), partial(_intercept, vera_dropout),
-                  partial(kernel_adapter.labels, trained=trains), _merge, config, padding, FORMAT,
-                  leaves=(*LEAVES, *SHARED))
+    method = kernel_adapter.method(config, trained=VECTORS, switch="vera_on", leaves=_leaves,
+                                   intercept=partial(_intercept, vera_dropout), stored=FORMAT)
+    return method._replace(init=partial(_init, config, method), fold=_merge, leaves=(*LEAVES, *SHARED))
 
 
-def _init(config, trains, rng, params, axes=None):
-    sizes = []
-    params = biases.init(config, partial(_leaves, config, sizes), trains, "vera_on", rng, params, axes)
-    inputs, outputs = (max(side) for side in zip(*sizes))
+def _init(config: Mapping[str, Any], method: Method, rng: jax.Array, params: Mapping[str, Any],
+          axes: Mapping[str, Any] | None = None) -> tree.Tree:
+    targets = targeting.find(params, axes, kernel_adapter.selection(config))
+    inputs, outputs = (max(math.prod(side) for side in sides)
+                       for sides in zip(*((target.axes.inputs, target.axes.outputs) for target in targets)))
     one, other = jax.random.split(jax.random.key(config["projection_prng_key"]))
     # peft's bound: Kaiming's for a ReLU, by the second side of its (r, in) and (out, r).
     a = jax.random.uniform(one, (inputs, config["r"]), jnp.float32, -1, 1) * math.sqrt(6 / inputs)
     b = jax.random.uniform(other, (config["r"], outputs), jnp.float32, -1, 1) * math.sqrt(6 / config["r"])
-    return {**params, "vera_a": a, "vera_b": b}
+    return {**method.init(rng, params, axes), "vera_a": a, "vera_b": b}
 
 
-def _leaves(config, sizes, key, target, kernel) -> dict[str, jax.Array]:
-    """The leaves of one target; its (in, out) is noted in ``sizes``."""
-    _, stack, inputs, outputs = target.axes
-    sizes.append((math.prod(inputs), math.prod(outputs)))
+def _leaves(config: Mapping[str, Any], key: jax.Array, target: Target, kernel: Any) -> dict[str, jax.Array]:
+    _, stack, _, outputs = target.axes
     b, d = jnp.zeros((*stack, *outputs), jnp.float32), jnp.full((*stack, config["r"]), config["d_initial"], jnp.float32)
     if not config["init_weights"]:
         b, d = jnp.ones_like(b), jax.random.normal(key, d.shape, jnp.float32)
     return {"vera_lambda_b": b, "vera_lambda_d": d, "vera_on": kernel_adapter.switch(config, target)}
 
 
-def _intercept(dropout, next_fun, args, kwargs, context):
+def _intercept(dropout: float, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     y, module = next_fun(*args, **kwargs), context.module
-    if (held := kernel_adapter.read(module, context, LEAVES, "VeRA")) is None:
+    if (leaves := kernel_adapter.read(module, context, LEAVES, "VeRA")) is None:
         return y
     x = kernel_axes.inputs_last(module, args[0])
     x = kernel_adapter.dropped(module, context, x, dropout, "vera_dropout").astype(y.dtype)
-    b, d, on = (leaf.astype(y.dtype) for leaf in held)
+    b, d, on = (leaf.astype(y.dtype) for leaf in leaves)
     inside = math.prod(module.get_variable("params", "kernel").shape) // b.size
     low = keep(x.reshape(-1, inside) @ context.params["vera_a"][:inside].astype(y.dtype))
     change = (low * (d * on)) @ context.params["vera_b"][:, :b.size].astype(y.dtype)
     return y + (change * b.reshape(-1)).reshape(y.shape)
 
 
-def _merge(params):
+def _merge(params: Mapping[str, Any]) -> tree.Tree:
     """Add the update A d B b to each kernel, in float32, back to the kernel's dtype; the leaves are gone afterwards."""
     check_leaves(LEAVES, params, "VERA")
     shared = {name: params[name] for name in SHARED}
@@ -115,7 +116,8 @@ def _merge(params):
     return kernel_adapter.merge(rest, LEAVES, partial(_folded, *shared.values()))
 
 
-def _folded(a, b, kernel, scale_b, scale_d, on):
+def _folded(a: jax.Array, b: jax.Array, kernel: jax.Array, scale_b: jax.Array, scale_d: jax.Array, on: jax.Array,
+            ) -> jax.Array:
     stack, width = on.shape, math.prod(scale_b.shape[on.ndim:])
     inside = kernel.size // (on.size * width)
     low = a[:inside] * (scale_d * on[..., None])[..., None, :]
@@ -123,26 +125,25 @@ def _folded(a, b, kernel, scale_b, scale_d, on):
     return kernel + change.reshape(kernel.shape)
 
 
-def _slots(config, flat, trained, naming):
-    def view(leaf, name):
-        return np.ravel if kernel_adapter.chosen(config, [name])[0] else None
-
-    keys = {name: name for name in VECTORS}
-    return {**adapter_file.slots(flat, trained, naming, "vera_on", keys, view),
-            **{key: Slot(path, np.transpose) for path, key in SHARED.items()}}
-
-
-def _fields(config, flat, naming):
+def _fields(config: Mapping[str, Any], flat: Mapping[str, Any], naming: Naming) -> dict[str, Any]:
     return {**adapter_file.fields(config, flat, naming), "save_projection": True, "fan_in_fan_out": False}
 
 
-def _read(stated, where):
+def _read(stated: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not stated.get("save_projection", True):
         raise PeftJaxError(f"{where} has save_projection=False: its projections are torch's random numbers, which only "
                            "torch can draw again; save it from peft with save_projection=True.")
     return {name: value for name, value in stated.items() if name != "save_projection"}
 
 
-ARGUMENTS = ("r", "target_modules", "vera_dropout", "d_initial", "projection_prng_key", "bias", "layers_to_transform",
-             "layers_pattern", "modules_to_save", "init_weights", "save_projection")
-FORMAT = Format("VERA", vera, ARGUMENTS, _slots, _fields, ("fan_in_fan_out",), _read)
+def _slots(config: Mapping[str, Any], flat: Mapping[str, Any], trained: Sequence[str], naming: Naming,
+           ) -> dict[str, Slot]:
+    return {**VECTORS_ALONE.slots(config, flat, trained, naming),
+            **{key: Slot(path, np.transpose) for path, key in SHARED.items()}}
+
+
+VECTORS_ALONE = adapter_file.stored(
+    vera, "VERA", "vera_on", {name: (name, np.ravel) for name in VECTORS}, fields=_fields, read=_read,
+    arguments=(*arguments_of(vera), "save_projection"), silent=("fan_in_fan_out",))
+FORMAT = VECTORS_ALONE._replace(slots=_slots)
+SHOWN = {"step": {"r": 64}}  # in tables and benchmarks

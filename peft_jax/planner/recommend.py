@@ -95,7 +95,7 @@ def recommend(model: Any, memory: int, *, devices: int = 1, batch: int = 1, seq:
               complexity: str = "moderate", latency: str = "any", figures: Mapping[str, Any] | None = None,
               methods: Sequence[str] = tuple(SETTINGS), dtype: Any = "bfloat16", param_dtype: Any = "bfloat16",
               remat: bool = True, packed: bool = False) -> Recommendation:
-    """The methods of ``SETTINGS`` for a model, best first.
+    """The methods of ``SETTINGS``, or those that are named, for a model, best first.
 
     Args:
       model: a config, such as ``peft_jax.load_config(source)``, or a model.
@@ -105,7 +105,8 @@ def recommend(model: Any, memory: int, *, devices: int = 1, batch: int = 1, seq:
       complexity: of the task, "simple", "moderate" or "complex": rank 8, 16 or 32, the article's choice.
       latency: "any", or "none" where inference may cost no more than the base's: what cannot be merged is ruled out.
       figures: measurements, the ``table.json`` of a comparison as a mapping; every key of it may be absent.
-      methods: to choose from. dtype, param_dtype, remat: how the model would train.
+      methods: to choose from, of ``SETTINGS`` and ``METHODS``; those without settings are judged with their defaults.
+        dtype, param_dtype, remat: how the model would train.
       packed: rows hold several texts, positions from 0 in each: they may be longer than the model's positions.
 
     The order is that of :func:`ranked`.
@@ -122,8 +123,8 @@ def recommend(model: Any, memory: int, *, devices: int = 1, batch: int = 1, seq:
     for name, value, choices in (("complexity", complexity, COMPLEXITIES), ("latency", latency, LATENCIES)):
         if value not in choices:
             raise PeftJaxError(f"recommend: {name}={value!r}: {nearest(str(value), choices)}")
-    if odd := [name for name in methods if name not in SETTINGS]:
-        raise PeftJaxError(f"recommend: methods={odd[0]!r}: {nearest(str(odd[0]), SETTINGS)}")
+    if odd := [name for name in methods if name not in {**SETTINGS, **METHODS.files}]:
+        raise PeftJaxError(f"recommend: methods={odd[0]!r}: {nearest(str(odd[0]), [*SETTINGS, *METHODS])}")
     measured = read_figures({} if figures is None else figures)
     if hasattr(model, "apply") and not hasattr(getattr(model, "config", None), "model_type"):
         raise PeftJaxError(f"recommend: a {type(model).__name__} has no config with a model_type, by which methods' "
@@ -146,14 +147,14 @@ def ranked(choices: Sequence[Choice], tasks: int, measured: Figures) -> list[Cho
     """What fits before what does not, of that the nearest miss first; then what the latency allows; with several tasks,
     adapters before whole copies; then by measured gain, methods within one standard deviation of the best alike; then
     by ``SETTINGS``."""
-    order = {name: at for at, name in enumerate(SETTINGS)}
+    order = {name: at for at, name in enumerate(dict.fromkeys([*SETTINGS, *METHODS]))}
     return sorted(choices, key=lambda one: (
         not one.fits, not one.fits and -one.spare, not one.allowed, tasks > 1 and one.method == "full",
         *measured.place(one.method), order[one.method]))
 
 
 def method_of(name: str, settings: Mapping[str, Any]) -> Method:
-    """A method of ``SETTINGS`` with its settings."""
+    """A method that :func:`recommend` may choose, with its settings."""
     if name == "qlora":
         return chain(quantize(**_QLORA), lora(**settings))
     return METHODS[name](**settings)
@@ -183,7 +184,7 @@ class Asked(NamedTuple):
 
 
 def _choice(name: str, asked: Asked) -> Choice:
-    settings = SETTINGS[name](asked.model.config.model_type, asked.r)
+    settings = SETTINGS[name](asked.model.config.model_type, asked.r) if name in SETTINGS else {}
     method = method_of(name, settings)
     size, trained = _sizes(asked, method)
     states = size["weights"] + size["gradients"] + size["optimiser"]
@@ -192,7 +193,7 @@ def _choice(name: str, asked: Asked) -> Choice:
     reasons = [_memory(need, spare, states, asked.devices), *_switching(name, asked.tasks, trained),
                *_inference(method, asked.latency), *[Reason(*one) for one in asked.measured.reasons(name)]]
     return Choice(name, settings | (_QLORA if name == "qlora" else {}), need, spare >= 0, spare,
-                  asked.latency == "any" or method.merge is not None, reasons)
+                  asked.latency == "any" or method.mergeable, reasons)
 
 
 def _sizes(asked: Asked, method: Method) -> tuple[dict[str, int], int]:
@@ -215,7 +216,7 @@ def _switching(name: str, tasks: int, trained: int) -> list[Reason]:
     if name == "full":
         return [Reason(f"{tasks} tasks are {tasks} whole copies, {tasks * trained / 1e9:.2f} GB",
                        "plan: trained parameters")]
-    mixes = SETTINGS[name] is _lora
+    mixes = SETTINGS.get(name) is _lora
     how = "each row of a batch its own (mix_adapters)" if mixes else "one at a time, combine(base, adapter)"
     return [Reason(f"{tasks} tasks share the base: {tasks} adapters of {trained / 1e6:.1f} MB that switch without "
                    f"recompiling, {how}", "plan: trained parameters, in float32")]
@@ -224,7 +225,7 @@ def _switching(name: str, tasks: int, trained: int) -> list[Reason]:
 def _inference(method: Method, latency: str) -> list[Reason]:
     if latency == "any":
         return []
-    if method.merge is None:
+    if not method.mergeable:
         return [Reason("it cannot be merged, so inference costs more than the base's: ruled out", "the method itself")]
     return [Reason("merged into the weights it costs nothing at inference; a merged model serves one task",
                    "the method itself")]

@@ -137,17 +137,24 @@ def test_the_choices_are_those_of_the_library():
 def test_every_method_has_its_arguments_in_the_configuration():
     import inspect
 
-    from configs.methods import METHODS, method_config
-    from peft_jax import methods
+    from configs.methods import method_config
+    from peft_jax.methods import METHODS
 
-    assert METHODS.keys() == methods.METHODS.keys()
-    for name, build in methods.METHODS.items():
+    for name, build in METHODS.items():
         defaults = {key: argument.default for key, argument in inspect.signature(build).parameters.items()}
         given = method_config(name).to_dict()
         del given["name"]
         texts = [key for key in given if key.endswith("_text")]  # which the tokenizer turns into ids
         assert all(given.pop(key) == "" and key.replace("_text", "_ids") in defaults for key in texts)
         assert given == defaults, name
+
+
+def test_an_argument_of_one_type_takes_that_type_alone():
+    config = base.get_config(method="lokr")
+    parse.override(config, ["--config.method.target_modules=up_proj", "--config.method.init_weights=lycoris"])
+    assert (config.method.target_modules, config.method.init_weights) == ("up_proj", "lycoris")
+    with pytest.raises(PeftJaxError, match=r"--config\.method\.r=many"):
+        parse.override(config, ["--config.method.r=many"])
 
 
 def test_several_methods_have_a_section_each():

@@ -61,7 +61,7 @@ def test_a_method_takes_a_quantised_base(tied, name):
     gradient = jax.eval_shape(jax.grad(loss), trainable)
     assert {path: leaf.shape for path, leaf in flatten(gradient).items()} == {
         path: leaf.shape for path, leaf in flatten(trainable).items()}
-    if method.merge:
+    if method.mergeable:
         ours, expected = (flatten(method.merge(p)) for p in (tuned, _loss(method, model, plain)[0]))
         for path, leaf in expected.items():
             np.testing.assert_allclose(peft_jax.quant.plain(ours[path]), leaf, atol=1e-6, err_msg=path)

@@ -137,3 +137,8 @@ def test_other_families(sizes, methods):
 def test_what_cannot_be_meant(change, words):
     with pytest.raises(PeftJaxError, match=words):
         recommend(**({"model": SIZES, "memory": 10**10, "seq": 32} | change))
+
+
+def test_a_method_without_settings_is_judged_with_its_defaults():
+    (hra,) = recommend(SIZES, 10**11, seq=16, latency="none", methods=("hra",)).choices
+    assert hra.fits and hra.allowed and hra.settings == {}

@@ -87,7 +87,8 @@ def is_stored(method: Method, params: Mapping[str, Any]) -> bool:
 def _refused(parts, params) -> str:
     """Why the parameters are no adapter of a base that others have, "" where they are one."""
     flat = tree.flatten(params)
-    return next((why for part in parts if part.stored and (why := part.stored.refuses(part.config, flat))), "")
+    reasons = [part.stored.unsavable_because(part.config, flat) for part in parts if part.stored]
+    return next(filter(None, reasons), "")
 
 
 def _tied(slots: Mapping[str, Slot], naming: Naming) -> str:

@@ -11,7 +11,7 @@ starts from the base model. What is saved leaves the zero entries out, as peft d
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,12 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core import kernel_axes, targeting, tree, validation
-from peft_jax.core.peft_format import Format
-from peft_jax.core.targeting import Patterns
+from peft_jax.core.peft_format import Format, Naming, Slot, arguments_of
+from peft_jax.core.targeting import Patterns, Target
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.methods import _adapter_file as adapter_file
-from peft_jax.methods import _biases as biases
 from peft_jax.methods import _kernel_adapter as kernel_adapter
 from peft_jax.methods.adalora import allocation
 from peft_jax.methods.lora import init as lora_init
@@ -33,6 +32,7 @@ from peft_jax.methods.lora import low_rank, peft_file
 
 FACTORS = allocation.FACTORS
 LEAVES = (*FACTORS, "adalora_scaling")
+BIASES = ("none", "all", "lora_only")
 
 
 def adalora(target_r: int = 8, init_r: int = 12, lora_alpha: float = 8,
@@ -65,14 +65,18 @@ def adalora(target_r: int = 8, init_r: int = 12, lora_alpha: float = 8,
 
     Raises ``PeftJaxError`` for values out of range, and from ``init`` for patterns that match nothing.
     """
-    config = kernel_adapter.tidy({"peft_type": "ADALORA", **locals()})
+    config = kernel_adapter.tidy(
+        peft_type="ADALORA", target_r=target_r, init_r=init_r, lora_alpha=lora_alpha, target_modules=target_modules,
+        lora_dropout=lora_dropout, tinit=tinit, tfinal=tfinal, deltaT=deltaT, beta1=beta1, beta2=beta2,
+        orth_reg_weight=orth_reg_weight, total_step=total_step, rank_pattern=rank_pattern,
+        exclude_modules=exclude_modules, layers_to_transform=layers_to_transform, layers_pattern=layers_pattern,
+        bias=bias, modules_to_save=modules_to_save, init_lora_weights=init_lora_weights)
     _check(config)
-    trains = partial(biases.trains, config, FACTORS, "adalora_scaling")
-    return Method(partial(biases.init, config, partial(_leaves, config), trains, "adalora_scaling"),
-                  partial(_intercept, lora_dropout), partial(kernel_adapter.labels, trained=trains), _merge, config,
-                  partial(_padding, config), FORMAT, partial(allocation.optimizer, config),
-                  partial(orthogonality, config), leaves=LEAVES,
-                  along={"adalora_a": ("inputs", None), "adalora_b": (None, "outputs")})
+    method = kernel_adapter.method(
+        config, trained=FACTORS, switch="adalora_scaling", leaves=_leaves, intercept=partial(_intercept, lora_dropout),
+        fold=_fold, stored=FORMAT, along={"adalora_a": ("inputs", None), "adalora_b": (None, "outputs")})
+    return method._replace(padding=partial(_padding, config), optimizer=partial(allocation.optimizer, config),
+                           penalty=partial(orthogonality, config))
 
 
 def _check(config: Mapping[str, Any]) -> None:
@@ -88,7 +92,7 @@ def _check(config: Mapping[str, Any]) -> None:
                            "alpha above 0 and a weight of at least 0.")
     for name in ("lora_dropout", "beta1", "beta2"):
         validation.check_probability(name, config[name])
-    validation.check_choice("bias", config["bias"], biases.OF_LORA)
+    validation.check_choice("bias", config["bias"], BIASES)
     validation.check_switches(config, "init_lora_weights")
     for name in ("tinit", "tfinal"):
         validation.check_whole(name, config[name], least=0)
@@ -98,14 +102,14 @@ def _check(config: Mapping[str, Any]) -> None:
         allocation.check_steps(config, config["total_step"])
 
 
-def _check_rank_pattern(given) -> None:
-    validation.check_pattern("rank_pattern", given)
-    for key, held in (given or {}).items():
-        if not isinstance(held, list | tuple) or not all(isinstance(one, bool | int) for one in held):
-            raise PeftJaxError(f"rank_pattern['{key}']={held!r}: give a list of True and False, one for each rank.")
+def _check_rank_pattern(pattern: Any) -> None:
+    validation.check_pattern("rank_pattern", pattern)
+    for key, ranks in (pattern or {}).items():
+        if not isinstance(ranks, list | tuple) or not all(isinstance(one, bool | int) for one in ranks):
+            raise PeftJaxError(f"rank_pattern['{key}']={ranks!r}: give a list of True and False, one for each rank.")
 
 
-def _leaves(config, key, target, kernel) -> dict[str, jax.Array]:
+def _leaves(config: Mapping[str, Any], key: jax.Array, target: Target, kernel: Any) -> dict[str, jax.Array]:
     _, stack, inputs, outputs = target.axes
     each = lora_init.ranks(allocation.in_ranks(config), target.names).reshape(*stack, 1)
     most = max(int(each.max()), 1)
@@ -120,26 +124,22 @@ def _leaves(config, key, target, kernel) -> dict[str, jax.Array]:
             "adalora_scaling": jnp.asarray(scaling.astype(np.float32).reshape(stack))}
 
 
-def _intercept(dropout, next_fun, args, kwargs, context):
+def _intercept(dropout: float, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     y, module = next_fun(*args, **kwargs), context.module
-    if (held := kernel_adapter.read(module, context, LEAVES, "AdaLoRA")) is None:
+    if (leaves := kernel_adapter.read(module, context, LEAVES, "AdaLoRA")) is None:
         return y
-    a, b, e, scaling = held
+    a, b, e, scaling = leaves
     x = kernel_adapter.dropped(module, context, kernel_axes.inputs_last(module, args[0]), dropout, "lora_dropout")
     return y + low_rank.branch(x.astype(y.dtype), a * e, b, scaling).reshape(y.shape)
 
 
-def _merge(params):
-    """Add s A e B to each kernel, in float32, back to the kernel's dtype; the leaves are gone afterwards."""
-
-    def fold(kernel, a, b, e, scaling):
-        spread = e.reshape(*scaling.shape, *[1] * (a.ndim - e.ndim), e.shape[-1])
-        return kernel + low_rank.delta(a * spread, b, scaling)
-
-    return kernel_adapter.merge(params, LEAVES, fold)
+def _fold(kernel: jax.Array, a: jax.Array, b: jax.Array, e: jax.Array, scaling: jax.Array) -> jax.Array:
+    """W + s A e B."""
+    spread = e.reshape(*scaling.shape, *[1] * (a.ndim - e.ndim), e.shape[-1])
+    return kernel + low_rank.delta(a * spread, b, scaling)
 
 
-def orthogonality(config, params) -> jax.Array:
+def orthogonality(config: Mapping[str, Any], params: Mapping[str, Any]) -> jax.Array:
     """orth_reg_weight times the mean of |A' A - I| and |B B' - I| (Frobenius) over all adapted modules and layers."""
     flat, total, count = tree.flatten(params), jnp.float32(0), 0
     for folder, own in allocation.modules(config, params):
@@ -154,7 +154,7 @@ def orthogonality(config, params) -> jax.Array:
     return config["orth_reg_weight"] * total / max(count, 1)
 
 
-def _padding(config, params) -> int:
+def _padding(config: Mapping[str, Any], params: Mapping[str, Any]) -> int:
     """Elements of the factors beyond each layer's own rank."""
     flat, unused = tree.flatten(params), 0
     for folder, own in allocation.modules(config, params):
@@ -162,7 +162,7 @@ def _padding(config, params) -> int:
     return unused
 
 
-def plain(config, flat):
+def plain(config: Mapping[str, Any], flat: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Without the entries of e that are zero, unless all are, as before training: those that stay come first."""
     flat, patterns = dict(flat), {}
     folders = kernel_adapter.folders(flat, "adalora_e")
@@ -181,12 +181,13 @@ def plain(config, flat):
         counts = np.count_nonzero(e, -1).ravel()
         patterns |= {f"{name}.lora_E": [i < count for i in range(config["init_r"])] for name, count, on in zip(
             names, counts.tolist(), kernel_adapter.chosen(config, names)) if on}
-    whole = all(all(held) for held in patterns.values())
+    whole = all(map(all, patterns.values()))
     return {**config, "rank_pattern": None if whole else patterns}, flat
 
 
-def _slots(config, flat, trained, naming):
-    def view(leaf, name):
+def _slots(config: Mapping[str, Any], flat: Mapping[str, Any], trained: Sequence[str], naming: Naming,
+           ) -> dict[str, Slot]:
+    def view(leaf: str, name: str) -> Callable | None:
         if not kernel_adapter.chosen(config, [name])[0]:
             return None
         rank = int(lora_init.ranks(allocation.in_ranks(config), [name])[0])
@@ -198,18 +199,18 @@ def _slots(config, flat, trained, naming):
     return adapter_file.slots(flat, trained, naming, "adalora_scaling", keys, view)
 
 
-def _fields(config, flat, naming):
+def _fields(config: Mapping[str, Any], flat: Mapping[str, Any], naming: Naming) -> dict[str, Any]:
     """Patterns under the file's names; peft refuses a config without the number of steps, used or not."""
-    stated = {key.split(".lora_E")[0]: list(held) for key, held in (config["rank_pattern"] or {}).items()}
-    found = {theirs: targeting.pattern_value(stated, ours, None) for ours, theirs in naming.pairs}
-    pattern = {f"{name}.lora_E": held for name, held in found.items() if held is not None}
+    stated = {key.split(".lora_E")[0]: list(ranks) for key, ranks in (config["rank_pattern"] or {}).items()}
+    each = {theirs: targeting.pattern_value(stated, ours, None) for ours, theirs in naming.pairs}
+    pattern = {f"{name}.lora_E": ranks for name, ranks in each.items() if ranks is not None}
     least = config["tinit"] + config["tfinal"] + 1
     return {**adapter_file.fields(config, flat, naming), "rank_pattern": pattern or None, "fan_in_fan_out": False,
             "total_step": config["total_step"] or least}
 
 
-ARGUMENTS = ("target_r", "init_r", "lora_alpha", "lora_dropout", *kernel_adapter.SELECTION, "tinit", "tfinal", "deltaT",
-             "beta1", "beta2", "orth_reg_weight", "total_step", "rank_pattern", "bias", "init_lora_weights")
 # peft's AdaLoRA takes the last three from LoRA's config and reads none of them.
-FORMAT = Format("ADALORA", adalora, ARGUMENTS, _slots, _fields, (*peft_file.SILENT, "r", "alpha_pattern", "use_rslora"),
-                plain=plain)
+FORMAT = Format(kind="ADALORA", make=adalora, arguments=arguments_of(adalora), slots=_slots, fields=_fields,
+                silent=(*peft_file.SILENT, "r", "alpha_pattern", "use_rslora"), plain=plain)
+# In tables and benchmarks.
+SHOWN = {"arguments": {"total_step": 1000}, "note": "12 → 8, q v", "step": {"init_r": 16}}

@@ -38,7 +38,7 @@ def in_ranks(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "r": config["init_r"], "rank_pattern": counts}
 
 
-def modules(config, params) -> list[tuple[str, np.ndarray]]:
+def modules(config: Mapping[str, Any], params: Mapping[str, Any]) -> list[tuple[str, np.ndarray]]:
     """(folder, which entries of its e are its own: bool (*stack, r)) of each adapted module or stack."""
     found, flat = [], tree.flatten(params)
     for folder in kernel_adapter.folders(flat, "adalora_e"):
@@ -48,14 +48,14 @@ def modules(config, params) -> list[tuple[str, np.ndarray]]:
     return found
 
 
-def check_steps(config, total: int) -> None:
+def check_steps(config: Mapping[str, Any], total: int) -> None:
     """Raise ``PeftJaxError`` where ``total`` steps have no room for ranks to fall."""
     if min(config["tinit"], config["tfinal"]) < 0 or config["tinit"] >= total - config["tfinal"]:
         raise PeftJaxError(f"tinit={config['tinit']} and tfinal={config['tfinal']} leave none of {total} steps for "
                            "ranks to fall: lower them or train longer.")
 
 
-def budgets(config, ranks: int, count: int, total: int) -> tuple[np.ndarray, np.ndarray]:
+def budgets(config: Mapping[str, Any], ranks: int, count: int, total: int) -> tuple[np.ndarray, np.ndarray]:
     """(ranks left in all, whether to cut) after each step from 0 to ``total``: int and bool (total + 1,).
 
     A cubic from ``ranks`` to target_r in each of ``count`` modules.
@@ -77,13 +77,14 @@ def allocator(config: Mapping[str, Any], total: int) -> tuple[Callable, Callable
     check_steps(config, total)
     last = total - config["tfinal"]
 
-    def start(params):
+    def start(params: Mapping[str, Any]) -> Allocation:
         flat = {path: leaf for path, leaf in tree.flatten(params).items() if path.rpartition("/")[2] in FACTORS}
         zeros = [tree.unflatten({path: jnp.zeros_like(leaf) for path, leaf in flat.items()}) for _ in range(2)]
         return Allocation(*zeros, tree.unflatten({f"{f}adalora_e": jnp.asarray(own)
                                                   for f, own in modules(config, params)}))
 
-    def allocate(allocation, params, gradients, step):
+    def allocate(allocation: Any, params: Mapping[str, Any], gradients: Mapping[str, Any], step: Any,
+                ) -> tuple[Allocation, tree.Tree]:
         flat, parts = tree.flatten(params), modules(config, params)
         ranks, count = (sum(int(part.sum()) for part in found) for found in
                         ([own for _, own in parts], [own.any(-1) for _, own in parts]))
@@ -98,7 +99,8 @@ def allocator(config: Mapping[str, Any], total: int) -> tuple[Callable, Callable
     return start, allocate
 
 
-def _noticed(config, flat, slope, allocation: Allocation) -> Allocation:
+def _noticed(config: Mapping[str, Any], flat: Mapping[str, Any], slope: Mapping[str, Any], allocation: Allocation,
+            ) -> Allocation:
     """The running means with one more |parameter times gradient|."""
     one, two, sensitivity, uncertainty = config["beta1"], config["beta2"], {}, {}
     doubt = tree.flatten(allocation.uncertainty)
@@ -109,35 +111,37 @@ def _noticed(config, flat, slope, allocation: Allocation) -> Allocation:
     return allocation._replace(sensitivity=tree.unflatten(sensitivity), uncertainty=tree.unflatten(uncertainty))
 
 
-def scores(parts, allocation: Allocation) -> dict[str, jax.Array]:
+def scores(parts: list[tuple[str, np.ndarray]], allocation: Allocation) -> dict[str, jax.Array]:
     """``{path of e: importance of each entry (*stack, r)}`` for ``modules(...)``, infinite where an entry is none."""
     sensitivity, uncertainty = tree.flatten(allocation.sensitivity), tree.flatten(allocation.uncertainty)
-    found = {}
+    each = {}
     for folder, own in parts:
         a, b, e = (sensitivity[folder + name] * uncertainty[folder + name] for name in FACTORS)
         stack, most = own.shape[:-1], own.shape[-1]
         score = e + a.reshape(*stack, -1, most).mean(-2) + b.reshape(*stack, most, -1).mean(-1)
-        found[f"{folder}adalora_e"] = jnp.where(own, score, jnp.inf)
-    return found
+        each[f"{folder}adalora_e"] = jnp.where(own, score, jnp.inf)
+    return each
 
 
-def _cut(parts, gone, allocation: Allocation) -> tree.Tree:
+def _cut(parts: list[tuple[str, np.ndarray]], gone: jax.Array, allocation: Allocation) -> tree.Tree:
     """Which entries of e stay where the ``gone`` least important ones go."""
-    found = scores(parts, allocation)
-    ordered = jnp.sort(jnp.concatenate([score.ravel() for score in found.values()]))
+    each = scores(parts, allocation)
+    ordered = jnp.sort(jnp.concatenate([score.ravel() for score in each.values()]))
     threshold = jnp.where(gone > 0, ordered[jnp.maximum(gone - 1, 0)], -1)
     own = {f"{folder}adalora_e": own for folder, own in parts}
-    return tree.unflatten({path: (score > threshold) & own[path] for path, score in found.items()})
+    return tree.unflatten({path: (score > threshold) & own[path] for path, score in each.items()})
 
 
-def optimizer(config, inner: optax.GradientTransformation, total: int) -> optax.GradientTransformation:
+def optimizer(config: Mapping[str, Any], inner: optax.GradientTransformation, total: int,
+             ) -> optax.GradientTransformation:
     """``inner`` with the allocation after each of its steps, over the trainable leaves."""
     start, allocate = allocator(config, config["total_step"] or total)
 
-    def init(params):
+    def init(params: Mapping[str, Any]) -> dict[str, Any]:
         return {"step": jnp.zeros((), jnp.int32), "inner": inner.init(params), "allocation": start(params)}
 
-    def update(gradients, state, params):
+    def update(gradients: Mapping[str, Any], state: dict[str, Any], params: Mapping[str, Any],
+              ) -> tuple[Any, dict[str, Any]]:
         updates, within = inner.update(gradients, state["inner"], params)
         after, step = optax.apply_updates(params, updates), state["step"] + 1
         allocation, cut = allocate(state["allocation"], after, gradients, step)

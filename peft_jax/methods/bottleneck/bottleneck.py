@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from peft_jax.core import targeting, tree, validation
-from peft_jax.core.peft_format import Format
+from peft_jax.core.peft_format import Format, arguments_of
 from peft_jax.core.remat import keep
 from peft_jax.core.targeting import Patterns
 from peft_jax.errors import PeftJaxError
@@ -56,7 +56,7 @@ class Matrices(NamedTuple):
     shared: Callable[..., dict[str, jax.Array]] = lambda config, key: {}
 
 
-def bottleneck(mh_adapter: bool = True, output_adapter: bool = True, reduction_factor: float = 16,
+def bottleneck(mh_adapter: bool = True, output_adapter: bool = True, reduction_factor: float = 16.0,
                non_linearity: str = "gelu", *, bottleneck_size: int | None = None, is_parallel: bool = False,
                scaling: float | str = 1.0, original_ln_before: bool = False, ln_before: bool = False,
                ln_after: bool = False, init_weights: str | float = "bert", dropout: float = 0.0,
@@ -99,31 +99,37 @@ def bottleneck(mh_adapter: bool = True, output_adapter: bool = True, reduction_f
 
     Raises ``PeftJaxError`` for values out of range, and from ``init`` for modules that are not there.
     """
-    validation.check_switches(locals(), "is_parallel")
+    validation.check_switches({"is_parallel": is_parallel}, "is_parallel")
     if not isinstance(init_weights, str):
         validation.check_number("init_weights", init_weights)
     elif init_weights not in INITS:
         validation.check_choice("init_weights", init_weights, (*INITS, "a standard deviation"))
-    return build(dict(locals()), PLAIN, FORMAT)
+    return build(
+        PLAIN, FORMAT, mh_adapter=mh_adapter, output_adapter=output_adapter, reduction_factor=reduction_factor,
+        non_linearity=non_linearity, bottleneck_size=bottleneck_size, is_parallel=is_parallel, scaling=scaling,
+        original_ln_before=original_ln_before, ln_before=ln_before, ln_after=ln_after, init_weights=init_weights,
+        dropout=dropout, leave_out=leave_out, attention_modules=attention_modules, output_modules=output_modules,
+        norm_modules=norm_modules, hidden_size=hidden_size, modules_to_save=modules_to_save)
 
 
-def build(config: dict[str, Any], matrices: Matrices, stored: Format) -> Method:
-    """The method of a tidied and checked ``config`` whose matrices are kept as ``matrices``."""
-    left, saved = config["leave_out"], config["modules_to_save"]
+def build(matrices: Matrices, stored: Format, **arguments: Any) -> Method:
+    """The method of ``arguments``, checked here, whose matrices are kept as ``matrices``."""
+    left, saved = arguments["leave_out"], arguments["modules_to_save"]
     left = (left,) if isinstance(left, int) else tuple(left or ())
-    config = {"peft_type": matrices.kind, **config, "leave_out": left,
+    config = {"peft_type": matrices.kind, **arguments, "leave_out": left,
               "modules_to_save": validation.as_names(saved)}
     _check(config)
     shared = tuple(jax.eval_shape(lambda: matrices.shared(config, jax.random.key(0))))
     own = (*matrices.keys, *EXTRAS)
-    trains = partial(kernel_adapter.trains, config, (*own, *shared))
-    padding = partial(kernel_adapter.padding, config=config, leaves=own, switch=SWITCH, chosen=chosen)
-    return Method(partial(_init, config, matrices, trains), partial(_intercept, config, matrices),
-                  partial(kernel_adapter.labels, trained=trains), None, config, padding, stored,
-                  leaves=(*own, SWITCH, *shared))
+    trains = partial(kernel_adapter.trains, config, (*own, *shared), SWITCH)
+    return Method(
+        init=partial(_init, config, matrices, trains), intercept=partial(_intercept, config, matrices),
+        labels=partial(kernel_adapter.labels, trained=trains), fold=None, config=config,
+        padding=partial(kernel_adapter.padding, config=config, leaves=own, switch=SWITCH, chosen=chosen),
+        stored=stored, leaves=(*own, SWITCH, *shared))
 
 
-def _check(config) -> None:
+def _check(config: Mapping[str, Any]) -> None:
     validation.check_switches(config, "mh_adapter", "output_adapter", "original_ln_before", "ln_before", "ln_after")
     if not (config["mh_adapter"] or config["output_adapter"]):
         raise PeftJaxError("mh_adapter and output_adapter are both False, which leaves no adapter: set one of them.")
@@ -145,19 +151,20 @@ def _check(config) -> None:
         validation.check_modules(name, config[name])
 
 
-def size(config, width: int) -> int:
+def size(config: Mapping[str, Any], width: int) -> int:
     """The bottleneck's size, at least 1."""
     return config["bottleneck_size"] or max(1, int(width // config["reduction_factor"]))
 
 
-def _init(config, matrices, trains, rng, params, axes=None):
+def _init(config: Mapping[str, Any], matrices: Matrices, trains: kernel_adapter.Trains, rng: jax.Array,
+          params: Mapping[str, Any], axes: Mapping[str, Any] | None = None) -> tree.Tree:
     flat = tree.flatten(params)
-    if held := [path for path in flat if path.rpartition("/")[2] == SWITCH]:
-        raise PeftJaxError(f"the parameters already hold bottleneck adapters ('{held[0]}'): one tree takes one kind of "
-                           "them; start from the base's.")
-    found = find(config, flat, axes)
-    kernel_adapter.check_saved(config, params, found)
-    for place in found:
+    if double := [path for path in flat if path.rpartition("/")[2] == SWITCH]:
+        raise PeftJaxError(f"the parameters already hold bottleneck adapters ('{double[0]}'): one tree takes one "
+                           "kind of them; start from the base's.")
+    places = find(config, flat, axes)
+    kernel_adapter.check_saved(config, params, places)
+    for place in places:
         key = jax.random.fold_in(rng, zlib.crc32(place.path.encode()))
         flat |= {f"{place.path}/{name}": leaf for name, leaf in _leaves(config, matrices, key, place).items()}
     flat |= matrices.shared(config, jax.random.fold_in(rng, 1))
@@ -165,7 +172,7 @@ def _init(config, matrices, trains, rng, params, axes=None):
                            for path, leaf in flat.items()})
 
 
-def _leaves(config, matrices, key, place: Place) -> dict[str, jax.Array]:
+def _leaves(config: Mapping[str, Any], matrices: Matrices, key: jax.Array, place: Place) -> dict[str, jax.Array]:
     stack, width = place.stack, place.width
     new = matrices.start(config, key, place)
     shape = {"learned": (), "channel": (width,)}.get(config["scaling"])
@@ -177,7 +184,7 @@ def _leaves(config, matrices, key, place: Place) -> dict[str, jax.Array]:
     return {**new, SWITCH: jnp.asarray(scalings(config, place.names).reshape(stack))}
 
 
-def _start(config, key, place: Place) -> dict[str, jax.Array]:
+def _start(config: Mapping[str, Any], key: jax.Array, place: Place) -> dict[str, jax.Array]:
     narrow, how = size(config, place.width), config["init_weights"]
     shapes = [(*place.stack, place.width, narrow), (*place.stack, narrow, place.width)]
     down, up = (_random(how, k, shape) for k, shape in zip(jax.random.split(key), shapes))
@@ -186,19 +193,20 @@ def _start(config, key, place: Place) -> dict[str, jax.Array]:
             "adapter_up_bias": jnp.zeros((*place.stack, place.width), jnp.float32)}
 
 
-def _random(how, key, shape):
+def _random(how: str | float, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     if how == "mam_adapter":
         return jax.random.uniform(key, shape, jnp.float32, -1, 1) / math.sqrt(shape[-2])
     if how == "houlsby":
         return 0.01 * jax.random.truncated_normal(key, -2, 2, shape, jnp.float32)
-    return (0.02 if how == "bert" else how) * jax.random.normal(key, shape, jnp.float32)
+    return (how if isinstance(how, float | int) else 0.02) * jax.random.normal(key, shape, jnp.float32)
 
 
-def _read(get, context):
+def _read(get: Callable[[str], Any], context: Any) -> tuple:
     return get("adapter_down"), get("adapter_down_bias"), get("adapter_up"), get("adapter_up_bias")
 
 
-def _intercept(config, matrices, next_fun, args, kwargs, context):
+def _intercept(config: Mapping[str, Any], matrices: Matrices, next_fun: Callable[..., Any], args: Any, kwargs: Any,
+               context: Any) -> Any:
     module = context.module
     if context.method_name != "__call__":
         return next_fun(*args, **kwargs)
@@ -220,14 +228,14 @@ def _intercept(config, matrices, next_fun, args, kwargs, context):
     return (h, *out[1:]) if isinstance(out, tuple) else h
 
 
-def _normed(module, v):
+def _normed(module: Any, v: jax.Array) -> jax.Array:
     """The norm's output for ``v``, by a copy of it, since a module's own call may read its parameters only once; the
     copy is without the adapter's leaves, or it would be adapted again."""
-    held = {name: leaf for name, leaf in module.variables["params"].items() if name in ("scale", "bias")}
-    return module.clone(parent=None, name=None).apply({"params": held}, v)
+    own = {name: leaf for name, leaf in module.variables["params"].items() if name in ("scale", "bias")}
+    return module.clone(parent=None, name=None).apply({"params": own}, v)
 
 
-def _residual(context) -> jax.Array:
+def _residual(context: Any) -> jax.Array:
     """The residual stream in front of the sublayer: the input of the norm that was called last, in the folder around
     it."""
     path = context.module.path
@@ -238,7 +246,7 @@ def _residual(context) -> jax.Array:
                        "no residual stream: name the norms, or change original_ln_before.")
 
 
-def _branch(config, matrices, context, u, dtype):
+def _branch(config: Mapping[str, Any], matrices: Matrices, context: Any, u: jax.Array, dtype: Any) -> jax.Array:
     """f(u) in ``dtype``; zero where the layer is not adapted."""
     module = context.module
     get = partial(_leaf, module)
@@ -246,8 +254,8 @@ def _branch(config, matrices, context, u, dtype):
     if scaling.ndim:
         raise PeftJaxError(f"'{'/'.join(module.path)}' is one module, which was taken for a stack of {scaling.size}: "
                            "give init axes=peft_jax.kernel_axes(model, params, *inputs).")
-    down, down_bias, up, up_bias = (None if one is None else one.astype(dtype)
-                                    for one in matrices.read(get, context))
+    parts: list[Any] = [None if one is None else one.astype(dtype) for one in matrices.read(get, context)]
+    down, down_bias, up, up_bias = parts
     if u.shape[-1] != down.shape[0]:
         raise PeftJaxError(f"'{'/'.join(module.path)}' has {u.shape[-1]} channels, its adapter {down.shape[0]}: "
                            "give init the hidden_size.")
@@ -260,15 +268,15 @@ def _branch(config, matrices, context, u, dtype):
     return jnp.where(scaling != 0, f, 0)
 
 
-def _leaf(module, name):
+def _leaf(module: nn.Module, name: str) -> Any:
     return module.get_variable("params", name) if module.has_variable("params", name) else None
 
 
-def _affine(x, matrix, bias):
+def _affine(x: jax.Array, matrix: jax.Array, bias: jax.Array | None) -> jax.Array:
     return x @ matrix if bias is None else x @ matrix + bias
 
 
-def _norm(get, name, x):
+def _norm(get: Callable[[str], Any], name: str, x: jax.Array) -> jax.Array:
     """LayerNorm in float32 where the leaf is there, else ``x``."""
     if (scale := get(name)) is None:
         return x
@@ -280,8 +288,6 @@ def _norm(get, name, x):
 
 KEYS = {"adapter_down": "adapter_down.weight", "adapter_down_bias": "adapter_down.bias",
         "adapter_up": "adapter_up.weight", "adapter_up_bias": "adapter_up.bias"}
-COMMON = ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity", "bottleneck_size", "scaling",
-          "original_ln_before", "ln_before", "ln_after", "dropout", "leave_out", "attention_modules", "output_modules",
-          "norm_modules", "hidden_size", "modules_to_save")
-PLAIN = Matrices("BOTTLENECK", KEYS, _start, _read)
-FORMAT = Format("BOTTLENECK", bottleneck, (*COMMON, "is_parallel", "init_weights"), partial(slots, KEYS))
+PLAIN = Matrices(kind="BOTTLENECK", keys=KEYS, start=_start, read=_read)
+FORMAT = Format(kind="BOTTLENECK", make=bottleneck, arguments=arguments_of(bottleneck), slots=partial(slots, KEYS))
+SHOWN = None  # not in tables and benchmarks: what is made from it is

@@ -9,11 +9,14 @@ for U ``phm_up_left`` (*stack, p, b/p, r) and ``phm_up_right`` (*stack, p, r, wi
 factorised rule is ``phm_rule_left`` (p, p, 1) and ``phm_rule_right`` (p, 1, p).
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from peft_jax.core import validation
-from peft_jax.core.peft_format import PREFIX, Format, Slot
+from peft_jax.core.peft_format import PREFIX, Format, Naming, Slot, arguments_of
 from peft_jax.core.targeting import Patterns
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
@@ -21,7 +24,7 @@ from peft_jax.methods.bottleneck import bottleneck as bn
 from peft_jax.methods.bottleneck import placement
 
 
-def compacter(reduction_factor: float = 32, non_linearity: str = "gelu", *, phm_dim: int = 4, phm_rank: int = 1,
+def compacter(reduction_factor: float = 32.0, non_linearity: str = "gelu", *, phm_dim: int = 4, phm_rank: int = 1,
               factorized_phm_W: bool = True, shared_phm_rule: bool = True, factorized_phm_rule: bool = False,
               phm_init_range: float = 1e-4, phm_bias: bool = True, bottleneck_size: int | None = None,
               mh_adapter: bool = True, output_adapter: bool = True, scaling: float | str = 1.0,
@@ -45,15 +48,22 @@ def compacter(reduction_factor: float = 32, non_linearity: str = "gelu", *, phm_
     >>> params["phm_rule"].shape, params["mlp"]["phm_down_left"].shape, params["mlp"]["phm_down_right"].shape
     ((2, 2, 2), (2, 6, 1), (2, 1, 3))
     """
-    config = dict(locals())
-    for name in ("phm_dim", "phm_rank"):
-        validation.check_whole(name, config[name])
-    validation.check_switches(config, "factorized_phm_W", "shared_phm_rule", "factorized_phm_rule", "phm_bias")
+    for name, number in (("phm_dim", phm_dim), ("phm_rank", phm_rank)):
+        validation.check_whole(name, number)
+    rules = {"factorized_phm_W": factorized_phm_W, "shared_phm_rule": shared_phm_rule,
+             "factorized_phm_rule": factorized_phm_rule, "phm_bias": phm_bias}
+    validation.check_switches(rules, *rules)
     validation.check_number("phm_init_range", phm_init_range)
-    return bn.build({**config, "is_parallel": False}, MATRICES, FORMAT)
+    return bn.build(
+        MATRICES, FORMAT, **rules, phm_dim=phm_dim, phm_rank=phm_rank, phm_init_range=phm_init_range,
+        reduction_factor=reduction_factor, non_linearity=non_linearity, bottleneck_size=bottleneck_size,
+        mh_adapter=mh_adapter, output_adapter=output_adapter, scaling=scaling, original_ln_before=original_ln_before,
+        ln_before=ln_before, ln_after=ln_after, dropout=dropout, leave_out=leave_out,
+        attention_modules=attention_modules, output_modules=output_modules, norm_modules=norm_modules,
+        hidden_size=hidden_size, modules_to_save=modules_to_save, is_parallel=False)
 
 
-def _start(config, key, place):
+def _start(config: Mapping[str, Any], key: jax.Array, place: placement.Place) -> dict[str, jax.Array]:
     """Glorot-normal S and T (or their product), zero biases, as AdapterHub starts them."""
     p, narrow = config["phm_dim"], bn.size(config, place.width)
     if place.width % p or narrow % p:
@@ -71,25 +81,27 @@ def _start(config, key, place):
     return new
 
 
-def _pair(factorised, key, name, front, rows, columns, rank) -> dict[str, jax.Array]:
+def _pair(factorised: bool, key: jax.Array, name: str, front: tuple[int, ...], rows: int, columns: int, rank: int,
+          ) -> dict[str, jax.Array]:
     parts = {f"{name}_left": (rows, rank), f"{name}_right": (rank, columns)} if factorised else {name: (rows, columns)}
     return {leaf: jax.random.normal(k, (*front, *shape), jnp.float32) * (2 / sum(shape)) ** 0.5
             for k, (leaf, shape) in zip(jax.random.split(key), parts.items())}
 
 
-def _rule(config, key, name, stack, deviation) -> dict[str, jax.Array]:
+def _rule(config: Mapping[str, Any], key: jax.Array, name: str, stack: tuple[int, ...], deviation: float,
+          ) -> dict[str, jax.Array]:
     p = config["phm_dim"]
     parts = {f"{name}_left": (p, 1), f"{name}_right": (1, p)} if config["factorized_phm_rule"] else {name: (p, p)}
     return {leaf: deviation * jax.random.normal(k, (*stack, p, *shape), jnp.float32)
             for k, (leaf, shape) in zip(jax.random.split(key), parts.items())}
 
 
-def _shared(config, key):
+def _shared(config: Mapping[str, Any], key: jax.Array) -> dict[str, jax.Array]:
     return _rule(config, key, "phm_rule", (), config["phm_init_range"]) if config["shared_phm_rule"] else {}
 
 
-def _read(get, context):
-    def matrix(name):
+def _read(get: Callable[[str], Any], context: Any) -> tuple:
+    def matrix(name: str) -> jax.Array:
         rule = _product(get, f"phm_{name}_rule")
         rule = _product(context.params.get, "phm_rule") if rule is None else rule
         inner = _product(get, f"phm_{name}")
@@ -99,13 +111,14 @@ def _read(get, context):
     return matrix("down"), get("adapter_down_bias"), matrix("up"), get("adapter_up_bias")
 
 
-def _product(get, name):
+def _product(get: Callable[[str], Any], name: str) -> Any:
     """The leaf of that name, or the product of its left and right part; ``None`` where there is neither."""
     left = get(f"{name}_left")
     return get(name) if left is None else jnp.matmul(left, get(f"{name}_right"), precision="highest")
 
 
-def _slots(config, flat, trained, naming):
+def _slots(config: Mapping[str, Any], flat: Mapping[str, Any], trained: Sequence[str], naming: Naming,
+           ) -> dict[str, Slot]:
     """What modules share is stored under its own name."""
     shared = {path for path in trained if path in ROOT}
     rest = placement.slots(KEYS, config, flat, [path for path in trained if path not in shared], naming)
@@ -125,7 +138,7 @@ def _keys() -> dict[str, str]:
 
 KEYS = _keys()
 ROOT = ("phm_rule", "phm_rule_left", "phm_rule_right")
-MATRICES = bn.Matrices("COMPACTER", KEYS, _start, _read, _shared)
-ARGUMENTS = (*bn.COMMON, "phm_dim", "phm_rank", "factorized_phm_W", "shared_phm_rule", "factorized_phm_rule",
-             "phm_init_range", "phm_bias")
-FORMAT = Format("COMPACTER", compacter, ARGUMENTS, _slots)
+MATRICES = bn.Matrices(kind="COMPACTER", keys=KEYS, start=_start, read=_read, shared=_shared)
+FORMAT = Format(kind="COMPACTER", make=compacter, arguments=arguments_of(compacter), slots=_slots)
+# In tables and benchmarks.
+SHOWN = {"arguments": {"reduction_factor": 16}, "note": "reduction 16", "checked": "`adapters` 1.3, golden values"}

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from peft_jax.core import kernel_axes, targeting
+from peft_jax.core.peft_format import Naming, Slot
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.methods import _adapter_file as adapter_file
 from peft_jax.methods import _kernel_adapter as kernel_adapter
@@ -17,6 +18,7 @@ SWITCH = "adapter_scaling"
 EXTRAS = {"adapter_scale": "adapter_scale", "adapter_norm_before": "adapter_norm_before.weight",
           "adapter_norm_before_bias": "adapter_norm_before.bias", "adapter_norm_after": "adapter_norm_after.weight",
           "adapter_norm_after_bias": "adapter_norm_after.bias"}
+Axes = Mapping[str, kernel_axes.KernelAxes] | None
 
 
 class Place(NamedTuple):
@@ -41,8 +43,7 @@ def named(config: Mapping[str, Any], name: str) -> bool:
     return config["output_adapter"] and targeting.listed(config["output_modules"], name)
 
 
-def find(config: Mapping[str, Any], flat: Mapping[str, Any], axes: Mapping[str, kernel_axes.KernelAxes] | None,
-         ) -> list[Place]:
+def find(config: Mapping[str, Any], flat: Mapping[str, Any], axes: Axes) -> list[Place]:
     """The modules that take an adapter in at least one layer.
 
     Raises ``PeftJaxError`` where a pattern names none, no width can be told, or leave_out has a layer that is none.
@@ -50,19 +51,19 @@ def find(config: Mapping[str, Any], flat: Mapping[str, Any], axes: Mapping[str, 
     stacks = _stacks(flat, axes)
     names = {path: targeting.module_names(path, stack) for path, stack in stacks.items()}
     _check_patterns(config, names)
-    found = [path for path, held in names.items() if any(named(config, name) for name in held)]
-    layers = {targeting.layer_index(f"{name}.", None) for path in found for name in names[path]}
+    paths = [path for path, modules in names.items() if any(named(config, name) for name in modules)]
+    layers = {targeting.layer_index(f"{name}.", None) for path in paths for name in names[path]}
     if odd := [layer for layer in config["leave_out"] if layer not in layers]:
         raise PeftJaxError(f"leave_out has {odd[0]!r}, which is no layer: they are numbered from 0 to "
                            f"{max((layer for layer in layers if layer is not None), default=0)}.")
-    places = [Place(path, stacks[path], names[path], _width(config, path, flat, axes)) for path in found
+    places = [Place(path, stacks[path], names[path], _width(config, path, flat, axes)) for path in paths
               if chosen(config, names[path]).any()]
     if not places:
         raise PeftJaxError(f"leave_out={config['leave_out']!r} leaves no layer to adapt.")
     return places
 
 
-def _layout(path, leaf, axes) -> kernel_axes.KernelAxes | None:
+def _layout(path: str, leaf: Any, axes: Axes) -> kernel_axes.KernelAxes | None:
     """Of a kernel, or of a norm's scale, whose width stands as ``outputs``; ``None`` of any other leaf."""
     name = path.rpartition("/")[2]
     if name == "kernel":
@@ -72,7 +73,7 @@ def _layout(path, leaf, axes) -> kernel_axes.KernelAxes | None:
     return None
 
 
-def _stacks(flat, axes) -> dict[str, tuple[int, ...]]:
+def _stacks(flat: Mapping[str, Any], axes: Axes) -> dict[str, tuple[int, ...]]:
     """The stack of every folder, as the first kernel or norm in or below it has it."""
     stacks: dict[str, tuple[int, ...]] = {}
     for path, leaf in flat.items():
@@ -83,7 +84,7 @@ def _stacks(flat, axes) -> dict[str, tuple[int, ...]]:
     return stacks
 
 
-def _width(config, path, flat, axes) -> int:
+def _width(config: Mapping[str, Any], path: str, flat: Mapping[str, Any], axes: Axes) -> int:
     if config["hidden_size"] is not None:
         return config["hidden_size"]
     inside = {name.removeprefix(f"{path}/"): layout.outputs for name, leaf in flat.items()
@@ -97,10 +98,10 @@ def _width(config, path, flat, axes) -> int:
     return wide[0][0]
 
 
-def _check_patterns(config, names: Mapping[str, Sequence[str]]) -> None:
+def _check_patterns(config: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> None:
     for adapter, modules in (("mh_adapter", "attention_modules"), ("output_adapter", "output_modules")):
-        given = config[modules] if config[adapter] else ()
-        if (entry := targeting.unmatched(given, [name for held in names.values() for name in held])) is not None:
+        wanted, known = config[modules] if config[adapter] else (), [name for each in names.values() for name in each]
+        if (entry := targeting.unmatched(wanted, known)) is not None:
             raise PeftJaxError(f"{modules} has '{entry}', which is no module of this model: "
                                f"{nearest(entry, (path.rpartition('/')[2] for path in names))}")
 
@@ -115,25 +116,26 @@ def blocks(flat: Mapping[str, Any], modules: Callable[..., Sequence[str]], path:
     return [name.rsplit(".", parts)[0] if parts else name for name in modules(below, stack)]
 
 
-def scalings(config, names) -> np.ndarray:
+def scalings(config: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
     """The fixed factor of each module by its name, float32 (len(names),), 0 where it is not adapted."""
     s = 1.0 if isinstance(config["scaling"], str) else config["scaling"]
     return np.where(chosen(config, names), s, 0).astype(np.float32)
 
 
-def slots(keys, config, flat, trained, naming):
+def slots(keys: Mapping[str, str], config: Mapping[str, Any], flat: Mapping[str, Any], trained: Sequence[str],
+          naming: Naming) -> dict[str, Slot]:
     """The tensors of an adapter: matrices as torch has them, (out, in)."""
     for folder in kernel_adapter.folders(flat, SWITCH):
-        held = flat[folder + SWITCH]
-        names = targeting.module_names(folder.rstrip("/"), held.shape)
-        if not np.array_equal(np.ravel(held), scalings(config, names)):
+        scaling = flat[folder + SWITCH]
+        names = targeting.module_names(folder.rstrip("/"), scaling.shape)
+        if not np.array_equal(np.ravel(scaling), scalings(config, names)):
             raise PeftJaxError(f"save_adapter: '{folder}{SWITCH}' is not what this method's scaling and leave_out "
                                "give: save with the method that made the parameters.")
     naming = naming._replace(modules=partial(blocks, flat, naming.modules))
     return adapter_file.slots(flat, trained, naming, SWITCH, {**keys, **EXTRAS}, partial(_view, config))
 
 
-def _view(config, leaf, name):
+def _view(config: Mapping[str, Any], leaf: str, name: str) -> Callable | None:
     if not chosen(config, [name])[0]:
         return None
     return (lambda part: part.T) if leaf in ("adapter_down", "adapter_up") else (lambda part: part.reshape(part.shape))

@@ -51,7 +51,8 @@ def mix_adapters(adapters: Mapping[str, tuple[Method, Mapping[str, Any]]],
     for folder in dict.fromkeys(folder for leaves in held.values() for folder in leaves):
         flat |= _stacked(folder, [leaves.get(folder) for leaves in held.values()])
     names = tuple(adapters)
-    method = Method(_made_elsewhere, _intercept, _all_frozen, None, {"peft_type": "MIXED", "adapters": names})
+    method = Method(init=_made_elsewhere, intercept=_intercept, labels=_all_frozen, fold=None,
+                    config={"peft_type": "MIXED", "adapters": names})
     return method, tree.unflatten({**flat, ROWS: jnp.zeros((), jnp.int32)})
 
 

@@ -9,7 +9,7 @@ has a randomised one, over every real token. It ends with the batches, or once n
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from peft_jax.core import kernel_axes, validation
+from peft_jax.core import kernel_axes, targeting, validation
 from peft_jax.errors import PeftJaxError
 
 DEFAULTS = {"rho": 2.0, "tau": 0.99, "whiten": False, "adjust_scaling_factors": True}
@@ -29,57 +29,61 @@ class Components(NamedTuple):
 
     scaled: jax.Array
     mean: jax.Array
-    count: jax.Array
+    tokens: jax.Array
     total: jax.Array
 
 
-def settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """peft's ``EvaConfig`` with ``given`` in place of its defaults; raises ``PeftJaxError`` for what is none."""
-    return validation.check_settings("eva_config", given, DEFAULTS, "{'rho': 1.0}")
+def settings(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """peft's ``EvaConfig`` with ``options`` in place of its defaults; raises ``PeftJaxError`` for what is none."""
+    return validation.check_settings("eva_config", options, DEFAULTS, "{'rho': 1.0}")
 
 
-def check(given: Mapping[str, Any] | None) -> None:
+def check(options: Mapping[str, Any] | None) -> None:
     """Raise ``PeftJaxError`` for a setting that there is not, or a value out of range."""
-    asked = settings(given)
+    asked = settings(options)
     for name in ("rho", "tau"):
         validation.check_number(f"eva_config['{name}']", asked[name])
     if asked["rho"] < 1 or not 0 < asked["tau"] <= 1:
         raise PeftJaxError(f"eva_config: rho={asked['rho']} must be at least 1, tau={asked['tau']} above 0, at most 1.")
 
 
-def analyse(given, model, params, batches: Iterable[Mapping[str, Any]], found, ranks: Mapping[str, int]):
+def analyse(options: Mapping[str, Any] | None, model: Any, params: Mapping[str, Any],
+            batches: Iterable[Mapping[str, Any]], targets: Sequence[targeting.Target], ranks: Mapping[str, int],
+           ) -> tuple[dict[str, int], dict[str, jax.Array]]:
     """The ranks of the modules by name, those without one left out, and A by path, (*stack, in, rho times r).
 
     Args:
-      given: ``eva_config``. found: the targets. ranks: of each module by name, before they are shared out.
+      options: ``eva_config``. targets: of the LoRA. ranks: of each module by name, before they are shared out.
       batches: dicts with ``input_ids`` and maybe ``positions`` and ``segment_ids`` (..., batch, seq), 0 for padding.
     Raises:
       PeftJaxError: no batches, modules that the pass does not call or whose nn.scan withholds intermediates.
     """
-    asked = settings(given)
-    most = {target.path: round(asked["rho"] * max(ranks[name] for name in target.names)) for target in found}
-    widths = {target.path: min(most[target.path], math.prod(target.axes.inputs)) for target in found}
-    states, groups = {}, None
+    asked = settings(options)
+    most = {target.path: round(asked["rho"] * max(ranks[name] for name in target.names)) for target in targets}
+    widths = {target.path: min(most[target.path], math.prod(target.axes.inputs)) for target in targets}
+    states: dict[str, Components] = {}
+    groups: dict[str, str] = {}
     for batch in batches:
-        inputs, real = _inputs(model, params, batch, found)
+        inputs, real = _inputs(model, params, batch, targets)
         groups = groups or _equal(inputs)
         before = dict(states)
         for path in dict.fromkeys(groups.values()):
-            held = states[path] if path in states else _empty(inputs[path], _width(path, groups, widths))
-            states[path] = _update(held, inputs[path], real)
+            one = states[path] if path in states else _empty(inputs[path], _width(path, groups, widths))
+            states[path] = _update(one, inputs[path], real)
         if before and all(_settled(before[path], states[path], asked["tau"]) for path in states):
             break
     if not states:
         raise PeftJaxError("eva: there are no batches to look at.")
     states = {path: states[groups[path]] for path in groups}
-    return _share(asked, found, ranks, states), {t.path: _start(states[t.path], asked["whiten"]) for t in found}
+    return _share(asked, targets, ranks, states), {t.path: _start(states[t.path], asked["whiten"]) for t in targets}
 
 
-def _inputs(model, params, batch, found):
+def _inputs(model: Any, params: Mapping[str, Any], batch: Mapping[str, Any], targets: Sequence[targeting.Target],
+           ) -> tuple[dict[str, jax.Array], jax.Array]:
     """{path: inputs (*stack, tokens, in)} of one batch, and which tokens are real (tokens,)."""
-    paths = {target.path: target.axes for target in found}
+    paths = {target.path: target.axes for target in targets}
 
-    def note(next_fun, args, kwargs, context):
+    def note(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         path = "/".join(context.module.path)
         if context.method_name == "__call__" and path in paths:
             (x, *_), _ = kernel_axes.input_first(context.module, "__call__", args, kwargs)
@@ -100,13 +104,13 @@ def _inputs(model, params, batch, found):
     return flat, jnp.asarray(rows.get("segment_ids", np.ones_like(rows["input_ids"]))).ravel() > 0
 
 
-def _at(seen, path):
+def _at(seen: Mapping[str, Any], path: str) -> Any:
     for part in (*path.split("/"), "seen"):
         seen = seen.get(part, {})
     return seen[0] if len(seen) == 1 else None
 
 
-def _equal(inputs) -> dict[str, str]:
+def _equal(inputs: Mapping[str, jax.Array]) -> dict[str, str]:
     """{path: the first path with the same inputs}: queries, keys and values share one decomposition."""
     first: dict[str, str] = {}
     for path, x in inputs.items():
@@ -115,33 +119,34 @@ def _equal(inputs) -> dict[str, str]:
     return first
 
 
-def _width(path, groups, widths) -> int:
+def _width(path: str, groups: Mapping[str, str], widths: Mapping[str, int]) -> int:
     return int(max(widths[other] for other, first in groups.items() if first == path))
 
 
-def _empty(x, width) -> Components:
+def _empty(x: jax.Array, width: int) -> Components:
     stack = x.shape[:-2]
-    return Components(jnp.zeros((*stack, width, x.shape[-1])), jnp.zeros((*stack, x.shape[-1])), jnp.zeros(()),
-                      jnp.zeros(stack))
+    return Components(scaled=jnp.zeros((*stack, width, x.shape[-1])), mean=jnp.zeros((*stack, x.shape[-1])),
+                      tokens=jnp.zeros(()), total=jnp.zeros(stack))
 
 
 @jax.jit
-def _update(held: Components, x, real) -> Components:
+def _update(components: Components, x: jax.Array, real: jax.Array) -> Components:
     """The decomposition of all tokens so far, from that of the earlier ones and the new ``x`` (*stack, tokens, in)."""
     new = real.sum()
-    count = held.count + new
+    count = components.tokens + new
     mean = (x * real[:, None]).sum(-2) / jnp.maximum(new, 1)
     centred = (x - mean[..., None, :]) * real[:, None]
-    shift = jnp.sqrt(held.count * new / jnp.maximum(count, 1)) * (held.mean - mean)
-    rows = jnp.concatenate([held.scaled, centred, shift[..., None, :]], -2)
+    shift = jnp.sqrt(components.tokens * new / jnp.maximum(count, 1)) * (components.mean - mean)
+    rows = jnp.concatenate([components.scaled, centred, shift[..., None, :]], -2)
     _, s, v = jnp.linalg.svd(rows, full_matrices=False)
-    most = held.scaled.shape[-2]
+    most = components.scaled.shape[-2]
     scaled = s[..., :most, None] * v[..., :most, :]
-    total = held.total + (centred**2).sum((-2, -1)) + (shift**2).sum(-1)
-    return Components(scaled, (held.count * held.mean + new * mean) / jnp.maximum(count, 1)[..., None], count, total)
+    total = components.total + (centred**2).sum((-2, -1)) + (shift**2).sum(-1)
+    both = (components.tokens * components.mean + new * mean) / jnp.maximum(count, 1)[..., None]
+    return Components(scaled=scaled, mean=both, tokens=count, total=total)
 
 
-def _unit(scaled):
+def _unit(scaled: jax.Array) -> jax.Array:
     length = jnp.linalg.norm(scaled, axis=-1, keepdims=True)
     return scaled / jnp.where(length > 0, length, 1)
 
@@ -151,12 +156,13 @@ def _settled(before: Components, after: Components, tau: float) -> bool:
     return bool((jnp.abs(turned) >= tau).all())
 
 
-def _share(asked, found, ranks, states) -> dict[str, int]:
+def _share(asked: Mapping[str, Any], targets: Sequence[targeting.Target], ranks: Mapping[str, int],
+           states: Mapping[str, Any]) -> dict[str, int]:
     """The new rank of each module that keeps one; of equal shares the earlier module's is taken."""
     offers = []
-    for target in found:
-        held = states[target.path]
-        explained = np.asarray((held.scaled**2).sum(-1) / jnp.maximum(held.total, 1e-30)[..., None])
+    for target in targets:
+        components = states[target.path]
+        explained = np.asarray((components.scaled**2).sum(-1) / jnp.maximum(components.total, 1e-30)[..., None])
         for name, shares in zip(target.names, explained.reshape(len(target.names), -1), strict=True):
             offers += [(share, name) for share in shares[:round(asked["rho"] * ranks[name])]]
     offers.sort(key=lambda offer: -offer[0])
@@ -164,9 +170,9 @@ def _share(asked, found, ranks, states) -> dict[str, int]:
     return {name: taken.count(name) for name in ranks if name in taken}
 
 
-def _start(held: Components, whiten: bool):
-    vectors = _unit(held.scaled)
+def _start(components: Components, whiten: bool) -> jax.Array:
+    vectors = _unit(components.scaled)
     if whiten:
-        size = jnp.linalg.norm(held.scaled, axis=-1, keepdims=True)
+        size = jnp.linalg.norm(components.scaled, axis=-1, keepdims=True)
         vectors = vectors / jnp.sqrt(jnp.where(size > 0, size, 1))
     return jnp.swapaxes(vectors, -1, -2)

@@ -63,10 +63,11 @@ def changes(how: bool | str) -> bool:
     return splits(how) or how == loftq.NAME
 
 
-def start(how, target, key, kernel, ranks, scaling, given, loftq_config=None) -> tuple[Any, ...]:
+def start(how: bool | str, target: targeting.Target, key: jax.Array, kernel: Any, ranks: np.ndarray,
+          scaling: np.ndarray, start_a: Any, loftq_config: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
     """A (*stack, in, r) and B (*stack, r, out) of a target for ``ranks`` and ``scaling`` (*stack), r the largest rank.
 
-    Zero beyond each layer's own rank. ``given`` is A for "eva". For "loftq" the quantised kernel is third. Raises
+    Zero beyond each layer's own rank. ``start_a`` is A for "eva". For "loftq" the quantised kernel is third. Raises
     ``PeftJaxError`` for ranks that do not fit, and a kernel that is quantised already.
     """
     _, stack, inputs, outputs = target.axes
@@ -74,13 +75,13 @@ def start(how, target, key, kernel, ranks, scaling, given, loftq_config=None) ->
     if changes(how) and quant.is_leaf(kernel):
         raise PeftJaxError(f"init_lora_weights={how!r} on '{target.path}' needs the plain kernel, and it is quantised: "
                            f"put the LoRA in front, chain(lora(init_lora_weights={how!r}), quantize(...)).")
-    _check_fits(how, target, ranks, scaling, given, min(shape[-2:]))
+    _check_fits(how, target, ranks, scaling, start_a, min(shape[-2:]))
     if how == loftq.NAME:
         return loftq.start(loftq_config, target, kernel, ranks, scaling)
     if target.leaf == "embedding":
         a, b = _embedding(how, key, shape, ranks)
     elif how == "eva":
-        a, b = given[..., :ranks.max()], jnp.zeros((*stack, ranks.max(), shape[-1]))
+        a, b = start_a[..., :ranks.max()], jnp.zeros((*stack, ranks.max(), shape[-1]))
     elif splits(how):
         a, b = _split(how, key, kernel.reshape(shape).astype(jnp.float32), ranks, scaling)
     else:
@@ -89,9 +90,10 @@ def start(how, target, key, kernel, ranks, scaling, given, loftq_config=None) ->
     return jnp.where(inside[..., None, :], a, 0), jnp.where(inside[..., None], b, 0)
 
 
-def _check_fits(how, target, ranks, scaling, given, most) -> None:
+def _check_fits(how: bool | str, target: targeting.Target, ranks: np.ndarray, scaling: np.ndarray, start_a: Any,
+                most: int) -> None:
     where = f"init_lora_weights={how!r} on '{target.path}'"
-    if how == "eva" and given is None:
+    if how == "eva" and start_a is None:
         raise PeftJaxError(f"{where} needs to see data first: method = method.prepare(model, params, batches).")
     if changes(how) and ranks.max() > most:
         raise PeftJaxError(f"{where}: its kernel has {most} singular values, so a rank of {ranks.max()} is too high.")
@@ -101,11 +103,11 @@ def _check_fits(how, target, ranks, scaling, given, most) -> None:
         raise PeftJaxError(f"{where}: every rank must be even, one is {ranks[ranks % 2 > 0][0]}.")
 
 
-def _uniform(key, shape, bound):
+def _uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:
     return jax.random.uniform(key, shape, jnp.float32, -1, 1) * np.float32(bound)
 
 
-def _random(how, key, shape, ranks):
+def _random(how: bool | str, key: jax.Array, shape: tuple[int, ...], ranks: np.ndarray) -> tuple[jax.Array, jax.Array]:
     *stack, width, out = shape
     own = np.maximum(ranks, 1)[..., None, None]  # 0 is a layer without an update; nothing of it is kept
     a = _uniform(key, (*stack, width, ranks.max()), 1 / math.sqrt(width))
@@ -115,14 +117,16 @@ def _random(how, key, shape, ranks):
     return a, _uniform(jax.random.fold_in(key, 1), (*stack, ranks.max(), out), bound)
 
 
-def _embedding(how, key, shape, ranks):
+def _embedding(how: bool | str, key: jax.Array, shape: tuple[int, ...], ranks: np.ndarray,
+              ) -> tuple[jax.Array, jax.Array]:
     """A zero and B normal, as peft has it: looked-up rows of a random A would be noise that seldom gets a gradient."""
     *stack, width, out = shape
     a = jax.random.normal(key, (*stack, width, ranks.max())) * (how is False)
     return a, jax.random.normal(jax.random.fold_in(key, 1), (*stack, ranks.max(), out))
 
 
-def _orthogonal(how, key, shape, ranks):
+def _orthogonal(how: bool | str, key: jax.Array, shape: tuple[int, ...], ranks: np.ndarray,
+               ) -> tuple[jax.Array, jax.Array]:
     *stack, width, out = shape
     most, keys = ranks.max(), jax.random.split(key, 3)
     own = np.arange(most) < ranks[..., None]
@@ -134,7 +138,8 @@ def _orthogonal(how, key, shape, ranks):
     return a @ odd / 10, jnp.swapaxes(even, -1, -2) @ b / 10
 
 
-def _split(how, key, matrix, ranks, scaling):
+def _split(how: str, key: jax.Array, matrix: jax.Array, ranks: np.ndarray, scaling: np.ndarray,
+          ) -> tuple[jax.Array, jax.Array]:
     most = int(ranks.max())
     if how == "olora":
         q, r = jnp.linalg.qr(jnp.swapaxes(matrix, -1, -2))
@@ -146,7 +151,8 @@ def _split(how, key, matrix, ranks, scaling):
     return u[..., :most] * root[..., None, :], root[..., None] * v[..., :most, :]
 
 
-def _randomised_svd(key, matrix, rank, rounds):
+def _randomised_svd(key: jax.Array, matrix: jax.Array, rank: int, rounds: int,
+                   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The ``rank`` largest singular values by subspace iteration (Halko et al. 2011, arXiv 0909.4061, alg. 4.4)."""
     across = jnp.swapaxes(matrix, -1, -2)
     basis, _ = jnp.linalg.qr(matrix @ jax.random.normal(key, (*matrix.shape[:-2], matrix.shape[-1], rank)))
@@ -166,7 +172,8 @@ def doubled(config: Mapping[str, Any]) -> dict[str, Any]:
             "alpha_pattern": alphas}
 
 
-def difference(a, b, a0, b0, ranks) -> tuple[np.ndarray, np.ndarray]:
+def difference(a: jax.Array, b: jax.Array, a0: jax.Array, b0: jax.Array, ranks: np.ndarray,
+              ) -> tuple[np.ndarray, np.ndarray]:
     """[A, A0] and [B, -B0] layer by layer, each cut to its own rank of ``ranks`` (*stack) before they are joined."""
     a, b, a0, b0 = map(np.asarray, (a, b, a0, b0))
     most, front = a.shape[-1], ranks.ndim

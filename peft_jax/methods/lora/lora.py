@@ -20,9 +20,8 @@ from flax import linen as nn
 
 from peft_jax.core import kernel_axes, targeting, tree, validation
 from peft_jax.core.peft_format import Format
-from peft_jax.core.targeting import Patterns
+from peft_jax.core.targeting import Patterns, Target
 from peft_jax.method import Method
-from peft_jax.methods import _biases as biases
 from peft_jax.methods import _kernel_adapter as kernel_adapter
 from peft_jax.methods.lora import eva, loftq
 from peft_jax.methods.lora import init as lora_init
@@ -37,9 +36,11 @@ from peft_jax.methods.lora.peft_file import (
     fields,
     plain,
     read,
-    refuses,
     slots,
+    unsavable_because,
 )
+
+BIASES = ("none", "all", "lora_only")
 
 
 def lora(r: int = 8, lora_alpha: float = 8, target_modules: Patterns = ("q_proj", "v_proj"), lora_dropout: float = 0.0,
@@ -80,50 +81,56 @@ def lora(r: int = 8, lora_alpha: float = 8, target_modules: Patterns = ("q_proj"
 
     Raises ``PeftJaxError`` for values out of range, and from ``init`` for patterns that match nothing.
     """
-    config = kernel_adapter.tidy({"peft_type": "LORA", **locals()})
+    config = kernel_adapter.tidy(
+        peft_type="LORA", r=r, lora_alpha=lora_alpha, target_modules=target_modules, lora_dropout=lora_dropout,
+        exclude_modules=exclude_modules, layers_to_transform=layers_to_transform, layers_pattern=layers_pattern,
+        rank_pattern=rank_pattern, alpha_pattern=alpha_pattern, use_rslora=use_rslora, bias=bias,
+        modules_to_save=modules_to_save, init_lora_weights=init_lora_weights, eva_config=eva_config,
+        loftq_config=loftq_config)
     _check(config)
     return _method(config)
 
 
-def _method(config, given=None) -> Method:
-    def prepare(*args, **kwargs):
-        return _method(*prepared(config, *args, **kwargs))
-
-    trained = partial(trains, config)
-    return Method(partial(init, config, partial(leaves, config, given=given), trained),
-                  partial(_intercept, config["lora_dropout"]), partial(labels, trained), _merge, config,
-                  partial(padding, config), FORMAT, leaves=(*LEAVES, *START),
-                  along={"lora_a": ("inputs", None), "lora_b": (None, "outputs")},
-                  prepare=prepare if needs_data(config, given) else None, stands_on=loftq.base(config))
+def _method(config: Mapping[str, Any], starts: Mapping[str, jax.Array] | None = None) -> Method:
+    changes = lora_init.changes(config["init_lora_weights"])  # the kernel, so nothing may have changed it before
+    method = build(config, starts, _method, trained=LEAVES[:2], leaves=partial(leaves, starts=starts),
+                   intercept=partial(_intercept, config["lora_dropout"]), fold=_fold, stored=FORMAT, along=ALONG,
+                   holders=kernel_axes.HOLDERS,
+                   first=f"init_lora_weights={config['init_lora_weights']!r}" if changes else "")
+    return method._replace(padding=partial(padding, config))
 
 
-def needs_data(config, given) -> bool:
-    return config["init_lora_weights"] == "eva" and given is None
+def build(config: Mapping[str, Any], starts: Mapping[str, jax.Array] | None, again: Callable[..., Method],
+          **parts: Any) -> Method:
+    """What LoRA and DoRA have in common: ``parts`` of ``_kernel_adapter.method``, and a start that may need data.
+
+    Args:
+      starts: A by path, from data, where there is one.
+      again: ``(config, starts) -> Method``, the method once the data was seen.
+    """
+
+    def prepare(*args: Any, **kwargs: Any) -> Method:
+        return again(*prepared(config, *args, **kwargs))
+
+    method = kernel_adapter.method(config, switch="lora_scaling", unused=START, **parts)
+    needs_data = config["init_lora_weights"] == "eva" and starts is None
+    return method._replace(labels=partial(_labels, method.labels), prepare=prepare if needs_data else None,
+                           base_quantization=loftq.base(config))
 
 
 def _check(config: Mapping[str, Any]) -> None:
     validation.check_patterns(config, "r", "lora_alpha")
     validation.check_probability("lora_dropout", config["lora_dropout"])
-    validation.check_choice("bias", config["bias"], biases.OF_LORA)
+    validation.check_choice("bias", config["bias"], BIASES)
     validation.check_switches(config, "use_rslora")
     lora_init.check(config["init_lora_weights"])
     eva.check(config["eva_config"])
     loftq.check(config["loftq_config"])
 
 
-def init(config, leaves: Callable[..., Mapping[str, jax.Array]], trains: Callable[[str, Mapping], bool], rng, params,
-         axes=None, holders: Sequence[str] = kernel_axes.HOLDERS, first: str = "") -> tree.Tree:
-    """``params`` with ``leaves(key, target, kernel)`` beside the kernels and embeddings that ``config`` chooses.
-
-    ``first`` as of ``_kernel_adapter.init``; a start that splits or quantises the kernel is such a method, too.
-    """
-    if lora_init.changes(config["init_lora_weights"]):
-        first = first or f"init_lora_weights={config['init_lora_weights']!r}"
-    return biases.init(config, leaves, trains, "lora_scaling", rng, params, axes, holders=holders, first=first)
-
-
-def leaves(config, key, target, kernel, given: Mapping[str, Any] | None = None) -> dict[str, jax.Array]:
-    """``lora_a``, ``lora_b`` and ``lora_scaling`` of one target; A from ``given``, by path, where it is there.
+def leaves(config: Mapping[str, Any], key: jax.Array, target: Target, kernel: Any,
+           starts: Mapping[str, jax.Array] | None = None) -> dict[str, jax.Array]:
+    """``lora_a``, ``lora_b`` and ``lora_scaling`` of one target; A from ``starts``, by path, where it is there.
 
     A start that splits the kernel brings ``lora_a0``, ``lora_b0`` and the rest of the kernel with it, one that
     quantises it the quantised kernel.
@@ -131,25 +138,26 @@ def leaves(config, key, target, kernel, given: Mapping[str, Any] | None = None) 
     _, stack, inputs, outputs = target.axes
     each, scaling = (of(config, target.names).reshape(stack) for of in (ranks, scalings))
     how = config["init_lora_weights"] if target.leaf == "kernel" else bool(config["init_lora_weights"])
-    a, b, *held = lora_init.start(how, target, key, kernel, each, scaling, (given or {}).get(target.path),
-                                  config["loftq_config"])
+    a, b, *changed = lora_init.start(how, target, key, kernel, each, scaling, (starts or {}).get(target.path),
+                                     config["loftq_config"])
     new = {"lora_a": a.reshape(*stack, *inputs, -1), "lora_b": b.reshape(*stack, -1, *outputs),
            "lora_scaling": jnp.asarray(scaling)}
-    if held:
-        return new | {target.leaf: held[0]}
+    if changed:
+        return new | {target.leaf: changed[0]}
     if lora_init.splits(config["init_lora_weights"]):
         rest = kernel.astype(jnp.float32) - delta(*new.values())
         new |= {"lora_a0": new["lora_a"], "lora_b0": new["lora_b"], target.leaf: rest.astype(kernel.dtype)}
     return new
 
 
-def prepared(config, model, params, batches, axes=None) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+def prepared(config: Mapping[str, Any], model: Any, params: Mapping[str, Any], batches: Any,
+             axes: Mapping[str, kernel_axes.KernelAxes] | None = None) -> tuple[dict[str, Any], dict[str, jax.Array]]:
     """The config with ranks from the inputs that modules see, and their A by path; see eva.py."""
-    found = targeting.find(params, axes, kernel_adapter.selection(config), kernel_axes.HOLDERS)
-    held = {leaf: [target for target in found if target.leaf == leaf] for leaf in kernel_axes.HOLDERS}
-    each, embedded = ({name: int(rank) for target in held[leaf] for name, rank in zip(target.names, ranks(
+    targets = targeting.find(params, axes, kernel_adapter.selection(config), kernel_axes.HOLDERS)
+    kinds = {leaf: [target for target in targets if target.leaf == leaf] for leaf in kernel_axes.HOLDERS}
+    each, embedded = ({name: int(rank) for target in kinds[leaf] for name, rank in zip(target.names, ranks(
         config, target.names)) if rank} for leaf in kernel_axes.HOLDERS)
-    chosen, given = eva.analyse(config["eva_config"], model, params, batches, held["kernel"], each)
+    chosen, starts = eva.analyse(config["eva_config"], model, params, batches, kinds["kernel"], each)
     chosen, each = chosen | embedded, each | embedded
     alphas = {name: targeting.pattern_value(config["alpha_pattern"], name, config["lora_alpha"]) for name in chosen}
     if eva.settings(config["eva_config"])["adjust_scaling_factors"]:
@@ -158,22 +166,21 @@ def prepared(config, model, params, batches, axes=None) -> tuple[dict[str, Any],
     return {**config, **selection, "target_modules": tuple(chosen),
             "rank_pattern": {f"^{name}": rank for name, rank in chosen.items() if rank != config["r"]},
             "alpha_pattern": {f"^{name}": alpha for name, alpha in alphas.items()
-                              if alpha != config["lora_alpha"]}}, given
+                              if alpha != config["lora_alpha"]}}, starts
 
 
-def _intercept(dropout, next_fun, args, kwargs, context):
+def _intercept(dropout: float, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     y, module = next_fun(*args, **kwargs), context.module
     if isinstance(module, nn.Embed) and context.method_name in ("__call__", "attend"):
         return y + _embedded(module, context.method_name, args[0], y) if module.has_variable("params", "lora_a") else y
-    held = kernel_adapter.read(module, context, LEAVES, "LoRA")
-    if held is None:
+    if (own := kernel_adapter.read(module, context, LEAVES, "LoRA")) is None:
         return y
     x = kernel_axes.inputs_last(module, args[0])
     x = kernel_adapter.dropped(module, context, x, dropout, "lora_dropout")
-    return y + branch(x.astype(y.dtype), *held).reshape(y.shape)
+    return y + branch(x.astype(y.dtype), *own).reshape(y.shape)
 
 
-def _embedded(module, method_name, x, y):
+def _embedded(module: nn.Module, method_name: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """What the update of an embedding adds to its rows ``y`` for ids ``x``, or to the logits ``y`` of states ``x``."""
     a, b, scaling = (module.get_variable("params", leaf) for leaf in LEAVES)
     if method_name == "attend":
@@ -181,34 +188,30 @@ def _embedded(module, method_name, x, y):
     return (jnp.take(a, x, axis=0).astype(y.dtype) * scaling.astype(y.dtype)) @ b.astype(y.dtype)
 
 
-def trains(config, path, flat) -> bool:
-    """Whether the leaf at ``path`` trains."""
-    return biases.trains(config, LEAVES[:2], "lora_scaling", path, flat)
-
-
-def labels(trained, params) -> tree.Tree:
-    """As of ``_kernel_adapter.labels``. Raises ``PeftJaxError`` where a kernel trains of which a part was split off."""
+def _labels(labels: Callable[..., tree.Tree], params: Mapping[str, Any]) -> tree.Tree:
+    """Raises ``PeftJaxError`` where a kernel trains of which a part was split off."""
     check_split(tree.flatten(params))
-    return kernel_adapter.labels(params, trained)
+    return labels(params)
 
 
-def _merge(params):
-    """Fold s A B into each kernel, in float32, back to the kernel's dtype; the LoRA leaves are gone afterwards."""
-    return kernel_adapter.merge(params, LEAVES, lambda kernel, a, b, scaling: kernel + delta(a, b, scaling),
-                                unused=START)
+def _fold(kernel: jax.Array, a: jax.Array, b: jax.Array, scaling: jax.Array) -> jax.Array:
+    return kernel + delta(a, b, scaling)
 
 
-def padding(config, params, trained: Sequence[str] = LEAVES[:2]) -> int:
+def padding(config: Mapping[str, Any], params: Mapping[str, Any], trained: Sequence[str] = LEAVES[:2]) -> int:
     """Elements of A and B, or what of them is ``trained``, beyond each layer's own rank."""
     flat = tree.flatten(params)
     unused = 0
     for folder in kernel_adapter.folders(flat, "lora_a"):
         most = flat[folder + "lora_a"].shape[-1]
-        held = ranks(config, targeting.module_names(folder.rstrip("/"), flat[folder + "lora_scaling"].shape))
-        width = sum(flat[folder + leaf].size for leaf in trained) // (most * len(held))  # of one rank in one layer
-        unused += width * int((most - held).sum())
+        each = ranks(config, targeting.module_names(folder.rstrip("/"), flat[folder + "lora_scaling"].shape))
+        width = sum(flat[folder + leaf].size for leaf in trained) // (most * len(each))  # of one rank in one layer
+        unused += width * int((most - each).sum())
     return unused
 
 
-FORMAT = Format("LORA", lora, ARGUMENTS, slots, fields, SILENT, read,
-                lambda given: not given.get("use_dora"), plain, refuses)
+# How tables and benchmarks show the method.
+SHOWN = {"arguments": {"r": 16, "lora_alpha": 32}}
+ALONG = {"lora_a": ("inputs", None), "lora_b": (None, "outputs")}
+FORMAT = Format(kind="LORA", make=lora, arguments=ARGUMENTS, slots=slots, fields=fields, silent=SILENT, read=read,
+                claims=lambda stated: not stated.get("use_dora"), plain=plain, unsavable_because=unsavable_because)

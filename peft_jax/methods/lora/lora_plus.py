@@ -7,7 +7,9 @@ Which leaf is in which group is all that is told here, by its label; the ratio i
 group, and A and B of an embedding in one of their own.
 """
 
+from collections.abc import Mapping
 from inspect import signature
+from typing import Any
 
 from peft_jax.core import tree
 from peft_jax.method import FROZEN, Method
@@ -17,7 +19,7 @@ from peft_jax.methods.lora.peft_file import KEYS
 VECTORS = ("bias", "scale")
 
 
-def loraplus(*args, **kwargs) -> Method:
+def loraplus(*args: Any, **kwargs: Any) -> Method:
     """LoRA+: the arguments of :func:`peft_jax.lora`, the groups "trainable", "lora_b" and "lora_embedding".
 
     The adapter file is a LoRA's, and loads as one.
@@ -32,23 +34,28 @@ def loraplus(*args, **kwargs) -> Method:
     return _grouped(lora(*args, **kwargs))
 
 
-loraplus.__signature__ = signature(lora)
+loraplus.__signature__ = signature(lora)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _grouped(method: Method) -> Method:
-    def labels(params):
+    again: Any = method.prepare
+
+    def labels(params: Mapping[str, Any]) -> tree.Tree:
         flat = tree.flatten(params)
         return tree.map_paths(lambda path, label: label if label == FROZEN else _group(path, label, flat),
                               method.labels(params))
 
-    def prepare(*args, **kwargs):
-        return _grouped(method.prepare(*args, **kwargs))
+    def prepare(*args: Any, **kwargs: Any) -> Method:
+        return _grouped(again(*args, **kwargs))
 
-    return method._replace(labels=labels, prepare=prepare if method.prepare else None)
+    return method._replace(labels=labels, prepare=prepare if again else None)
 
 
-def _group(path: str, label: str, flat) -> str:
+def _group(path: str, label: str, flat: Mapping[str, Any]) -> str:
     folder, _, name = path.rpartition("/")
     if name in KEYS and f"{folder}/embedding" in flat:
         return "lora_embedding"
     return "lora_b" if name == "lora_b" or name in VECTORS else label
+
+
+SHOWN = {"arguments": {"r": 16, "lora_alpha": 32}}  # in tables and benchmarks

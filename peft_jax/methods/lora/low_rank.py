@@ -7,7 +7,7 @@ from jax.lax import optimization_barrier as barrier
 from peft_jax.core.remat import keep
 
 
-def branch(x, a, b, scaling):
+def branch(x: jax.Array, a: jax.Array, b: jax.Array, scaling: jax.Array) -> jax.Array:
     """s (x A) B for x (..., *in), a (*in, r), b (r, *out): (tokens, prod(out)) in x's dtype.
 
     Reverse-mode differentiable only, see ``_product``.
@@ -18,19 +18,19 @@ def branch(x, a, b, scaling):
 
 
 @jax.custom_vjp
-def _product(x, a, b, s):
+def _product(x: jax.Array, a: jax.Array, b: jax.Array, s: jax.Array) -> jax.Array:
     """s (x A) B for x (tokens, in): differentiated by hand, since XLA on a CPU is up to eight times slower at a tall,
     thin gradient of A, (in, r), than at its transpose (LOG.md, 2026-11-24); the barriers keep it from swapping back.
     """
     return (x @ a * s) @ b
 
 
-def _product_forward(x, a, b, s):
+def _product_forward(x: jax.Array, a: jax.Array, b: jax.Array, s: jax.Array) -> tuple[jax.Array, tuple]:
     low = keep(x @ a)
     return (low * s) @ b, (x, a, b, s, low)
 
 
-def _product_backward(kept, gradient):
+def _product_backward(kept: tuple, gradient: jax.Array) -> tuple[jax.Array, ...]:
     x, a, b, s, low = kept
     back = gradient @ b.T
     by_a = barrier(barrier((back * s).T) @ x).T
@@ -41,7 +41,7 @@ def _product_backward(kept, gradient):
 _product.defvjp(_product_forward, _product_backward)
 
 
-def delta(a, b, scaling):
+def delta(a: jax.Array, b: jax.Array, scaling: jax.Array) -> jax.Array:
     """The update s A B, float32 (*stack, *in, *out), of the leaves of one module."""
     stack, rank = scaling.shape, a.shape[-1]
     product = jnp.matmul(a.reshape(*stack, -1, rank), b.reshape(*stack, rank, -1), precision="highest")

@@ -1,7 +1,7 @@
 """How a LoRA lies in Hugging Face peft's two files, and what its config says there; see core/peft_format.py."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,8 +24,7 @@ START = ("lora_a0", "lora_b0")  # frozen: what A and B began with, where that wa
 KEYS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
 DEFAULTS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 ARGUMENTS = ("r", "lora_alpha", "lora_dropout", *kernel_adapter.SELECTION, "rank_pattern", "alpha_pattern",
-             "use_rslora",
-             "bias", "init_lora_weights", "ensure_weight_tying")
+             "use_rslora", "bias", "init_lora_weights", "ensure_weight_tying")
 # What peft starts from differs here, the base weights do not: once trained, each is a plain LoRA. All other named
 # inits (pissa, olora, corda, loftq, ...) also change the base weights when the adapter is loaded.
 PLAIN_INITS = {True: True, False: False, "gaussian": "gaussian", "eva": True, "orthogonal": True}
@@ -34,41 +33,42 @@ SILENT = ("fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_confi
           "loftq_config", "eva_config", "corda_config", "lora_ga_config")
 
 
-def check_scalings(config, flat, leaf: str, alpha: str = "lora_alpha") -> None:
+def check_scalings(config: Mapping[str, Any], flat: Mapping[str, Any], leaf: str, alpha: str = "lora_alpha") -> None:
     """Raise ``PeftJaxError`` where the scale stored in ``leaf`` is not what the config gives."""
     for path in kernel_adapter.folders(flat, leaf):
-        held = flat[path + leaf]
-        if not np.array_equal(np.ravel(held), scalings(config, targeting.module_names(path.rstrip("/"), held.shape))):
+        scaling = flat[path + leaf]
+        names = targeting.module_names(path.rstrip("/"), scaling.shape)
+        if not np.array_equal(np.ravel(scaling), scalings(config, names)):
             raise PeftJaxError(f"save_adapter: '{path}{leaf}' is not what this method's r and {alpha} give: "
                                "save with the method that made the parameters.")
 
 
-def check_split(flat) -> None:
+def check_split(flat: Mapping[str, Any]) -> None:
     """Raise ``PeftJaxError`` where a kernel trains of which a part was split off: what it was could not be told."""
     marks = own_weights.marks_of(flat)
     for folder in kernel_adapter.folders(flat, START[0]):
-        if held := marks.get(f"{folder}kernel"):
-            raise PeftJaxError(f"'{folder}kernel' trains as a whole ('{held[0]}') and by a LoRA that split it: leave "
+        if own := marks.get(f"{folder}kernel"):
+            raise PeftJaxError(f"'{folder}kernel' trains as a whole ('{own[0]}') and by a LoRA that split it: leave "
                                "it out of one of them, or take another init_lora_weights.")
 
 
-def plain(config, flat):
+def plain(config: Mapping[str, Any], flat: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """As a plain LoRA on the base as it was: of double rank where a part of the kernels was split off."""
     check_scalings(config, flat, "lora_scaling")
     single = {**config, "init_lora_weights": True, "eva_config": None, "loftq_config": None}
     if not lora_init.splits(config["init_lora_weights"]):
-        return single, flat
+        return single, dict(flat)
     double, flat = lora_init.doubled(single), dict(flat)
     for path in kernel_adapter.folders(flat, "lora_a0"):
-        held = flat[path + "lora_scaling"]
-        names = targeting.module_names(path.rstrip("/"), held.shape)
+        stack = flat[path + "lora_scaling"].shape
+        names = targeting.module_names(path.rstrip("/"), stack)
         pairs = [flat.pop(path + leaf) for leaf in (*LEAVES[:2], *START)]
-        a, b = lora_init.difference(*pairs, ranks(config, names).reshape(held.shape))
-        flat |= dict(zip([path + leaf for leaf in LEAVES], (a, b, scalings(double, names).reshape(held.shape))))
+        a, b = lora_init.difference(*pairs, ranks(config, names).reshape(stack))
+        flat |= dict(zip([path + leaf for leaf in LEAVES], (a, b, scalings(double, names).reshape(stack))))
     return double, flat
 
 
-def refuses(config, flat) -> str:
+def unsavable_because(config: Mapping[str, Any], flat: Mapping[str, Any]) -> str:
     """Where what was quantised is not the base's own kernel but what the start left of it, no other base has that."""
     if not loftq.keeps_base(config["init_lora_weights"], config["loftq_config"]):
         return "LoftQ of several rounds gives a quantised base of its own"
@@ -78,7 +78,7 @@ def refuses(config, flat) -> str:
     return ""
 
 
-def as_plain(method: Method, params, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def as_plain(method: Method, params: Mapping[str, Any], what: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The config and flat leaves of ``params`` as a plain LoRA on the base as it was.
 
     Raises ``PeftJaxError``, about ``what``, for another method and where leaves of the base train too.
@@ -92,13 +92,14 @@ def as_plain(method: Method, params, what: str) -> tuple[dict[str, Any], dict[st
     return plain(method.config, flat)
 
 
-def slots(config, flat, trained: Sequence[str], naming: Naming, keys=None, cut=None) -> dict[str, Slot]:
+def slots(config: Mapping[str, Any], flat: Mapping[str, Any], trained: Sequence[str], naming: Naming,
+          keys: Mapping[str, str] | None = None, cut: Callable | None = None) -> dict[str, Slot]:
     """The tensors; a variant with leaves of its own gives ``keys`` and ``cut`` in place of ``KEYS`` and ``view``."""
-    found = adapter_file.slots(flat, trained, naming, "lora_scaling", keys or KEYS, partial(cut or view, config))
-    return dict(entry for key, slot in found.items() for entry in _embedding_keys(key, slot, flat, naming))
+    tensors = adapter_file.slots(flat, trained, naming, "lora_scaling", keys or KEYS, partial(cut or view, config))
+    return dict(entry for key, slot in tensors.items() for entry in _embedding_keys(key, slot, flat, naming))
 
 
-def _embedding_keys(key, slot, flat, naming):
+def _embedding_keys(key: str, slot: Slot, flat: Mapping[str, Any], naming: Naming) -> list[tuple[str, Slot]]:
     """peft names A and B of an embedding otherwise, and stores those of a head that is tied to it once more."""
     folder, _, leaf = slot.path.rpartition("/")
     if f"{folder}/embedding" not in flat or leaf not in KEYS:
@@ -109,7 +110,7 @@ def _embedding_keys(key, slot, flat, naming):
     return [(own, slot), *([(f"{PREFIX}{head}.{other}", Slot(slot.path))] if head else [])]
 
 
-def view(config, leaf, name):
+def view(config: Mapping[str, Any], leaf: str, name: str) -> Callable | None:
     """(*in, r) -> (r, in), (r, *out) -> (out, r), cut to the layer's own rank."""
     rank = int(ranks(config, [name])[0])
     if leaf == "lora_a":
@@ -117,13 +118,13 @@ def view(config, leaf, name):
     return (lambda b: b.reshape(b.shape[0], -1)[:rank].T) if rank else None
 
 
-def numbers(config, names) -> list:
+def numbers(config: Mapping[str, Any], names: Sequence[str]) -> list:
     """(rank, alpha) of each module; ``None`` where it is not adapted."""
     alphas = [targeting.pattern_value(config["alpha_pattern"], name, config["lora_alpha"]) for name in names]
     return [(rank, alpha) if rank else None for rank, alpha in zip(ranks(config, names).tolist(), alphas)]
 
 
-def fields(config, flat, naming) -> dict[str, Any]:
+def fields(config: Mapping[str, Any], flat: Mapping[str, Any], naming: Naming) -> dict[str, Any]:
     """What peft needs in other words than ours: patterns with whole names, and empty dicts for None."""
     config, spelled = adapter_file.portable(config, naming, numbers)
     if spelled is not None:
@@ -138,18 +139,18 @@ def fields(config, flat, naming) -> dict[str, Any]:
     return {**kernel_adapter.selection(config), **patterns, "fan_in_fan_out": naming.fan_in_fan_out, "loftq_config": {}}
 
 
-def _naming_bare(wanted, embedding: str):
+def _naming_bare(wanted: Any, embedding: str) -> Any:
     """peft keeps a head tied where a regex means the embedding's name without what stands in front, too."""
     return f"{wanted}|{embedding}" if isinstance(wanted, str) and not re.fullmatch(wanted, embedding) else wanted
 
 
-def _both(config, *names) -> dict[str, list]:
+def _both(config: Mapping[str, Any], *names: str) -> dict[str, list]:
     """Rank and alpha by the name of their pattern, each a list for the modules ``names``."""
     return {pattern: [targeting.pattern_value(config.get(pattern), name, config.get(default)) for name in names]
             for pattern, default in DEFAULTS.items()}
 
 
-def read(stated, where) -> dict[str, Any]:
+def read(stated: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The file's arguments as :func:`lora` takes them."""
     stated = dict(stated)
     tied, value = stated.pop("ensure_weight_tying", False), stated.get("init_lora_weights", True)

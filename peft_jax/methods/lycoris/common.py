@@ -7,7 +7,7 @@ others of their stack are filled with zeros, which stay zero under any gradient 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,13 +21,13 @@ from peft_jax.methods import _kernel_adapter as kernel_adapter
 from peft_jax.methods.lora import init as lora_init
 from peft_jax.methods.lora import peft_file
 
-ARGUMENTS = ("r", "alpha", *kernel_adapter.SELECTION, "rank_pattern", "alpha_pattern", "rank_dropout", "module_dropout",
-             "init_weights")
 
+def tidy(inits: Sequence[Any], **arguments: Any) -> dict[str, Any]:
+    """The config of LyCORIS's ``arguments`` and ``peft_type``, checked; ``inits``: values that init_weights may have.
 
-def tidy(given: Mapping[str, Any], kind: str, inits: Sequence[Any]) -> dict[str, Any]:
-    """The config of the arguments ``given`` to LyCORIS, checked; raises ``PeftJaxError`` for values out of range."""
-    config = kernel_adapter.tidy({"peft_type": kind, **given})
+    Raises ``PeftJaxError`` for values out of range.
+    """
+    config = kernel_adapter.tidy(**arguments)
     validation.check_patterns(config, "r", "alpha")
     for name in ("rank_dropout", "module_dropout"):
         validation.check_probability(name, config[name])
@@ -50,7 +50,8 @@ def scalings(config: Mapping[str, Any], target: targeting.Target) -> jax.Array:
     return jnp.asarray(lora_init.scalings(_as_lora(config), target.names).reshape(target.axes.stack))
 
 
-def factor(key, shape: Sequence[int], fan_in: int, each: np.ndarray, name: str, zero: bool = False) -> jax.Array:
+def factor(key: jax.Array, shape: Sequence[int], fan_in: int, each: np.ndarray, name: str, zero: bool = False,
+           ) -> jax.Array:
     """A factor (*stack, ...) of layers of rank ``each`` (*stack), uniform within 1/sqrt(fan_in), or ``zero``."""
     if zero:
         return jnp.zeros(shape, jnp.float32)
@@ -62,7 +63,7 @@ def factor(key, shape: Sequence[int], fan_in: int, each: np.ndarray, name: str, 
     return jnp.where(np.arange(shape[axis]).reshape(-1, *[1] * (len(shape) - 1 - axis)) < rank, random, 0)
 
 
-def thinned(module, context, y, config: Mapping[str, Any], scaled: bool):
+def thinned(module: Any, context: Any, y: jax.Array, config: Mapping[str, Any], scaled: bool) -> jax.Array:
     """The update's output (..., out) with LyCORIS's dropouts, where the call was given a ``dropout`` stream.
 
     ``rank_dropout`` is the probability that an output element of the update is off for the whole call, as in peft;
@@ -72,14 +73,14 @@ def thinned(module, context, y, config: Mapping[str, Any], scaled: bool):
                               (config["module_dropout"], "module_dropout", ())):
         key = kernel_adapter.dropout_key(module, context, f"{name}={rate}") if rate else None
         if key is not None:
-            held = jax.random.bernoulli(key, 1 - rate, width).astype(jnp.float32)
+            stays = jax.random.bernoulli(key, 1 - rate, width).astype(jnp.float32)
             if scaled and width:
-                held = held / jnp.maximum(held.mean(), 1 / held.size)
-            y = y * held.astype(y.dtype)
+                stays = stays / jnp.maximum(stays.mean(), 1 / stays.size)
+            y = y * stays.astype(y.dtype)
     return y
 
 
-def padding(params, config: Mapping[str, Any], leaves: Sequence[str], scaling: str) -> int:
+def padding(params: Mapping[str, Any], config: Mapping[str, Any], leaves: Sequence[str], scaling: str) -> int:
     """Elements of ``leaves`` beyond each layer's own rank, and in layers that are not adapted."""
     flat, unused = tree.flatten(params), 0
     for folder in kernel_adapter.folders(flat, scaling):
@@ -88,16 +89,16 @@ def padding(params, config: Mapping[str, Any], leaves: Sequence[str], scaling: s
         for name in leaves:
             if (leaf := flat.get(folder + name)) is not None:
                 axis = {"_a": len(stack), "_b": leaf.ndim - 1}.get(name[-2:])
-                most, held = (1, each > 0) if axis is None else (leaf.shape[axis], each)
-                unused += leaf.size // (most * len(each)) * int((most - held).sum())
+                most, own = (1, each > 0) if axis is None else (leaf.shape[axis], each)
+                unused += leaf.size // (most * len(each)) * int((most - own).sum())
     return unused
 
 
-def slots(config: Mapping[str, Any], flat, trained: Sequence[str], naming: Naming, leaves: Sequence[str],
-          scaling: str) -> dict[str, Slot]:
+def slots(leaves: Sequence[str], scaling: str, config: Mapping[str, Any], flat: Mapping[str, Any],
+          trained: Sequence[str], naming: Naming) -> dict[str, Slot]:
     """The tensors of the factors: transposed, cut to each layer's own rank."""
 
-    def view(leaf, name):
+    def view(leaf: str, name: str) -> Callable | None:
         rank = int(ranks(config, [name])[0])
         if not rank:
             return None
@@ -111,6 +112,6 @@ def slots(config: Mapping[str, Any], flat, trained: Sequence[str], naming: Namin
     return adapter_file.slots(flat, trained, naming, scaling, {name: name for name in leaves}, view)
 
 
-def fields(config, flat, naming) -> dict[str, Any]:
+def fields(config: Mapping[str, Any], flat: Mapping[str, Any], naming: Naming) -> dict[str, Any]:
     """What peft needs in other words than ours, as for LoRA."""
     return peft_file.fields(_as_lora(config), flat, naming)

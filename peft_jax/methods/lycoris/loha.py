@@ -9,15 +9,16 @@ the backward pass computes it again instead of keeping it.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from peft_jax.core import kernel_axes
-from peft_jax.core.peft_format import Format
-from peft_jax.core.targeting import Patterns
+from peft_jax.core.peft_format import Format, arguments_of
+from peft_jax.core.targeting import Patterns, Target
 from peft_jax.method import Method
 from peft_jax.methods import _kernel_adapter as kernel_adapter
 from peft_jax.methods.lycoris import common
@@ -51,15 +52,19 @@ def loha(r: int = 8, alpha: float = 8, target_modules: Patterns = ("q_proj", "v_
 
     Raises ``PeftJaxError`` for values out of range, and from ``init`` for patterns that match nothing.
     """
-    config = common.tidy(locals(), "LOHA", (True, False))
-    trains = partial(kernel_adapter.trains, config, FACTORS)
-    padding = partial(common.padding, config=config, leaves=FACTORS, scaling="hada_scaling")
-    return Method(partial(kernel_adapter.init, config, partial(_leaves, config), trains), partial(_intercept, config),
-                  partial(kernel_adapter.labels, trained=trains), _merge, config, padding, FORMAT, leaves=LEAVES,
-                  along={name: (None, "outputs") if name.endswith("a") else ("inputs", None) for name in FACTORS})
+    config = common.tidy(
+        (True, False), peft_type="LOHA", r=r, alpha=alpha, target_modules=target_modules, rank_dropout=rank_dropout,
+        module_dropout=module_dropout, exclude_modules=exclude_modules, layers_to_transform=layers_to_transform,
+        layers_pattern=layers_pattern, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern,
+        modules_to_save=modules_to_save, init_weights=init_weights)
+    method = kernel_adapter.method(
+        config, trained=FACTORS, switch="hada_scaling", leaves=_leaves, intercept=partial(_intercept, config),
+        fold=lambda kernel, *leaves: kernel + delta(*leaves), stored=FORMAT,
+        along={name: (None, "outputs") if name.endswith("a") else ("inputs", None) for name in FACTORS})
+    return method._replace(padding=partial(common.padding, config=config, leaves=FACTORS, scaling="hada_scaling"))
 
 
-def _leaves(config, key, target, kernel) -> dict[str, jax.Array]:
+def _leaves(config: Mapping[str, Any], key: jax.Array, target: Target, kernel: Any) -> dict[str, jax.Array]:
     _, stack, inputs, outputs = target.axes
     each = common.ranks(config, target.names).reshape(stack)
     most, new = int(each.max()), {}
@@ -70,42 +75,36 @@ def _leaves(config, key, target, kernel) -> dict[str, jax.Array]:
     return {**new, "hada_scaling": common.scalings(config, target)}
 
 
-def _intercept(config, next_fun, args, kwargs, context):
+def _intercept(config: Mapping[str, Any], next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any,
+               ) -> Any:
     y, module = next_fun(*args, **kwargs), context.module
-    held = kernel_adapter.read(module, context, LEAVES, "LoHa")
-    if held is None:
+    if (leaves := kernel_adapter.read(module, context, LEAVES, "LoHa")) is None:
         return y
     x = kernel_axes.inputs_last(module, args[0]).astype(y.dtype)
-    tokens = x.reshape(-1, math.prod(held[1].shape[:-1]))
-    change = common.thinned(module, context, branch(tokens, *held), config, scaled=True)
+    tokens = x.reshape(-1, math.prod(leaves[1].shape[:-1]))
+    change = common.thinned(module, context, branch(tokens, *leaves), config, scaled=True)
     return y + change.reshape(y.shape)
 
 
 @jax.checkpoint
-def branch(x, w1_a, w1_b, w2_a, w2_b, scaling):
+def branch(x: jax.Array, w1_a: jax.Array, w1_b: jax.Array, w2_a: jax.Array, w2_b: jax.Array, scaling: jax.Array,
+           ) -> jax.Array:
     """x dW for x (tokens, in): (tokens, out) in x's dtype; dW is not kept for the backward pass."""
     return x @ delta(w1_a, w1_b, w2_a, w2_b, scaling).reshape(x.shape[-1], -1).astype(x.dtype)
 
 
-def delta(w1_a, w1_b, w2_a, w2_b, scaling):
+def delta(w1_a: jax.Array, w1_b: jax.Array, w2_a: jax.Array, w2_b: jax.Array, scaling: jax.Array) -> jax.Array:
     """The update (alpha / r) (B1 A1) * (B2 A2), float32 (*stack, *in, *out), of the leaves of one module."""
     stack, rank = scaling.shape, w1_b.shape[-1]
 
-    def product(a, b):
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.matmul(b.reshape(*stack, -1, rank), a.reshape(*stack, rank, -1), precision="highest")
 
     both = product(w1_a, w1_b) * product(w2_a, w2_b) * scaling[..., None, None]
     return both.reshape(*w1_b.shape[:-1], *w1_a.shape[len(stack) + 1:])
 
 
-def _merge(params):
-    """Add the update to each kernel, in float32, back to the kernel's dtype; the leaves are gone afterwards."""
-    return kernel_adapter.merge(params, LEAVES, lambda kernel, *held: kernel + delta(*held))
-
-
-def _slots(config, flat, trained, naming):
-    return common.slots(config, flat, trained, naming, FACTORS, "hada_scaling")
-
-
 # An effective decomposition is for convolutions alone, which are not adapted here.
-FORMAT = Format("LOHA", loha, common.ARGUMENTS, _slots, common.fields, ("use_effective_conv2d",))
+FORMAT = Format(kind="LOHA", make=loha, arguments=arguments_of(loha),
+                slots=partial(common.slots, FACTORS, "hada_scaling"), fields=common.fields,
+                silent=("use_effective_conv2d",))

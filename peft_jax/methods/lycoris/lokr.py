@@ -11,15 +11,17 @@ product is never built but for merging. Beside each adapted ``kernel`` stand ``l
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from peft_jax.core import kernel_axes, tree, validation
-from peft_jax.core.peft_format import Format
-from peft_jax.core.targeting import Patterns
+from peft_jax.core.peft_format import Format, arguments_of
+from peft_jax.core.targeting import Patterns, Target
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method, check_leaves
 from peft_jax.methods import _kernel_adapter as kernel_adapter
@@ -60,14 +62,19 @@ def lokr(r: int = 8, alpha: float = 8, target_modules: Patterns = ("q_proj", "v_
     Raises ``PeftJaxError`` for values out of range, and from ``init`` for patterns that match nothing and for ranks of
     which some call for factors and others, in the same stack, do not.
     """
-    config = common.tidy(locals(), "LOKR", (True, False, "lycoris"))
+    config = common.tidy(
+        (True, False, "lycoris"), peft_type="LOKR", r=r, alpha=alpha, target_modules=target_modules,
+        rank_dropout=rank_dropout, module_dropout=module_dropout, decompose_both=decompose_both,
+        decompose_factor=decompose_factor, rank_dropout_scale=rank_dropout_scale, exclude_modules=exclude_modules,
+        layers_to_transform=layers_to_transform, layers_pattern=layers_pattern, rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern, modules_to_save=modules_to_save, init_weights=init_weights)
     validation.check_switches(config, "decompose_both", "rank_dropout_scale")
     if not isinstance(decompose_factor, int) or (decompose_factor < 1 and decompose_factor != -1):
         raise PeftJaxError(f"decompose_factor={decompose_factor!r}: a whole number of at least 1, or -1.")
-    trains = partial(kernel_adapter.trains, config, FACTORS)
+    method = kernel_adapter.method(config, trained=FACTORS, switch="lokr_scaling", leaves=_leaves,
+                                   intercept=partial(_intercept, config), stored=FORMAT)
     padding = partial(common.padding, config=config, leaves=FACTORS, scaling="lokr_scaling")
-    return Method(partial(kernel_adapter.init, config, partial(_leaves, config), trains), partial(_intercept, config),
-                  partial(kernel_adapter.labels, trained=trains), _merge, config, padding, FORMAT, leaves=LEAVES)
+    return method._replace(fold=_merge, padding=padding)
 
 
 def divided(width: int, most: int = -1) -> tuple[int, int]:
@@ -83,7 +90,7 @@ def divided(width: int, most: int = -1) -> tuple[int, int]:
     return m, width // m
 
 
-def _leaves(config, key, target, kernel) -> dict[str, jax.Array]:
+def _leaves(config: Mapping[str, Any], key: jax.Array, target: Target, kernel: Any) -> dict[str, jax.Array]:
     _, stack, inputs, outputs = target.axes
     each = common.ranks(config, target.names).reshape(stack)
     most = int(each.max())
@@ -97,68 +104,66 @@ def _leaves(config, key, target, kernel) -> dict[str, jax.Array]:
     return {**new, "lokr_scaling": common.scalings(config, target)}
 
 
-def _whole(target, each, side: int) -> bool:
+def _whole(target: Target, each: np.ndarray, side: int) -> bool:
     """Whether a matrix stands by itself: the rank is at least half its larger side."""
-    found = {bool(rank >= side / 2) for rank in each.ravel() if rank}
-    if len(found) > 1:
+    answers = {bool(rank >= side / 2) for rank in each.ravel() if rank}
+    if len(answers) > 1:
         raise PeftJaxError(f"rank_pattern gives some layers of the stack '{target.path}' factors and others, of a rank "
                            f"of {side / 2:g} or more, a whole matrix: choose ranks on one side of that.")
-    return found.pop()
+    return answers.pop()
 
 
-def _shapes(name, inside, outside, rank, whole) -> dict[str, tuple[tuple[int, int], int]]:
+def _shapes(name: str, inside: int, outside: int, rank: int, whole: bool) -> dict[str, tuple[tuple[int, int], int]]:
     """``{leaf: (shape, the second side of peft's tensor, by which it is scaled)}``."""
     if whole:
         return {name: ((inside, outside), inside)}
     return {f"{name}_a": ((rank, outside), rank), f"{name}_b": ((inside, rank), inside)}
 
 
-def _intercept(config, next_fun, args, kwargs, context):
+def _intercept(config: Mapping[str, Any], next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any,
+               ) -> Any:
     y, module = next_fun(*args, **kwargs), context.module
-    if (held := kernel_adapter.read(module, context, ("lokr_scaling",), "LoKr")) is None:
+    if (scaling := kernel_adapter.read(module, context, ("lokr_scaling",), "LoKr")) is None:
         return y
     factors = {name: module.get_variable("params", name) for name in FACTORS if module.has_variable("params", name)}
     x = kernel_axes.inputs_last(module, args[0]).astype(y.dtype)
-    change = common.thinned(module, context, branch(x, factors, *held), config, config["rank_dropout_scale"])
+    change = common.thinned(module, context, branch(x, factors, *scaling), config, config["rank_dropout_scale"])
     return y + change.reshape(y.shape)
 
 
-def branch(x, factors: Mapping[str, jax.Array], scaling):
+def branch(x: jax.Array, factors: Mapping[str, jax.Array], scaling: jax.Array) -> jax.Array:
     """(alpha / r) x (W1 (x) W2) for x (..., inputs): (tokens, out) in x's dtype."""
-    held = {name: leaf.astype(x.dtype) for name, leaf in factors.items()}
-    first = _matrix(held, "lokr_w1") * scaling.astype(x.dtype)
-    rest = held["lokr_w2"] if "lokr_w2" in held else held["lokr_w2_b"]
+    factors = {name: leaf.astype(x.dtype) for name, leaf in factors.items()}
+    first = _matrix(factors, "lokr_w1") * scaling.astype(x.dtype)
+    rest = factors["lokr_w2"] if "lokr_w2" in factors else factors["lokr_w2_b"]
     rows = x.reshape(-1, rest.shape[0]) @ rest
-    if "lokr_w2_a" in held:
-        rows = rows @ held["lokr_w2_a"]
+    if "lokr_w2_a" in factors:
+        rows = rows @ factors["lokr_w2_a"]
     mixed = jnp.einsum("tmk,ml->tlk", rows.reshape(-1, first.shape[0], rows.shape[-1]), first)
     return mixed.reshape(len(mixed), -1)
 
 
-def _matrix(held, name):
+def _matrix(factors: Mapping[str, jax.Array], name: str) -> jax.Array:
     """W1 or W2 (..., in, out), its factors multiplied where it has such."""
-    if name in held:
-        return held[name]
-    return jnp.matmul(held[f"{name}_b"], held[f"{name}_a"], precision="highest")
+    if name in factors:
+        return factors[name]
+    return jnp.matmul(factors[f"{name}_b"], factors[f"{name}_a"], precision="highest")
 
 
-def _merge(params):
+def _merge(params: Mapping[str, Any]) -> tree.Tree:
     """Add the update to each kernel, in float32, back to the kernel's dtype; the leaves are gone afterwards."""
     check_leaves(LEAVES, params, "LOKR")
     flat = tree.flatten(params)
     for folder in kernel_adapter.folders(flat, "lokr_scaling"):
-        held = {name: flat.pop(folder + name) for name in FACTORS if folder + name in flat}
+        factors = {name: flat.pop(folder + name) for name in FACTORS if folder + name in flat}
         scaling, kernel = flat.pop(folder + "lokr_scaling"), flat[folder + "kernel"]
-        product = jnp.einsum("...ml,...nk->...mnlk", _matrix(held, "lokr_w1"), _matrix(held, "lokr_w2"))
+        product = jnp.einsum("...ml,...nk->...mnlk", _matrix(factors, "lokr_w1"), _matrix(factors, "lokr_w2"))
         change = (product * scaling.reshape(*scaling.shape, 1, 1, 1, 1)).reshape(kernel.shape)
         flat[folder + "kernel"] = (plain(kernel, jnp.float32) + change).astype(kernel.dtype)
     return tree.unflatten(flat)
 
 
-def _slots(config, flat, trained, naming):
-    return common.slots(config, flat, trained, naming, FACTORS, "lokr_scaling")
-
-
-ARGUMENTS = (*common.ARGUMENTS, "decompose_both", "decompose_factor", "rank_dropout_scale")
 # An effective decomposition is for convolutions alone, which are not adapted here.
-FORMAT = Format("LOKR", lokr, ARGUMENTS, _slots, common.fields, ("use_effective_conv2d",))
+FORMAT = Format(kind="LOKR", make=lokr, arguments=arguments_of(lokr),
+                slots=partial(common.slots, FACTORS, "lokr_scaling"), fields=common.fields,
+                silent=("use_effective_conv2d",))

@@ -9,12 +9,12 @@ train.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from peft_jax.core import targeting, tree, validation
-from peft_jax.core.peft_format import Format
+from peft_jax.core import kernel_axes, targeting, tree, validation
+from peft_jax.core.peft_format import Format, Naming, Slot, arguments_of
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.method import Method
 from peft_jax.methods import _own_weights as own_weights
@@ -46,7 +46,8 @@ def full(patterns: str | Sequence[str] = (".*",), *, exclude: str | Sequence[str
     Raises ``PeftJaxError`` for arguments of the wrong type, and from ``init`` for a pattern that matches no leaf, more
     layers than there are, or where nothing is left to train.
     """
-    config = {"peft_type": "FULL", **locals(), "patterns": _listed(patterns), "exclude": _listed(exclude)}
+    config = {"peft_type": "FULL", "patterns": _listed(patterns), "exclude": _listed(exclude),
+              "last_n_layers": last_n_layers, "embeddings": embeddings, "head": head}
     validation.check_regexes([*config["patterns"], *config["exclude"]])
     if last_n_layers is not None:
         validation.check_whole("last_n_layers", last_n_layers)
@@ -57,15 +58,16 @@ def full(patterns: str | Sequence[str] = (".*",), *, exclude: str | Sequence[str
     return Method(partial(_init, config), config=config, stored=stored, **own_weights.bound(NAME))
 
 
-def _listed(patterns) -> tuple[str, ...]:
+def _listed(patterns: Any) -> tuple[str, ...]:
     several = isinstance(patterns, Iterable) and not isinstance(patterns, str)
-    found = tuple(patterns) if several else () if patterns is None else (patterns,)
-    if not all(isinstance(one, str) for one in found):
+    regexes: tuple[Any, ...] = tuple(patterns) if several else () if patterns is None else (patterns,)
+    if not all(isinstance(one, str) for one in regexes):
         raise PeftJaxError(f"{patterns!r}: give regular expressions for the paths of leaves, such as '.*/bias'.")
-    return found
+    return regexes
 
 
-def _init(config, rng, params, axes=None):
+def _init(config: Mapping[str, Any], rng: Any, params: Mapping[str, Any],
+          axes: Mapping[str, kernel_axes.KernelAxes] | None = None) -> tree.Tree:
     flat = tree.flatten(params)
     for pattern in (*config["patterns"], *config["exclude"]):
         if not any(re.fullmatch(pattern, path) for path in flat):
@@ -73,7 +75,8 @@ def _init(config, rng, params, axes=None):
     return own_weights.init(NAME, params, axes, partial(_wanted, config, _first_layer(config, flat, axes)))
 
 
-def _first_layer(config, flat, axes) -> int:
+def _first_layer(config: Mapping[str, Any], flat: Mapping[str, Any],
+                 axes: Mapping[str, kernel_axes.KernelAxes] | None) -> int:
     """The number of the first layer that trains."""
     if config["last_n_layers"] is None:
         return 0
@@ -86,7 +89,7 @@ def _first_layer(config, flat, axes) -> int:
     return depth - config["last_n_layers"]
 
 
-def _wanted(config, first, path, module) -> bool:
+def _wanted(config: Mapping[str, Any], first: int, path: str, module: str) -> bool:
     layer = targeting.layer_index(f"{module}.", None)
     if layer is not None and layer < first:
         return False
@@ -100,9 +103,10 @@ def _wanted(config, first, path, module) -> bool:
     return allowed and tree.first_match(rules, path, False)
 
 
-def _slots(config, flat, trained, naming) -> dict[str, Any]:
+def _slots(config: Mapping[str, Any], flat: Mapping[str, Any], trained: Sequence[str], naming: Naming,
+           ) -> dict[str, Slot]:
     return own_weights.slots(NAME, flat, trained, naming, lambda path, name: name)
 
 
-FORMAT = Format("FULL", full, ("patterns", "exclude", "last_n_layers", "embeddings", "head"), _slots,
-                silent=("ensure_weight_tying",))
+FORMAT = Format(kind="FULL", make=full, arguments=arguments_of(full), slots=_slots, silent=("ensure_weight_tying",))
+SHOWN = {"checked": "transformers"}  # in tables and benchmarks

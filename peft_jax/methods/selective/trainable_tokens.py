@@ -6,7 +6,7 @@ Beside the ``embedding`` (V, D), or an untied head's ``kernel`` (D, V), stand ``
 rows, and the frozen ``token_indices`` int32 (n,). Where the embedding is the head as well, the head has these rows too.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from peft_jax.core import targeting, tree, validation
-from peft_jax.core.peft_format import PREFIX, Format, Slot
+from peft_jax.core import kernel_axes, targeting, tree, validation
+from peft_jax.core.peft_format import PREFIX, Format, Naming, Slot, arguments_of
 from peft_jax.core.targeting import Patterns
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method, check_leaves
@@ -56,15 +56,16 @@ def trainable_tokens(token_indices: Sequence[int] = (), target_modules: Patterns
               "target_modules": target_modules, "init_weights": init_weights}
     validation.check_switches(config, "init_weights")
     validation.check_modules("target_modules", target_modules)
-    labels = partial(kernel_adapter.labels, trained=_is_tokens)
-    return Method(partial(_init, config), _intercept, labels, _merge, config,
-                  stored=FORMAT, leaves=LEAVES)
+    return Method(init=partial(_init, config), intercept=_intercept,
+                  labels=partial(kernel_adapter.labels, trained=_is_tokens), fold=_fold, config=config, stored=FORMAT,
+                  leaves=LEAVES)
 
 
-def _init(config, rng, params, axes=None):
+def _init(config: Mapping[str, Any], rng: Any, params: Mapping[str, Any],
+          axes: Mapping[str, kernel_axes.KernelAxes] | None = None) -> tree.Tree:
     flat = tree.flatten(params)
-    if found := [path for path in flat if path.rpartition("/")[2] == "token_indices"]:
-        raise PeftJaxError(f"the parameters already hold trainable tokens ('{found[0]}'): merge first.")
+    if double := [path for path in flat if path.rpartition("/")[2] == "token_indices"]:
+        raise PeftJaxError(f"the parameters already hold trainable tokens ('{double[0]}'): merge first.")
     for number, path in enumerate(_weights(config, flat)):
         rows = _rows(plain(flat[path]), path)
         known = (*own_weights.PLAIN, *virtual_tokens.LEAVES)
@@ -80,56 +81,56 @@ def _init(config, rng, params, axes=None):
     return tree.unflatten(flat)
 
 
-def _weights(config, flat) -> list[str]:
+def _weights(config: Mapping[str, Any], flat: Mapping[str, Any]) -> list[str]:
     """The paths of the embeddings and heads that are meant."""
     weights = [path for path, leaf in flat.items() if leaf.ndim == 2 and
                (path.endswith("/embedding") or (path.endswith("/kernel") and path.split("/")[-2] in targeting.HEADS))]
     names = [path.rpartition("/")[0].replace("/", ".") for path in weights]
     if config["target_modules"] is None:
-        found = [path for path in weights if path.endswith("/embedding")]
-        return sorted(found, key=lambda path: -flat[path].shape[0])[:1]
+        embeddings = [path for path in weights if path.endswith("/embedding")]
+        return sorted(embeddings, key=lambda path: -flat[path].shape[0])[:1]
     own_weights.check_names("target_modules", config["target_modules"], names)
     return [path for path, name in zip(weights, names) if targeting.listed(config["target_modules"], name)]
 
 
-def _rows(weight, path):
+def _rows(weight: jax.Array, path: str) -> jax.Array:
     """A weight as one row for each token, (V, D)."""
     return weight.T if path.endswith("/kernel") else weight
 
 
-def _intercept(next_fun, args, kwargs, context):
+def _intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     y = next_fun(*args, **kwargs)
     module = context.module
     if context.method_name not in ("__call__", "attend") or not module.has_variable("params", "token_indices"):
         return y
-    held = module.variables["params"]
-    tokens, indices = held["tokens"], held["token_indices"]
+    own = module.variables["params"]
+    tokens, indices = own["tokens"], own["token_indices"]
     if isinstance(module, nn.Embed) and context.method_name == "__call__":
         return _looked_up(args[0], y, tokens.astype(y.dtype), indices)
     if isinstance(module, nn.Embed):
-        own = plain(held["embedding"])[indices]
+        rows = plain(own["embedding"])[indices]
     elif isinstance(module, nn.Dense):
-        own = plain(held["kernel"]).T[indices]
+        rows = plain(own["kernel"]).T[indices]
     else:
         raise PeftJaxError(f"'{'/'.join(module.path)}' is a {type(module).__name__}: trainable tokens are rows of an "
                            "Embed or Dense module.")
-    change = (tokens - own.astype(jnp.float32)).astype(y.dtype)  # zero at the start: then logits are the base's bits
+    change = (tokens - rows.astype(jnp.float32)).astype(y.dtype)  # zero at the start: then logits are the base's bits
     return y.at[..., indices].add(args[0].astype(y.dtype) @ change.T)
 
 
-def _looked_up(ids, y, tokens, indices):
+def _looked_up(ids: jax.Array, y: jax.Array, tokens: jax.Array, indices: jax.Array) -> jax.Array:
     """``y`` (..., D) of ``ids`` (...), replaced where an id is one of ``indices``."""
     order = jnp.argsort(indices)
     place = order[jnp.minimum(jnp.searchsorted(indices[order], ids), len(indices) - 1)]
     return jnp.where((indices[place] == ids)[..., None], tokens[place], y)
 
 
-def _is_tokens(path, flat) -> bool:
+def _is_tokens(path: str, flat: Mapping[str, Any]) -> bool:
     folder, _, name = path.rpartition("/")
     return name == "tokens" and f"{folder}/token_indices" in flat
 
 
-def _merge(params):
+def _fold(params: Mapping[str, Any]) -> tree.Tree:
     """Put the rows into their embedding or head, in its dtype."""
     check_leaves(LEAVES, params, "TRAINABLE_TOKENS")
     flat = tree.flatten(params)
@@ -143,22 +144,24 @@ def _merge(params):
     return tree.unflatten(flat)
 
 
-def _slots(config, flat, trained, naming) -> dict[str, Any]:
+def _slots(config: Mapping[str, Any], flat: Mapping[str, Any], trained: Sequence[str], naming: Naming,
+           ) -> dict[str, Slot]:
     """As in peft, which also stores a tied head's rows under the head's name."""
-    found = {}
+    tensors = {}
     for path in trained:
         folder = path.rpartition("/")[0]
         names = [*naming.modules(folder, ()), *([naming.tied[folder]] if folder in naming.tied else [])]
-        found |= {f"{PREFIX}{name}.trainable_tokens_delta": Slot(path) for name in names}
-    return found
+        tensors |= {f"{PREFIX}{name}.trainable_tokens_delta": Slot(path) for name in names}
+    return tensors
 
 
-def _fields(config, flat, naming) -> dict[str, Any]:
+def _fields(config: Mapping[str, Any], flat: Mapping[str, Any], naming: Naming) -> dict[str, Any]:
     """peft's patterns want whole names or their endings, with its prefix."""
     trained = [path.rpartition("/")[0] for path in flat if _is_tokens(path, flat)]
     names = [name for folder in trained for name in naming.modules(folder, ())]
     return {"target_modules": tuple(names), "token_indices": list(config["token_indices"])}
 
 
-FORMAT = Format("TRAINABLE_TOKENS", trainable_tokens, ("token_indices", "target_modules", "init_weights"), _slots,
-                _fields)
+FORMAT = Format(kind="TRAINABLE_TOKENS", make=trainable_tokens, arguments=arguments_of(trainable_tokens), slots=_slots,
+                fields=_fields)
+SHOWN = {"arguments": {"token_indices": (0, 1, 2, 3)}}  # in tables and benchmarks

@@ -9,6 +9,7 @@ saved adapter holds p, and loads as the plain leaf ``prompt``.
 
 import itertools
 import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core import targeting, tree, validation
-from peft_jax.core.peft_format import Format
+from peft_jax.core.peft_format import Format, Naming
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.methods import _kernel_adapter as kernel_adapter
@@ -51,7 +52,11 @@ def ptuning(num_virtual_tokens: int = 20, encoder_reparameterization_type: str |
 
     Raises ``PeftJaxError`` for arguments of the wrong type or without effect, and from ``init`` as of ``prompt``.
     """
-    config = virtual_tokens.tidy({"peft_type": "P_TUNING", **locals()})
+    config = virtual_tokens.tidy(
+        peft_type="P_TUNING", num_virtual_tokens=num_virtual_tokens,
+        encoder_reparameterization_type=encoder_reparameterization_type, encoder_hidden_size=encoder_hidden_size,
+        encoder_num_layers=encoder_num_layers, encoder_dropout=encoder_dropout, modules_to_save=modules_to_save,
+        packed_texts=packed_texts)
     validation.check_whole("encoder_hidden_size", 1 if encoder_hidden_size is None else encoder_hidden_size)
     for name in ("encoder_num_layers", "packed_texts"):
         validation.check_whole(name, config[name])
@@ -61,12 +66,14 @@ def ptuning(num_virtual_tokens: int = 20, encoder_reparameterization_type: str |
         raise PeftJaxError(f"encoder_num_layers={encoder_num_layers}, encoder_dropout={encoder_dropout}: they act in "
                            "the LSTM only (peft ignores them); leave out both, or choose 'LSTM'.")
     read = ("prompt_tokens", partial(_table, config)) if encoder_reparameterization_type else ("prompt", table)
-    return Method(partial(_init, config), partial(virtual_tokens.intercept, *read, packed_texts),
-                  partial(virtual_tokens.labels, config), None, config, stored=FORMAT, leaves=virtual_tokens.LEAVES,
-                  prepare=partial(virtual_tokens.prepared, ptuning, config))
+    return Method(
+        init=partial(_init, config), intercept=partial(virtual_tokens.intercept, *read, packed_texts),
+        labels=partial(virtual_tokens.labels, config), fold=None, config=config, stored=FORMAT,
+        leaves=virtual_tokens.LEAVES, prepare=partial(virtual_tokens.prepared, ptuning, config))
 
 
-def _init(config, rng, params, axes=None):
+def _init(config: Mapping[str, Any], rng: jax.Array, params: Mapping[str, Any],
+          axes: Any = None) -> tree.Tree:
     flat = virtual_tokens.start(config, params, "P-tuning")
     folder = virtual_tokens.embedding(flat)
     width = flat[f"{folder}embedding"].shape[1]
@@ -79,7 +86,7 @@ def _init(config, rng, params, axes=None):
     return tree.unflatten(flat)
 
 
-def _shapes(config, width) -> dict[str, tuple[tuple[int, ...], float]]:
+def _shapes(config: Mapping[str, Any], width: int) -> dict[str, tuple[tuple[int, ...], float]]:
     """Of each leaf of the encoder its shape and the bound of its uniform start, both as in torch."""
     units, encoder = config["encoder_hidden_size"] or width, config["encoder_reparameterization_type"]
     if encoder is None:
@@ -94,7 +101,7 @@ def _shapes(config, width) -> dict[str, tuple[tuple[int, ...], float]]:
     return shapes | _dense([2 * units, 2 * units, width])
 
 
-def _dense(widths):
+def _dense(widths: Sequence[int]) -> dict[str, tuple[tuple[int, ...], float]]:
     shapes = {}
     for i, (into, out) in enumerate(itertools.pairwise(widths)):
         bound = 1 / math.sqrt(into)
@@ -102,19 +109,20 @@ def _dense(widths):
     return shapes
 
 
-def _table(config, held, context):
+def _table(config: Mapping[str, Any], leaves: Mapping[str, Any], context: Any) -> jax.Array:
     drop = partial(kernel_adapter.dropped, context.module, context, rate=config["encoder_dropout"],
                    argument="encoder_dropout")
-    return encode(config, held["prompt_tokens"], held["prompt_encoder"], drop)
+    return encode(config, leaves["prompt_tokens"], leaves["prompt_encoder"], drop)
 
 
-def encode(config, x, leaves, drop=lambda x: x) -> jax.Array:
+def encode(config: Mapping[str, Any], x: jax.Array, leaves: Mapping[str, jax.Array],
+           drop: Callable[[jax.Array], jax.Array] = lambda x: x) -> jax.Array:
     """The embeddings (n, hidden) that the encoder's ``leaves`` make of ``x`` (n, hidden)."""
     if config["encoder_reparameterization_type"] == "LSTM":
         for layer in range(config["encoder_num_layers"]):
             x = drop(x) if layer else x
-            held = [leaves[f"lstm{layer}_{name}"] for name in ("in", "hidden", "bias")]
-            both = [_lstm(x, *(leaf[way] for leaf in held), reverse=bool(way)) for way in (0, 1)]
+            own = [leaves[f"lstm{layer}_{name}"] for name in ("in", "hidden", "bias")]
+            both = [_lstm(x, *(leaf[way] for leaf in own), reverse=bool(way)) for way in (0, 1)]
             x = jnp.concatenate(both, axis=-1)
     last = sum(name.startswith("w") for name in leaves) - 1
     for i in range(last + 1):
@@ -123,9 +131,10 @@ def encode(config, x, leaves, drop=lambda x: x) -> jax.Array:
     return x
 
 
-def _lstm(x, w, u, biases, reverse):
+def _lstm(x: jax.Array, w: jax.Array, u: jax.Array, biases: jax.Array, reverse: bool) -> jax.Array:
     """One direction of one layer, torch's gates i, f, g, o and its two biases: (n, in) -> (n, units)."""
-    def step(carry, gates):
+
+    def step(carry: tuple, gates: jax.Array) -> tuple:
         state, cell = carry
         i, f, g, o = jnp.split(gates + state @ u, 4)
         cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
@@ -136,7 +145,7 @@ def _lstm(x, w, u, biases, reverse):
     return jax.lax.scan(step, (zero, zero), x @ w + biases.sum(0), reverse=reverse)[1]
 
 
-def _plain(config, flat):
+def _plain(config: Mapping[str, Any], flat: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """The encoder's output in the place of the encoder."""
     folder = virtual_tokens.embedding(flat)
     if f"{folder}prompt" in flat:
@@ -148,16 +157,17 @@ def _plain(config, flat):
     return config, {**rest, f"{folder}prompt": np.asarray(made)}
 
 
-def _fields(config, flat, naming) -> dict[str, Any]:
+def _fields(config: Mapping[str, Any], flat: Mapping[str, Any], naming: Naming) -> dict[str, Any]:
     """peft wants an encoder's name, though it uses none for a saved adapter."""
     encoder = config["encoder_reparameterization_type"] or "MLP"
     return {**virtual_tokens.prompt_fields(config, flat, naming), "encoder_reparameterization_type": encoder}
 
 
-def _read(stated, where) -> dict[str, Any]:
+def _read(stated: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {**virtual_tokens.read(stated, where), "encoder_reparameterization_type": None}
 
 
 SILENT = ("encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout",
           "token_dim", "num_attention_heads", "num_layers")
-FORMAT = Format("P_TUNING", ptuning, ARGUMENTS, virtual_tokens.prompt_slots, _fields, SILENT, _read, plain=_plain)
+FORMAT = Format(kind="P_TUNING", make=ptuning, arguments=ARGUMENTS, slots=virtual_tokens.prompt_slots, fields=_fields,
+                silent=SILENT, read=_read, plain=_plain)

@@ -13,7 +13,7 @@ The network is there for training only: a saved adapter holds P, and loads as th
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core import targeting, tree, validation
-from peft_jax.core.peft_format import Format, Slot
+from peft_jax.core.peft_format import Format, Naming, Slot
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.methods.soft_prompt import virtual_tokens
@@ -64,61 +64,73 @@ def prefix(num_virtual_tokens: int = 20, *, token_dim: int | None = None, num_la
 
     Raises ``PeftJaxError`` for arguments of the wrong type, and from ``init`` for a model of another kind or size.
     """
-    config = virtual_tokens.tidy({"peft_type": "PREFIX_TUNING" if shift_positions else UNSHIFTED, **locals()})
+    config = virtual_tokens.tidy(
+        peft_type="PREFIX_TUNING" if shift_positions else UNSHIFTED, num_virtual_tokens=num_virtual_tokens,
+        token_dim=token_dim, num_layers=num_layers, num_attention_heads=num_attention_heads,
+        prefix_projection=prefix_projection, encoder_hidden_size=encoder_hidden_size, init_weights=init_weights,
+        init_std=init_std, shift_positions=shift_positions, prefix_init_ids=prefix_init_ids,
+        modules_to_save=modules_to_save)
+    _check(config)
+    return Method(
+        init=partial(_init, config), intercept=partial(_intercept, config),
+        labels=partial(virtual_tokens.labels, config), fold=None, config=config,
+        stored=FORMAT if shift_positions else FORMAT_UNSHIFTED, leaves=virtual_tokens.LEAVES,
+        prepare=None if prefix_init_ids is None else partial(_prepare, config))
+
+
+def _check(config: Mapping[str, Any]) -> None:
     for name in ("token_dim", "num_layers", "num_attention_heads", "encoder_hidden_size"):
         validation.check_whole(name, 1 if config[name] is None else config[name])
-    validation.check_choice("init_weights", init_weights, (None, "zero"))
+    validation.check_choice("init_weights", config["init_weights"], (None, "zero"))
     validation.check_switches(config, "prefix_projection", "shift_positions")
-    validation.check_number("init_std", init_std)
-    validation.check_ids("prefix_init_ids", prefix_init_ids)
-    if prefix_init_ids is not None and (prefix_projection or init_weights):
+    validation.check_number("init_std", config["init_std"])
+    validation.check_ids("prefix_init_ids", config["prefix_init_ids"])
+    if config["prefix_init_ids"] is not None and (config["prefix_projection"] or config["init_weights"]):
         raise PeftJaxError("prefix_init_ids starts from keys and values of a text: leave out prefix_projection, whose "
                            "network cannot be made to give chosen keys, and init_weights.")
-    return Method(partial(_init, config), partial(_intercept, config), partial(virtual_tokens.labels, config), None,
-                  config, stored=FORMAT if shift_positions else FORMAT_UNSHIFTED, leaves=virtual_tokens.LEAVES,
-                  prepare=None if prefix_init_ids is None else partial(_prepare, config))
 
 
-def _init(config, rng, params, axes=None, *, held=None):
-    """``held``: keys and values to start from."""
+def _init(config: Mapping[str, Any], rng: jax.Array, params: Mapping[str, Any], axes: Any = None, *,
+          start: jax.Array | None = None) -> tree.Tree:
+    """``start``: keys and values to start from."""
     flat = virtual_tokens.start(config, params, "prefix tuning")
     folder, layers, width = _attention(flat)
     for name, own in (("num_layers", layers), ("token_dim", width)):
         if config[name] not in (None, own):
             raise PeftJaxError(f"{name}={config[name]}, but this model has {own} (in '{folder.rstrip('/')}'): a prefix "
                                "fits the model that it was made for.")
-    if config["prefix_init_ids"] is not None and held is None:
+    if config["prefix_init_ids"] is not None and start is None:
         raise PeftJaxError("prefix_init_ids needs the model to make keys of a text: init what method.prepare(model, "
                            "params, ()) gives instead.")
     core, n = f"{folder}core/", config["num_virtual_tokens"]
     if config["prefix_projection"]:
         return tree.unflatten(flat | _projection(config, rng, core, layers, width))
     std = 0 if config["init_weights"] == "zero" else config["init_std"]
-    flat[f"{core}prefix"] = std * jax.random.normal(rng, (layers, n, 2, width), jnp.float32) if held is None else held
+    flat[f"{core}prefix"] = std * jax.random.normal(rng, (layers, n, 2, width), jnp.float32) if start is None else start
     return tree.unflatten(flat)
 
 
-def _prepare(config, model, params, batches) -> Method:
+def _prepare(config: Mapping[str, Any], model: Any, params: Mapping[str, Any], batches: Any) -> Method:
     """The method that starts from the keys and values of its text."""
-    given = {name: value for name, value in config.items() if name != "peft_type"}
-    plain = prefix(**{**given, "prefix_init_ids": None})
+    arguments = {name: value for name, value in config.items() if name != "peft_type"}
+    plain = prefix(**{**arguments, "prefix_init_ids": None})
     ids = np.resize(np.asarray(config["prefix_init_ids"]), config["num_virtual_tokens"])
     made = tree.flatten(prefix_from_ids(plain, model, plain.init(jax.random.key(0), params), ids))
-    held = made[f"{_attention(made)[0]}core/prefix"]
-    return prefix(**given)._replace(init=partial(_init, config, held=held), prepare=None)
+    start = made[f"{_attention(made)[0]}core/prefix"]
+    return prefix(**arguments)._replace(init=partial(_init, config, start=start), prepare=None)
 
 
-def _attention(flat) -> tuple[str, int, int]:
+def _attention(flat: Mapping[str, Any]) -> tuple[str, int, int]:
     """(folder of the attention with a slash at the end, layers, kv heads * head size)."""
-    found = [path for path in flat if re.fullmatch(rf"(.*/)?({'|'.join(KEYS)})/kernel", path)]
-    if len(found) != 1 or len(flat[found[0]].shape) != 3:
-        raise PeftJaxError(f"the parameters have {len(found)} kernels that make keys ({', '.join(KEYS)}), and prefix "
+    paths = [path for path in flat if re.fullmatch(rf"(.*/)?({'|'.join(KEYS)})/kernel", path)]
+    if len(paths) != 1 or len(flat[paths[0]].shape) != 3:
+        raise PeftJaxError(f"the parameters have {len(paths)} kernels that make keys ({', '.join(KEYS)}), and prefix "
                            "tuning needs one (layers, in, out), of a scanned model as in peft_jax.models.")
-    folder, name, _ = f"/{found[0]}".rsplit("/", 2)
-    return f"{folder}/".lstrip("/"), flat[found[0]].shape[0], flat[found[0]].shape[2] // KEYS[name]
+    folder, name, _ = f"/{paths[0]}".rsplit("/", 2)
+    return f"{folder}/".lstrip("/"), flat[paths[0]].shape[0], flat[paths[0]].shape[2] // KEYS[name]
 
 
-def _projection(config, rng, core, layers, width) -> dict[str, jax.Array]:
+def _projection(config: Mapping[str, Any], rng: jax.Array, core: str, layers: int, width: int) -> dict[str, jax.Array]:
     """The network's leaves, each starting as in torch."""
     n, units = config["num_virtual_tokens"], config["encoder_hidden_size"] or width
     keys = jax.random.split(rng, 5)
@@ -130,24 +142,25 @@ def _projection(config, rng, core, layers, width) -> dict[str, jax.Array]:
             f"{core}prefix_bias": jax.random.uniform(keys[4], (layers, 2 * width), jnp.float32, -outer, outer)}
 
 
-def _projected(encoder, out, bias):
+def _projected(encoder: Mapping[str, jax.Array], out: jax.Array, bias: jax.Array) -> jax.Array:
     """(..., n, 2, width) for ``out`` (..., units, 2 * width) and ``bias`` (..., 2 * width)."""
     states = jnp.tanh(encoder["tokens"] @ encoder["w"] + encoder["b"])
     made = states @ out + bias[..., None, :]
     return made.reshape(*made.shape[:-1], 2, -1)
 
 
-def _intercept(config, next_fun, args, kwargs, context):
+def _intercept(config: Mapping[str, Any], next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any,
+               ) -> Any:
     if context.method_name == "__call__":
-        held = _held(context)
-        return next_fun(*args, **kwargs) if held is None else _attend(config, held, context, next_fun, *args, **kwargs)
+        own = _own(context)
+        return next_fun(*args, **kwargs) if own is None else _attend(config, own, context, next_fun, *args, **kwargs)
     hook = HOOKS.get(context.method_name)
     if hook is None or not (n := _count(context.params)):
         return next_fun(*args, **kwargs)
     return hook(n, config["shift_positions"], context.module, next_fun, *args, **kwargs)
 
 
-def _held(context) -> jax.Array | None:
+def _own(context: Any) -> jax.Array | None:
     """This layer's prefix (n, 2, width), in an attention core alone."""
     module = context.module
     if module.has_variable("params", "prefix"):
@@ -158,21 +171,22 @@ def _held(context) -> jax.Array | None:
     return None
 
 
-def _attend(config, held, context, next_fun, query, key, value, mask):
-    n, where = held.shape[0], "/".join(context.module.path)
+def _attend(config: Mapping[str, Any], own: jax.Array, context: Any, next_fun: Callable[..., Any], query: jax.Array,
+            key: jax.Array, value: jax.Array, mask: jax.Array) -> Any:
+    n, where = own.shape[0], "/".join(context.module.path)
     heads, size = key.shape[2:]
-    if held.shape[1:] != (2, heads * size) or config["num_attention_heads"] not in (None, heads):
-        raise PeftJaxError(f"'{where}' has {heads} kv heads of {size}, the prefix is {held.shape} for "
+    if own.shape[1:] != (2, heads * size) or config["num_attention_heads"] not in (None, heads):
+        raise PeftJaxError(f"'{where}' has {heads} kv heads of {size}, the prefix is {own.shape} for "
                            f"num_attention_heads={config['num_attention_heads']}: it is another model's.")
     if mask.shape[-1] != n + key.shape[1]:
         raise PeftJaxError(f"'{where}' gets a mask for {mask.shape[-1]} keys, {n} virtual and {key.shape[1]} others: "
                            "prefix tuning needs a model whose masks pass through its method visible().")
-    front = jnp.broadcast_to(held.reshape(1, n, 2, heads, size), (key.shape[0], n, 2, heads, size))
+    front = jnp.broadcast_to(own.reshape(1, n, 2, heads, size), (key.shape[0], n, 2, heads, size))
     key, value = (jnp.concatenate([front[:, :, i].astype(x.dtype), x], axis=1) for i, x in enumerate((key, value)))
     return next_fun(query, key, value, mask)
 
 
-def _count(params) -> int:
+def _count(params: Mapping[str, Any]) -> int:
     """How many virtual tokens the whole tree holds."""
     for path, leaf in tree.flatten(params).items():
         if path == "prefix_encoder/tokens":
@@ -182,16 +196,17 @@ def _count(params) -> int:
     return 0
 
 
-def _place(n, shifted, module, next_fun, positions):
+def _place(n: int, shifted: bool, module: Any, next_fun: Callable[..., Any], positions: Any) -> Any:
     return next_fun(positions) + (n if shifted else 0)
 
 
-def _check_length(n, shifted, module, next_fun, tokens):
+def _check_length(n: int, shifted: bool, module: Any, next_fun: Callable[..., Any], tokens: int) -> Any:
     virtual_tokens.check_room(module, tokens, n if shifted else 0)
     return next_fun(tokens)
 
 
-def _visible(n, shifted, module, next_fun, key_mask, positions, index, segment_ids):
+def _visible(n: int, shifted: bool, module: Any, next_fun: Callable[..., Any], key_mask: Any, positions: Any,
+             index: Any, segment_ids: Any) -> tuple:
     """The masks with n keys more in front, which every query sees, or in a window those near enough."""
     full, windowed = (None if mask is None else jnp.pad(mask, [(0, 0)] * 3 + [(n, 0)], constant_values=True)
                       for mask in next_fun(key_mask, positions, index, segment_ids))
@@ -201,7 +216,7 @@ def _visible(n, shifted, module, next_fun, key_mask, positions, index, segment_i
     return full, windowed
 
 
-def _init_cache(n, shifted, module, next_fun, batch, length):
+def _init_cache(n: int, shifted: bool, module: Any, next_fun: Callable[..., Any], batch: int, length: int) -> Any:
     """The cache holds no prefix, which every step puts in front anew, but it takes positions."""
     virtual_tokens.check_room(module, length, n if shifted else 0)
     return next_fun(batch, length)
@@ -210,7 +225,7 @@ def _init_cache(n, shifted, module, next_fun, batch, length):
 HOOKS = {"place": _place, "visible": _visible, "init_cache": _init_cache, "check_length": _check_length}
 
 
-def prefix_from_ids(method: Method, model, params, input_ids) -> tree.Tree:
+def prefix_from_ids(method: Method, model: Any, params: Mapping[str, Any], input_ids: Any) -> tree.Tree:
     """``params`` with the keys and values of a text as their prefix: at first the model behaves as behind that text.
 
     Args:
@@ -242,12 +257,12 @@ def prefix_from_ids(method: Method, model, params, input_ids) -> tree.Tree:
     return tree.unflatten({**flat, path: jnp.stack(parts, axis=2).astype(jnp.float32)})
 
 
-def _rotates(flat) -> bool:
+def _rotates(flat: Mapping[str, Any]) -> bool:
     """Whether there are positions below 0, which no table of learned ones holds."""
     return not any(re.fullmatch(r"(.*/)?(wpe|position_embeddings)/embedding", path) for path in flat)
 
 
-def _plain(config, flat):
+def _plain(config: Mapping[str, Any], flat: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """The network's output in its place."""
     core = f"{_attention(flat)[0]}core/"
     if f"{core}prefix" in flat:
@@ -258,7 +273,8 @@ def _plain(config, flat):
     return {**config, "prefix_projection": False}, {**rest, f"{core}prefix": np.asarray(made)}
 
 
-def _slots(config, flat, trained, naming) -> dict[str, Slot]:
+def _slots(config: Mapping[str, Any], flat: Mapping[str, Any], trained: Sequence[str], naming: Naming,
+           ) -> dict[str, Slot]:
     """peft holds (n, layers * 2 * width): of each token every layer's key and value."""
     path = f"{_attention(flat)[0]}core/prefix"
     layers, n, _, width = flat[path].shape
@@ -266,7 +282,7 @@ def _slots(config, flat, trained, naming) -> dict[str, Slot]:
     return virtual_tokens.slots(path, slot, config, trained, naming, n)
 
 
-def _fields(config, flat, naming) -> dict[str, Any]:
+def _fields(config: Mapping[str, Any], flat: Mapping[str, Any], naming: Naming) -> dict[str, Any]:
     """Without the heads peft takes both sizes from the model: it would take token_dim alone for the hidden size."""
     _, layers, width = _attention(flat)
     return {"num_transformer_submodules": 1, "num_layers": layers,
@@ -277,7 +293,8 @@ UNSHIFTED = "PREFIX_TUNING_UNSHIFTED"
 ARGUMENTS = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules",
              "modules_to_save")
 SILENT = ("prefix_projection", "encoder_hidden_size", "init_weights")  # of a saved adapter only the output is left
-FORMAT = Format("PREFIX_TUNING", prefix, ARGUMENTS, _slots, _fields, SILENT, virtual_tokens.read, plain=_plain)
+FORMAT = Format(kind="PREFIX_TUNING", make=prefix, arguments=ARGUMENTS, slots=_slots, fields=_fields, silent=SILENT,
+                read=virtual_tokens.read, plain=_plain)
 # Under a name of its own, so that peft refuses it and does not read it as a shifted one.
 FORMAT_UNSHIFTED = FORMAT._replace(kind=UNSHIFTED, make=partial(prefix, shift_positions=False))
 FORMATS = (FORMAT, FORMAT_UNSHIFTED)

@@ -8,15 +8,16 @@ alone before its own tokens. In an encoder each text has a prompt of its own, an
 first token is read from p_1, as in peft; its mean is over its own tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core import targeting, tree, validation
-from peft_jax.core.peft_format import Format
+from peft_jax.core.peft_format import Format, Naming
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.methods.soft_prompt import virtual_tokens
@@ -51,16 +52,19 @@ def prompt(num_virtual_tokens: int = 20, prompt_tuning_init: str = "RANDOM", *,
     Raises ``PeftJaxError`` for arguments of the wrong type, and from ``init`` for parameters without an embedding, with
     virtual tokens already, or ids beyond the vocabulary.
     """
-    config = virtual_tokens.tidy({"peft_type": "PROMPT_TUNING", **locals()})
+    config = virtual_tokens.tidy(
+        peft_type="PROMPT_TUNING", num_virtual_tokens=num_virtual_tokens, prompt_tuning_init=prompt_tuning_init,
+        prompt_tuning_init_ids=prompt_tuning_init_ids, modules_to_save=modules_to_save, packed_texts=packed_texts)
     validation.check_choice("prompt_tuning_init", prompt_tuning_init, INITS)
     _check_ids(prompt_tuning_init, prompt_tuning_init_ids)
     validation.check_whole("packed_texts", packed_texts)
-    return Method(partial(_init, config), partial(virtual_tokens.intercept, "prompt", table, packed_texts),
-                  partial(virtual_tokens.labels, config), None, config, stored=FORMAT, leaves=virtual_tokens.LEAVES,
-                  prepare=partial(virtual_tokens.prepared, prompt, config))
+    return Method(
+        init=partial(_init, config), intercept=partial(virtual_tokens.intercept, "prompt", table, packed_texts),
+        labels=partial(virtual_tokens.labels, config), fold=None, config=config, stored=FORMAT,
+        leaves=virtual_tokens.LEAVES, prepare=partial(virtual_tokens.prepared, prompt, config))
 
 
-def _check_ids(how, ids) -> None:
+def _check_ids(how: str, ids: Any) -> None:
     if (how == "TEXT") != (ids is not None):
         raise PeftJaxError(f"prompt_tuning_init={how!r} and prompt_tuning_init_ids={ids!r}: 'TEXT' starts from the "
                            "token ids of a text, such as (504, 3216), and nothing else does; on the command line the "
@@ -68,12 +72,13 @@ def _check_ids(how, ids) -> None:
     validation.check_ids("prompt_tuning_init_ids", ids)
 
 
-def table(held, context) -> jax.Array:
+def table(leaves: Mapping[str, jax.Array], context: Any) -> jax.Array:
     """The embeddings (n, hidden) of a plain prompt."""
-    return held["prompt"]
+    return leaves["prompt"]
 
 
-def _init(config, rng, params, axes=None):
+def _init(config: Mapping[str, Any], rng: jax.Array, params: Mapping[str, Any],
+          axes: Any = None) -> tree.Tree:
     flat = virtual_tokens.start(config, params, "prompt tuning")
     folder = virtual_tokens.embedding(flat)
     if config["prompt_tuning_init"] == "TEXT":
@@ -82,7 +87,7 @@ def _init(config, rng, params, axes=None):
     return tree.unflatten(flat)
 
 
-def _start(config, rng, embedding):
+def _start(config: Mapping[str, Any], rng: jax.Array, embedding: Any) -> jax.Array:
     n, how = config["num_virtual_tokens"], config["prompt_tuning_init"]
     if how == "RANDOM":
         return jax.random.normal(rng, (n, embedding.shape[1]), jnp.float32)
@@ -97,9 +102,10 @@ SILENT = ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_pa
           "num_attention_heads", "num_layers")
 
 
-def _fields(config, flat, naming):
+def _fields(config: Mapping[str, Any], flat: Mapping[str, Any], naming: Naming) -> dict[str, Any]:
     """Trained, it is what it is; peft would ask for the tokenizer of a TEXT."""
     return {**virtual_tokens.prompt_fields(config, flat, naming), "prompt_tuning_init": "RANDOM"}
 
 
-FORMAT = Format("PROMPT_TUNING", prompt, ARGUMENTS, virtual_tokens.prompt_slots, _fields, SILENT, virtual_tokens.read)
+FORMAT = Format(kind="PROMPT_TUNING", make=prompt, arguments=ARGUMENTS, slots=virtual_tokens.prompt_slots,
+                fields=_fields, silent=SILENT, read=virtual_tokens.read)

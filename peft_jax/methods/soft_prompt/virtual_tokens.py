@@ -9,7 +9,7 @@ They find their places by what models call their parts: the token embedding, the
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core import tree, validation
-from peft_jax.core.peft_format import PREFIX, Slot, no_place
+from peft_jax.core.peft_format import PREFIX, Naming, Slot, no_place
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.methods import _kernel_adapter as kernel_adapter
@@ -32,7 +32,7 @@ _NAMES = "|".join(path[-1] for path in EMBEDDINGS)
 OWN = re.compile(rf"(.*/)?(({_NAMES})/prompt|core/prefix|prefix_encoder)(_.*|/.*)?")
 
 
-def tidy(config: Mapping[str, Any]) -> dict[str, Any]:
+def tidy(**config: Any) -> dict[str, Any]:
     """The arguments with ``num_virtual_tokens`` and ``modules_to_save``, which all have, checked."""
     saved = config["modules_to_save"]
     validation.check_whole("num_virtual_tokens", config["num_virtual_tokens"])
@@ -47,8 +47,8 @@ def start(config: Mapping[str, Any], params: Mapping[str, Any], kind: str) -> di
     modules_to_save names none of them.
     """
     flat = tree.flatten(params)
-    if held := [path for path in flat if OWN.fullmatch(path)]:
-        raise PeftJaxError(f"the parameters already hold virtual tokens ('{held[0]}'), and {kind} would add more: "
+    if double := [path for path in flat if OWN.fullmatch(path)]:
+        raise PeftJaxError(f"the parameters already hold virtual tokens ('{double[0]}'), and {kind} would add more: "
                            "start from the base's, and chain one such method only.")
     kernel_adapter.check_saved(config, params, ())
     return {path: kernel_adapter.trainable(path, leaf) if kernel_adapter.saved(config, path) else leaf
@@ -57,15 +57,15 @@ def start(config: Mapping[str, Any], params: Mapping[str, Any], kind: str) -> di
 
 def embedding(flat: Mapping[str, Any]) -> str:
     """The folder, with a slash at the end, of the token embedding. Raises ``PeftJaxError`` where there is none."""
-    found = [path for path in flat if re.fullmatch(rf"(.*/)?({_NAMES})/embedding", path)]
-    if len(found) != 1:
+    paths = [path for path in flat if re.fullmatch(rf"(.*/)?({_NAMES})/embedding", path)]
+    if len(paths) != 1:
         names = ", ".join("/".join(path) for path in EMBEDDINGS)
-        raise PeftJaxError(f"the parameters have {len(found)} token embeddings ({names}), and virtual tokens go beside "
+        raise PeftJaxError(f"the parameters have {len(paths)} token embeddings ({names}), and virtual tokens go beside "
                            "one: they need a model of peft_jax.models.")
-    return found[0].removesuffix("embedding")
+    return paths[0].removesuffix("embedding")
 
 
-def check_vocabulary(what: str, ids, flat: Mapping[str, Any]) -> None:
+def check_vocabulary(what: str, ids: Any, flat: Mapping[str, Any]) -> None:
     """Raise ``PeftJaxError`` where token ids (n,) are beyond the model's embedding."""
     rows = flat[f"{embedding(flat)}embedding"].shape[0]
     if np.max(ids) >= rows:
@@ -79,7 +79,7 @@ def labels(config: Mapping[str, Any], params: Mapping[str, Any]) -> tree.Tree:
                                  or kernel_adapter.saved(config, path))
 
 
-def prepared(make: Callable[..., Method], config: Mapping[str, Any], model, params,
+def prepared(make: Callable[..., Method], config: Mapping[str, Any], model: Any, params: Mapping[str, Any],
              batches: Iterable[Mapping[str, Any]]) -> Method:
     """``prepare`` of prompt and P-tuning: ``packed_texts`` as an encoder's batches need it. Every text has an answer,
     so a row of a run holds no more texts than its batches have slots for answers."""
@@ -90,12 +90,12 @@ def prepared(make: Callable[..., Method], config: Mapping[str, Any], model, para
     return make(**{name: value for name, value in config.items() if name != "peft_type"} | {"packed_texts": most})
 
 
-def is_encoder(model) -> bool:
+def is_encoder(model: Any) -> bool:
     """Whether every token sees every other, the virtual ones too: such a model cannot have a cache."""
     return not hasattr(model, "init_cache")
 
 
-def check_room(module, length: int, tokens: int) -> None:
+def check_room(module: Any, length: int, tokens: int) -> None:
     """Raise ``PeftJaxError`` where ``length`` tokens and the virtual ones exceed the model's positions."""
     most = module.config.max_position_embeddings
     if length + tokens > most:
@@ -104,16 +104,17 @@ def check_room(module, length: int, tokens: int) -> None:
 
 
 class Front(NamedTuple):
-    """The tokens in front: how many, their embeddings (count, hidden) when called, the most texts of a row that is
+    """The tokens in front: how many, their embeddings (tokens, hidden) when called, the most texts of a row that is
     not looked at, and the call."""
 
-    count: int
+    tokens: int
     table: Callable[[], jax.Array]
     packed: int
     context: Any
 
 
-def intercept(leaf: str, table: Callable[[Mapping, Any], jax.Array], packed: int, next_fun, args, kwargs, context):
+def intercept(leaf: str, table: Callable[[Mapping, Any], jax.Array], packed: int,
+              next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     """An interceptor for embeddings in front of every row.
 
     Args:
@@ -122,33 +123,34 @@ def intercept(leaf: str, table: Callable[[Mapping, Any], jax.Array], packed: int
       packed: of an encoder, how many texts a row may hold whose segments are traced and cannot be counted.
     """
     hook = HOOKS.get(context.method_name)
-    held = _embedding_leaves(context.module) if hook else {}
-    if leaf not in held:
+    beside = _embedding_leaves(context.module) if hook else {}
+    if hook is None or leaf not in beside:
         return next_fun(*args, **kwargs)
-    front = Front(held[leaf].shape[0], partial(table, held, context), packed, context)
+    front = Front(tokens=beside[leaf].shape[0], table=partial(table, beside, context), packed=packed, context=context)
     return hook(front, context.module, next_fun, *args, **kwargs)
 
 
-def _embedding_leaves(module) -> Mapping[str, Any]:
+def _embedding_leaves(module: Any) -> Mapping[str, Any]:
     for first, *others in EMBEDDINGS:
-        held = module.get_variable("params", first, {})
+        leaves = module.get_variable("params", first, {})
         for name in others:
-            held = held.get(name, {}) if isinstance(held, Mapping) else {}
-        if held and isinstance(held, Mapping):
-            return held
+            leaves = leaves.get(name, {}) if isinstance(leaves, Mapping) else {}
+        if leaves and isinstance(leaves, Mapping):
+            return leaves
     return {}
 
 
-def _hidden(front, module, next_fun, input_ids, attention_mask=None, *, positions=None, segment_ids=None, **types):
+def _hidden(front: Front, module: Any, next_fun: Callable[..., Any], input_ids: Any, attention_mask: Any = None, *,
+            positions: Any = None, segment_ids: Any = None, **types: Any) -> Any:
     """The virtual tokens take positions 0 to n - 1 and come out again at the end; a cache holds them already."""
-    n, given = front.count, [attention_mask, positions, segment_ids, *types.values()]
+    n, others = front.tokens, [attention_mask, positions, segment_ids, *types.values()]
     if module.has_variable("cache", "index"):
         if not module.has_variable("cache", MARK):
             raise PeftJaxError(f"the cache was made without the {n} virtual tokens: make it with the bound model, "
                                "apply({'params': params}, batch, length, method='init_cache').")
         moved = None if positions is None else positions + n
         return next_fun(input_ids, attention_mask, positions=moved, segment_ids=segment_ids)
-    if input_ids.ndim != 2 or any(array is not None and array.shape != input_ids.shape for array in given):
+    if input_ids.ndim != 2 or any(array is not None and array.shape != input_ids.shape for array in others):
         return next_fun(input_ids, attention_mask, positions=positions, segment_ids=segment_ids, **types)  # says what
     texts = _texts(front, module, segment_ids)
     if positions is None and segment_ids is not None:
@@ -165,14 +167,14 @@ def _hidden(front, module, next_fun, input_ids, attention_mask=None, *, position
     return jnp.where(((segment_ids < 0) | (segment_ids > texts))[..., None], jnp.nan, states)
 
 
-def _texts(front, module, segment_ids) -> int:
+def _texts(front: Front, module: Any, segment_ids: Any) -> int:
     """How often the virtual tokens stand in a row: once, or in an encoder for each of its texts."""
     if segment_ids is None or not is_encoder(module):
         return 1
     return front.packed if isinstance(segment_ids, jax.core.Tracer) else max(1, int(np.max(segment_ids)))
 
 
-def _in_front(values, array):
+def _in_front(values: jax.Array, array: Any) -> jax.Array | None:
     """``array`` (B, T) behind ``values`` (n,) in every row, ``None`` without one."""
     if array is None:
         return None
@@ -181,26 +183,27 @@ def _in_front(values, array):
     return jnp.concatenate([rows, rest], axis=1)
 
 
-def _counted(segment_ids):
+def _counted(segment_ids: Any) -> jax.Array:
     """(B, T): tokens counted from 0 in each segment."""
     at = jnp.arange(segment_ids.shape[1])
     begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
     return at - jnp.maximum.accumulate(jnp.where(begins, at, 0), axis=1)
 
 
-def _embed(front, module, next_fun, input_ids):
+def _embed(front: Front, module: Any, next_fun: Callable[..., Any], input_ids: Any) -> jax.Array:
     count = front.context.notes.get(MARK, 0)
     if not count or module.has_variable("cache", "index"):
         return next_fun(input_ids)
     x = next_fun(input_ids[:, count:])
-    rows = jnp.tile(front.table().astype(x.dtype), (count // front.count, 1))
+    rows = jnp.tile(front.table().astype(x.dtype), (count // front.tokens, 1))
     return jnp.concatenate([jnp.broadcast_to(rows, (x.shape[0], *rows.shape)), x], axis=1)
 
 
-def _visible(front, module, next_fun, key_mask, positions, index, segment_ids):
+def _visible(front: Front, module: Any, next_fun: Callable[..., Any], key_mask: Any, positions: Any, index: Any,
+             segment_ids: Any) -> tuple:
     """Every segment of a decoder sees the virtual tokens, through a window as far as it reaches: by positions, since
     in the row padding or other segments may lie between."""
-    n, (full, windowed) = front.count, next_fun(key_mask, positions, index, segment_ids)
+    n, (full, windowed) = front.tokens, next_fun(key_mask, positions, index, segment_ids)
     if is_encoder(module):
         return full, windowed
     first = full.shape[-1] - key_mask.shape[1]  # keys of another method may stand in front
@@ -212,23 +215,23 @@ def _visible(front, module, next_fun, key_mask, positions, index, segment_ids):
     return full, windowed
 
 
-def _pool(front, module, next_fun, x, seen):
+def _pool(front: Front, module: Any, next_fun: Callable[..., Any], x: Any, seen: Any) -> Any:
     """Virtual tokens are no part of a text's mean. Its first token, though, is a virtual one, as in peft."""
     if module.config.head is not None and module.config.head.pooling == "mean":
         seen = seen.at[:, :, :front.context.notes.get(MARK, 0)].set(False)
     return next_fun(x, seen)
 
 
-def _check_length(front, module, next_fun, tokens):
+def _check_length(front: Front, module: Any, next_fun: Callable[..., Any], tokens: int) -> Any:
     """The virtual ones are counted with the others here; only models with learned positions ask."""
     count = front.context.notes.get(MARK, 0)
     check_room(module, tokens - count, count)
     return next_fun(tokens)
 
 
-def _init_cache(front, module, next_fun, batch, length):
+def _init_cache(front: Front, module: Any, next_fun: Callable[..., Any], batch: int, length: int) -> Any:
     """A cache that begins with the virtual tokens. To run them through the model, they are made its vocabulary."""
-    n, params = front.count, module.variables["params"]
+    n, params = front.tokens, module.variables["params"]
     check_room(module, length, n)
     cache = {**next_fun(batch, length + n), MARK: jnp.int32(n)}
     model = module.clone(parent=None, config=dataclasses.replace(module.config, vocab_size=n))
@@ -242,7 +245,8 @@ HOOKS = {"hidden": _hidden, "embed": _embed, "visible": _visible, "pool": _pool,
          "check_length": _check_length}
 
 
-def slots(path: str, slot: Slot, config, trained, naming, count: int) -> dict[str, Slot]:
+def slots(path: str, slot: Slot, config: Mapping[str, Any], trained: Sequence[str], naming: Naming, count: int,
+          ) -> dict[str, Slot]:
     """The one tensor of the file, the leaf ``path`` of ``count`` tokens, and those of modules_to_save.
 
     Raises ``PeftJaxError`` for other trained leaves.
@@ -257,13 +261,14 @@ def slots(path: str, slot: Slot, config, trained, naming, count: int) -> dict[st
     return {KEY: slot, **whole}
 
 
-def prompt_slots(config, flat, trained, naming) -> dict[str, Slot]:
+def prompt_slots(config: Mapping[str, Any], flat: Mapping[str, Any], trained: Sequence[str], naming: Naming,
+                 ) -> dict[str, Slot]:
     """Of prompt and P-tuning: the leaf as it is."""
     path = embedding(flat) + "prompt"
     return slots(path, Slot(path), config, trained, naming, flat[path].shape[0])
 
 
-def prompt_fields(config, flat, naming) -> dict[str, Any]:
+def prompt_fields(config: Mapping[str, Any], flat: Mapping[str, Any], naming: Naming) -> dict[str, Any]:
     """peft asks for both sizes where a model's own config has them under other names, as DistilBERT's has."""
     return {"num_transformer_submodules": 1, "token_dim": flat[embedding(flat) + "prompt"].shape[-1],
             "num_attention_heads": naming.heads}

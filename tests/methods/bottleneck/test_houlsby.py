@@ -16,7 +16,7 @@ def test_the_promises_of_a_method(peer_bases):
     properties.check_training(houlsby(4), model, base, peer.IDS)
     properties.check_remat(houlsby(4), model, base, peer.IDS)
     properties.check_start_is_base(houlsby(4, init_weights="mam_adapter"), model, base, peer.IDS)
-    assert houlsby(4).merge is None  # an activation stands between its matrices
+    assert not houlsby(4).mergeable  # an activation stands between its matrices
 
 
 @pytest.mark.parametrize("width, narrow, each", [(4096, 64, 528_448), (576, 64, 74_368)])

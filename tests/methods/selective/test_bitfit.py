@@ -33,7 +33,7 @@ def test_biases_that_are_added(peer_bases):
     properties.check_start_is_base(method, model, base, peer.IDS)
     properties.check_training(method, model, base, peer.IDS)
     properties.check_remat(method, model, base, peer.IDS)
-    assert method.merge is None
+    assert not method.mergeable
     assert count(method, base) == 3 * (16 + 8 + 8 + 16 + 24 + 24 + 16)
     tuned = properties.moved(method, method.init(jax.random.key(0), base))
     assert not [path for path in flatten(tuned) if path.startswith("lm_head") and "bias" in path]
