@@ -21,7 +21,7 @@ EXAMPLES = [path.relative_to(ROOT) for part in ("peft_jax", "configs") for path 
             if any(">>>" in line and "+SKIP" not in line for line in path.read_text().splitlines())]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FLAG = r"--[\w.]+(?:=(?:\$?'[^']*'|[^\s'\"`;&|]*))?"
-COMMAND = re.compile(rf"\bpython ([\w./]+\.py)((?: +{FLAG})*)")
+COMMAND = re.compile(rf"\bpython\s+([\w./]+\.py)((?:\s+{FLAG})*)")
 FILE = re.compile(r"`((?:peft_jax|tests|experiments|benchmarks|configs|docs)/[\w./-]*)`|--config=(experiments/[\w./]+)")
 MADE = {"docs/comparison/report.html"}  # by a command that stands beside it
 SHELL = {"$SLURM_ARRAY_TASK_ID": "0"}  # what a shell would put there
