@@ -1,10 +1,10 @@
-"""AdaLoRA: ranks go where they matter, a third of them are cut during the run.
+"""AdaLoRA: training cuts a third of the ranks, those that matter least.
 
     python run.py --config=experiments/adalora.py
 
-Paper: Zhang et al. 2023, arXiv:2303.10512 (init_r one and a half times target_r there). Number: 0.400 → 0.375 among
-the five words, rank correlation 0.636 → 0.645, in 15 steps and on 40 sentences (LOG.md, 2026-11-24; float32, 2 cores
-of an AMD EPYC, no GPU).
+Paper: Zhang et al. 2023, arXiv:2303.10512, where init_r is one and a half times target_r. Number: accuracy among the
+five words 0.400 → 0.375, rank correlation 0.636 → 0.645, in 15 steps and on 40 sentences (LOG.md, 2026-11-24; float32,
+2 cores of an AMD EPYC, no GPU).
 """
 
 from configs import base, parse

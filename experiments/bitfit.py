@@ -1,11 +1,11 @@
-"""BitFit: only biases train. SmolLM2 has none, so its kernels are given some; then nothing can be merged.
+"""BitFit: only biases train. SmolLM2 has none, so its kernels get new ones, which cannot be merged.
 
     python run.py --config=experiments/bitfit.py
     python run.py --config=experiments/bitfit.py:model=qwen2.5-0.5b --config.method.add_missing=False
 
-Paper: Ben Zaken et al. 2021, arXiv:2106.10199 (learning rates from 1e-4 to 1e-3 there). Number: 0.370 → 0.450 among
-the five words, rank correlation 0.714 → 0.697, with --config.optim.learning_rate=0.003 and 30 steps, 100 sentences
-(LOG.md, 2026-11-24; float32, 2 cores of an AMD EPYC, no GPU).
+Paper: Ben Zaken et al. 2021, arXiv:2106.10199, with learning rates from 1e-4 to 1e-3. Number: accuracy among the five
+words 0.370 → 0.450, rank correlation 0.714 → 0.697, with --config.optim.learning_rate=0.003, in 30 steps and on 100
+sentences (LOG.md, 2026-11-24; float32, 2 cores of an AMD EPYC, no GPU).
 """
 
 from configs import base, parse

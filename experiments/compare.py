@@ -1,4 +1,4 @@
-"""Full fine-tuning against PEFT: what is learnt, what is forgotten, what it costs, all on the same model and data.
+"""Full fine-tuning against PEFT on one model and one task: what each learns, what it forgets, what it costs.
 
     python run.py --config=experiments/compare.py:budget=smoke            # that it runs: within 10 minutes on 2 cores
     python run.py --config=experiments/compare.py                         # full, LoRA, QLoRA, Houlsby, prefix: hours
@@ -7,10 +7,10 @@
     python run.py --config=experiments/compare.py --sweep_index=3         # one cell of it, for a cluster's job array
     python run.py --config=experiments/compare.py --mode=report           # tables and plots of what is there
 
-Question: the source article's table, measured. Every method has the same batches, steps and seeds, float32, and its
-own learning rate, the best of three or four on validation data; what is reported is of test data, over the seeds. A
-finished cell is not run again. Results: runs/compare/results/*.json, table.md, table.csv, table.json, plots/,
-report.html. Measured figures are in docs/findings.md.
+Question: is the table of the article "Full Fine-Tuning vs PEFT" right? Every method has the same batches, steps and
+seeds, in float32. Each has its own learning rate, the best of three or four on validation data. The figures reported
+are of test data, over the seeds. A finished run is not run again. Results: runs/compare/results/*.json, table.md,
+table.csv, table.json, plots/, report.html. Measured figures are in docs/findings.md.
 """
 
 from pathlib import Path

@@ -1,9 +1,9 @@
-"""EVA: A begins as the principal directions of the inputs, which also share out the ranks.
+"""EVA: A begins as the principal directions of the inputs; a module whose inputs need more of them gets more rank.
 
     python run.py --config=experiments/eva.py
 
-Paper: Paischer et al. 2024, arXiv:2410.07170. Number: 0.400 → 0.475 among the five words, rank correlation 0.636 →
-0.710, in 15 steps and on 40 sentences (LOG.md, 2026-11-24; float32, 2 cores of an AMD EPYC, no GPU).
+Paper: Paischer et al. 2024, arXiv:2410.07170. Number: accuracy among the five words 0.400 → 0.475, rank correlation
+0.636 → 0.710, in 15 steps and on 40 sentences (LOG.md, 2026-11-24; float32, 2 cores of an AMD EPYC, no GPU).
 """
 
 from configs import base, parse

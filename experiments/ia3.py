@@ -1,10 +1,10 @@
-"""IA3: 0.04 % of the parameters, a high learning rate.
+"""IA3: 0.04 % of the parameters train, at a high learning rate.
 
     python run.py --config=experiments/ia3.py
 
-Paper: Liu et al. 2022, arXiv:2205.05638 (learning rate 3e-3 there). Number: 0.370 → 0.490 among the five words, rank
-correlation 0.714 → 0.711, with --config.optim.learning_rate=0.01 and 30 steps, 100 sentences (LOG.md, 2026-11-24;
-float32, 2 cores of an AMD EPYC, no GPU).
+Paper: Liu et al. 2022, arXiv:2205.05638, with a learning rate of 3e-3. Number: accuracy among the five words 0.370 →
+0.490, rank correlation 0.714 → 0.711, with --config.optim.learning_rate=0.01, in 30 steps and on 100 sentences
+(LOG.md, 2026-11-24; float32, 2 cores of an AMD EPYC, no GPU).
 """
 
 from configs import base, parse

@@ -1,10 +1,10 @@
-"""LoKr: a Kronecker product as the update, of full rank with few parameters.
+"""LoKr: the update is a Kronecker product, of full rank with few parameters.
 
     python run.py --config=experiments/lokr.py
 
-Paper: Edalati et al. 2022, arXiv:2212.10650; with factors of factors Yeh et al. 2023, arXiv:2309.14859. Number: 0.400
-→ 0.300 among the five words, rank correlation 0.636 → 0.653, in 15 steps and on 40 sentences (LOG.md, 2026-11-24;
-float32, 2 cores of an AMD EPYC, no GPU).
+Paper: Edalati et al. 2022, arXiv:2212.10650; with factors of factors Yeh et al. 2023, arXiv:2309.14859. Number:
+accuracy among the five words 0.400 → 0.300, rank correlation 0.636 → 0.653, in 15 steps and on 40 sentences (LOG.md,
+2026-11-24; float32, 2 cores of an AMD EPYC, no GPU).
 """
 
 from configs import base, parse

@@ -7,9 +7,9 @@ Claim: the three metrics on held-out sentences rise, with 0.68 % of the paramete
 Hardware: 2 CPU cores (AMD EPYC), no GPU: 4 min 27 s in all, the download included.
 Number: exact 0 -> 0.535, among the five words 0.430 -> 0.535, Spearman 0.688 -> 0.717 (200 held-out sentences, seed 0);
 with optim.steps=100: 0.555, 0.555, 0.737.
-Paper: Hu et al. 2021, arXiv:2106.09685, whose settings these are (q and v); r, alpha and dropout are the source
-article's. A prototype with Hugging Face peft on another held-out sample was reported to give
-exact 0 -> 0.625, among five 0.555 -> 0.625, Spearman 0.45 -> 0.60.
+Paper: Hu et al. 2021, arXiv:2106.09685, which adapts q and v. r, alpha and dropout are those of the article "Full
+Fine-Tuning vs PEFT". A prototype with Hugging Face peft, on another held-out sample, was reported to give: exact 0 ->
+0.625, among five 0.555 -> 0.625, Spearman 0.45 -> 0.60.
 """
 
 from configs import base, parse

@@ -1,9 +1,9 @@
-"""LoRA-FA: A stays as it began, half the parameters of LoRA or less train.
+"""LoRA-FA: A stays as it began, so at most half of LoRA's parameters train.
 
     python run.py --config=experiments/lorafa.py
 
-Paper: Zhang et al. 2023, arXiv:2308.03303. Number: 0.400 → 0.325 among the five words, rank correlation 0.636 →
-0.612, in 15 steps and on 40 sentences (LOG.md, 2026-11-24; float32, 2 cores of an AMD EPYC, no GPU).
+Paper: Zhang et al. 2023, arXiv:2308.03303. Number: accuracy among the five words 0.400 → 0.325, rank correlation 0.636
+→ 0.612, in 15 steps and on 40 sentences (LOG.md, 2026-11-24; float32, 2 cores of an AMD EPYC, no GPU).
 """
 
 from configs import base, parse

@@ -1,10 +1,10 @@
-"""LoRA+: B learns 16 times faster than A, otherwise experiments/lora.py with a lower rate.
+"""LoRA+: B learns 16 times faster than A. The rest is experiments/lora.py with a lower rate.
 
     python run.py --config=experiments/loraplus.py
 
-Paper: Hayou et al. 2024, arXiv:2402.12354 (a ratio of 16 there). Number: 0.400 → 0.500 among the five words, rank
-correlation 0.636 → 0.649, in 15 steps and on 40 sentences (LOG.md, 2026-11-24; float32, 2 cores of an AMD EPYC, no
-GPU).
+Paper: Hayou et al. 2024, arXiv:2402.12354, with a ratio of 16. Number: accuracy among the five words 0.400 → 0.500,
+rank correlation 0.636 → 0.649, in 15 steps and on 40 sentences (LOG.md, 2026-11-24; float32, 2 cores of an AMD EPYC,
+no GPU).
 """
 
 from configs import base, parse

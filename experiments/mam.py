@@ -2,10 +2,10 @@
 
     python run.py --config=experiments/mam.py --config.method.prefix.num_virtual_tokens=30
 
-Paper: He et al. 2022, arXiv:2110.04366, section 4.6, with a prefix of 30 and a bottleneck of 512 at width 1024, here
-at most 288 of 576. Number: 0.225 → 0.325 among the five words, rank correlation 0.488 → -0.304, general text 6.480 →
-16.454: too much for so short a run, 15 steps and 40 sentences (LOG.md, 2026-11-24; float32, 2 cores of an AMD EPYC,
-no GPU).
+Paper: He et al. 2022, arXiv:2110.04366, section 4.6. It has a prefix of 30 and a bottleneck of 512 at width 1024; here
+the bottleneck is at most 288 of 576. Number: accuracy among the five words 0.225 → 0.325, rank correlation 0.488 →
+-0.304, general text 6.480 → 16.454, in 15 steps and on 40 sentences: so short a run forgets too much (LOG.md,
+2026-11-24; float32, 2 cores of an AMD EPYC, no GPU).
 """
 
 from configs import base, parse

@@ -2,8 +2,8 @@
 
     python run.py --config=experiments/olora.py
 
-Paper: Büyükakyüz 2024, arXiv:2406.01775. Number: 0.400 → 0.325 among the five words, rank correlation 0.636 → 0.619,
-in 15 steps and on 40 sentences (LOG.md, 2026-11-24; float32, 2 cores of an AMD EPYC, no GPU).
+Paper: Büyükakyüz 2024, arXiv:2406.01775. Number: accuracy among the five words 0.400 → 0.325, rank correlation 0.636 →
+0.619, in 15 steps and on 40 sentences (LOG.md, 2026-11-24; float32, 2 cores of an AMD EPYC, no GPU).
 """
 
 from configs import base, parse

@@ -3,7 +3,7 @@
     python run.py --config=experiments/paper_houlsby_roberta_sst2.py
 
 Paper: Houlsby et al. 2019, arXiv:1902.00751; the row is of Hu et al. 2021, arXiv:2106.09685, table 2. Number: not run
-here, it needs the model and the data of the Hub and a GPU. Difference: transformers' dropout in the frozen model is
+here; it needs the model and the data of the Hub and a GPU. Difference: transformers' dropout in the frozen model is
 left out; the first paper also trains the layer norms.
 
 Trainable: 1,887,618 (tests/test_paper_experiments.py): 835,968 in the adapters, 24 layers x 2 x (2 x 1024 x 8 + 8 +

@@ -1,10 +1,12 @@
-"""The LoRA paper's GPT-2 medium on E2E NLG, as far as this library can say it.
+"""The LoRA paper's GPT-2 medium on E2E NLG, as far as this library can express it.
 
     python run.py --config=experiments/paper_lora_gpt2_e2e.py
 
-Paper: Hu et al. 2021, arXiv:2106.09685, tables 3 and 11. Number: not run here, it needs GPT-2 medium from the Hub, the
-E2E files (github.com/tuetschek/e2e-dataset) in data/e2e and a GPU; what counts BLEU there is not here either.
-Differences: the paper smooths labels (0.1) and warms up 500 steps, here there is no smoothing and the same by ratio.
+Paper: Hu et al. 2021, arXiv:2106.09685, tables 3 and 11. Number: not run here; it needs GPT-2 medium from the Hub, the
+E2E files (github.com/tuetschek/e2e-dataset) in data/e2e and a GPU; the script that computes BLEU there is not part of
+this repository.
+Differences: the paper smooths labels (0.1), and here they are not smoothed. It warms up for 500 steps, here for the
+same part of the run.
 
 Trainable: 393,216 (tests/test_paper_experiments.py). The paper adapts q and v, two products of rank 4 inside the fused
 c_attn: 24 layers x 2 x 4 x (1024 + 1024). peft, and we, put one product of rank 4 on all of c_attn, k included:

@@ -2,7 +2,7 @@
 
     python run.py --config=experiments/paper_lora_llama_commonsense.py
 
-Paper: Hu et al. 2023, arXiv:2304.01933. Number: not run here, it needs LLaMA-7B's weights from the Hub, the paper's
+Paper: Hu et al. 2023, arXiv:2304.01933. Number: not run here; it needs LLaMA-7B's weights from the Hub, the paper's
 commonsense_170k.json (github.com/AGI-Edgerunners/LLM-Adapters) in data and a GPU.
 
 Trainable: 56,098,816 of 6,794,514,432 (tests/test_paper_experiments.py): 32 layers x 32 x (3 x (4096 + 4096) + 2 x

@@ -2,7 +2,7 @@
 
     python run.py --config=experiments/paper_lora_roberta_sst2.py
 
-Paper: Hu et al. 2021, arXiv:2106.09685, tables 2 and 9. Number: not run here, it needs the model and the data of the
+Paper: Hu et al. 2021, arXiv:2106.09685, tables 2 and 9. Number: not run here; it needs the model and the data of the
 Hub and a GPU. Difference: transformers' dropout in the frozen model is left out.
 
 Trainable: 887,042 (tests/test_paper_experiments.py), which is what peft prints too: 294,912 in LoRA, 12 layers x 2 x 8

@@ -1,16 +1,17 @@
-"""The prefix-tuning paper's GPT-2 medium on E2E NLG, as far as this library can say it.
+"""The prefix-tuning paper's GPT-2 medium on E2E NLG, as far as this library can express it.
 
     python run.py --config=experiments/paper_prefix_gpt2_e2e.py
 
 Paper: Li and Liang 2021, arXiv:2101.00190, table 1: a prefix of 5, 5 epochs, batches of 10, a rate of 8e-5 that falls
 linearly; the network's 512 units are its code's (github.com/XiangLi1999/PrefixTuning, gpt2/train_e2e.py). Number: not
-run here, it needs GPT-2 medium from the Hub, the E2E files (github.com/tuetschek/e2e-dataset) in data/e2e and a GPU;
-what counts BLEU there is not here either. Difference: the paper's code reads a linearisation of its own of these files.
+run here; it needs GPT-2 medium from the Hub, the E2E files (github.com/tuetschek/e2e-dataset) in data/e2e and a GPU;
+the script that computes BLEU there is not part of this repository. Difference: the paper's code writes these files'
+tables as text in a way of its own.
 
 Trainable: 25,744,896 (tests/test_paper_experiments.py), as peft counts it: the network P = W tanh(V e + c) + b, whose
 e is 5 x 1024, V 1024 x 512, and W 512 x 49,152, one key and one value of 1024 in each of 24 layers. The paper prints
-0.1 %, which is what is stored, W and V left behind: 5 x 24 x 2 x 1024 = 245,760, or 0.07 % of 354,823,168. So many
-train with --config.method.prefix_projection=False.
+0.1 %, which is what is stored, without W and V: 5 x 24 x 2 x 1024 = 245,760, or 0.07 % of 354,823,168. With
+--config.method.prefix_projection=False just these train.
 """
 
 from experiments import paper_lora_gpt2_e2e

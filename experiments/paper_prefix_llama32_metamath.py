@@ -2,7 +2,7 @@
 
     python run.py --config=experiments/paper_prefix_llama32_metamath.py
 
-Source: github.com/huggingface/peft, method_comparison/MetaMathQA, which tests on GSM8K. Number: not run here, it needs
+Source: github.com/huggingface/peft, method_comparison/MetaMathQA, which tests on GSM8K. Number: not run here; it needs
 the model and the data of the Hub and a GPU.
 
 Trainable: 11,468,800 (tests/test_paper_experiments.py), peft's number: 28 layers x 200 tokens x (1024 keys + 1024

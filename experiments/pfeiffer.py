@@ -1,10 +1,10 @@
-"""Pfeiffer adapters: one a layer, half of Houlsby's.
+"""Pfeiffer adapters: one in every layer, where Houlsby has two.
 
     python run.py --config=experiments/pfeiffer.py
 
-Paper: Pfeiffer et al. 2020, arXiv:2005.00247 (learning rate 1e-4 there). Number: 0.450 → 0.375 among the five words,
-rank correlation 0.692 → 0.665, in 15 steps and on 40 sentences (LOG.md, 2026-11-24; float32, 2 cores of an AMD EPYC,
-no GPU).
+Paper: Pfeiffer et al. 2020, arXiv:2005.00247, with a learning rate of 1e-4. Number: accuracy among the five words
+0.450 → 0.375, rank correlation 0.692 → 0.665, in 15 steps and on 40 sentences (LOG.md, 2026-11-24; float32, 2 cores of
+an AMD EPYC, no GPU).
 """
 
 from configs import base, parse

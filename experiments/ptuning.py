@@ -1,10 +1,10 @@
-"""P-tuning: embeddings in front of the input that a small network makes; what is saved is prompt tuning's size.
+"""P-tuning: a small network makes the embeddings in front of the input. The file is as small as prompt tuning's.
 
     python run.py --config=experiments/ptuning.py
 
-Paper: Liu et al. 2021, arXiv:2103.10385 (an LSTM there; an MLP is Hugging Face peft's default). Number: 0.250 → 0.275
-among the five words, rank correlation 0.555 → 0.518, in 15 steps and on 40 sentences (LOG.md, 2026-11-24; float32, 2
-cores of an AMD EPYC, no GPU).
+Paper: Liu et al. 2021, arXiv:2103.10385, with an LSTM; the MLP here is Hugging Face peft's default. Number: accuracy
+among the five words 0.250 → 0.275, rank correlation 0.555 → 0.518, in 15 steps and on 40 sentences (LOG.md,
+2026-11-24; float32, 2 cores of an AMD EPYC, no GPU).
 """
 
 from configs import base, parse

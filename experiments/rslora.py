@@ -2,8 +2,8 @@
 
     python run.py --config=experiments/rslora.py
 
-Paper: Kalajdzievski 2023, arXiv:2312.03732. Number: 0.400 → 0.400 among the five words, rank correlation 0.636 →
-0.692, in 15 steps and on 40 sentences (LOG.md, 2026-11-24; float32, 2 cores of an AMD EPYC, no GPU).
+Paper: Kalajdzievski 2023, arXiv:2312.03732. Number: accuracy among the five words 0.400 → 0.400, rank correlation
+0.636 → 0.692, in 15 steps and on 40 sentences (LOG.md, 2026-11-24; float32, 2 cores of an AMD EPYC, no GPU).
 """
 
 from configs import base, parse

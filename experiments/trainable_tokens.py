@@ -3,9 +3,9 @@
     python run.py --config=experiments/trainable_tokens.py
 
 The ids are SmolLM2's, of " terrible", " bad", " okay", " good" and " great"; for another model give its own:
---config.method.token_indices=1,2,3. Paper: none; it is Hugging Face peft's TRAINABLE_TOKENS. Number: 0.400 → 0.400
-among the five words, rank correlation 0.636 → 0.737, in 15 steps and on 40 sentences (LOG.md, 2026-11-24; float32, 2
-cores of an AMD EPYC, no GPU).
+--config.method.token_indices=1,2,3. Paper: none; it is Hugging Face peft's TRAINABLE_TOKENS. Number: accuracy among
+the five words 0.400 → 0.400, rank correlation 0.636 → 0.737, in 15 steps and on 40 sentences (LOG.md, 2026-11-24;
+float32, 2 cores of an AMD EPYC, no GPU).
 """
 
 from configs import base, parse

@@ -1,10 +1,10 @@
-"""VeRA: two small vectors a module between shared random projections, at a high learning rate.
+"""VeRA: two small vectors in each module train, between random projections that all modules share.
 
     python run.py --config=experiments/vera.py
 
-Paper: Kopiczko et al. 2023, arXiv:2310.11454 (rank 256 and rates from 2e-3 to 2e-2 there). Number: 0.400 → 0.275
-among the five words, rank correlation 0.636 → 0.648, in 15 steps and on 40 sentences (LOG.md, 2026-11-24; float32, 2
-cores of an AMD EPYC, no GPU).
+Paper: Kopiczko et al. 2023, arXiv:2310.11454, with rank 256 and high rates, from 2e-3 to 2e-2. Number: accuracy among
+the five words 0.400 → 0.275, rank correlation 0.636 → 0.648, in 15 steps and on 40 sentences (LOG.md, 2026-11-24;
+float32, 2 cores of an AMD EPYC, no GPU).
 """
 
 from configs import base, parse
