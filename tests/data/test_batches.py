@@ -178,10 +178,36 @@ def test_accumulation_stacks_consecutive_micro_batches(collate):
     assert stacked.num_steps(2) == round(2 * plain.num_steps_per_epoch / 3)
 
 
-def test_stack_pads_with_the_pad_token():
-    batches = [Batches(made(1, seed=s), config(width_multiple=1, batch_size=1)).at(0) for s in (1, 2)]
-    ids = stack(batches, pad_id=7)["input_ids"]
-    assert (ids == 7).any() and ids.shape[:2] == (2, 1)
+def test_padding_is_the_pad_token_and_weighs_nothing():
+    """Rows and micro-batches alike; in all but ids what is added is 0."""
+    encoded = [Encoded(np.arange(1, n + 1, dtype=np.int32), np.arange(n) > 0) for n in (3, 5)]
+    padded = Batches(encoded, config(width_multiple=8, batch_size=2), pad_id=7).at(0)
+    assert sorted(padded["input_ids"].tolist()) == [[1, 2, 3, 4, 5, 7, 7, 7], [1, 2, 3, 7, 7, 7, 7, 7]]
+    single = [Batches([one], config(width_multiple=1, batch_size=1), pad_id=7).at(0) for one in encoded]
+    both = stack(single, pad_id=7)
+    assert both["input_ids"].tolist() == [[[1, 2, 3, 7, 7]], [[1, 2, 3, 4, 5]]]
+    assert both["segment_ids"].tolist() == [[[1, 1, 1, 0, 0]], [[1] * 5]]
+    assert both["positions"].tolist() == [[[0, 1, 2, 0, 0]], [[0, 1, 2, 3, 4]]]
+    assert both["loss_weight"].tolist() == [[[1, 1, 0, 0]], [[1] * 4]]
+    assert both["loss_target"].tolist() == [[[2, 3, 0, 0]], [[2, 3, 4, 5]]]
+    stacked = Batches(encoded, config(width_multiple=1, batch_size=1), accumulate_steps=2, pad_id=7).at(0)
+    assert sorted(stacked["input_ids"][:, 0].tolist()) == [[1, 2, 3, 4, 5], [1, 2, 3, 7, 7]]
+
+
+def test_steps_of_a_part_of_an_epoch_are_at_least_one():
+    batches = Batches(made(101), config())
+    assert [batches.num_steps(epochs) for epochs in (0.01, 0.5, 1, 2.5)] == [1, 6, 13, 32]
+
+
+def test_describe_tells_the_widest_row_and_the_most_answers():
+    encoded = [Encoded(np.ones(n, np.int32), np.arange(n) >= n - m) for n, m in ((4, 3), (4, 1), (20, 9), (20, 2))]
+    for collate, most in (("pad", 9), ("bucket", 9)):
+        found = Batches(encoded, config(collate, batch_size=2)).describe()
+        assert (found["widest"], found["loss_positions"], found["rows"]) == (24, most, 2)
+    for seed in range(5):  # an empty slot is as wide as nothing, whichever example the batch leaves out
+        found = Batches(encoded[:3], config(batch_size=2, width_multiple=1), seed=seed)
+        batches = [found.at(step) for step in range(found.num_steps_per_epoch)]
+        assert found.describe()["efficiency"] == pytest.approx(28 / sum(b["input_ids"].size for b in batches))
 
 
 def test_eval_batches_are_finite_in_order_and_weigh_missing_rows_nothing():
@@ -202,13 +228,17 @@ def test_eval_batches_are_finite_in_order_and_weigh_missing_rows_nothing():
 
 def test_prompts_are_left_padded_and_numbered():
     prompts = [e.input_ids for e in made(21)]
-    seen = []
-    for numbers, batch in prompt_batches(prompts, 8, width_multiple=16):
+    seen, longest = [], 0
+    for numbers, batch in prompt_batches(prompts, 8, width_multiple=16, pad_id=7):
         ids, mask = batch["input_ids"], batch["attention_mask"]
         assert ids.shape == mask.shape == (8, ids.shape[1]) and ids.shape[1] % 16 == 0 and ids.dtype == np.int32
         assert (np.diff(mask, axis=1) >= 0).all() and mask[:, -1].all()
         for number, row, real in zip(numbers, ids, mask, strict=True):
             assert number == -1 or row[real == 1].tolist() == prompts[number].tolist()
+            assert (row[real == 0] == 7).all()
+        real = mask.sum(axis=1)
+        assert real.min() >= longest and ids.shape[1] == -(-real.max() // 16) * 16  # like lengths together, tight
+        longest = real.max()
         seen += [n for n in numbers.tolist() if n >= 0]
     assert sorted(seen) == list(range(21))
 
@@ -220,8 +250,12 @@ def test_prompts_are_left_padded_and_numbered():
         ([Encoded(np.zeros(0, np.int32), np.zeros(0, bool))], {}, "no tokens"),
         (made(3), {"collate": "packed"}, "did you mean pack"),
         (made(3), {"batch_size": 0}, "data.batch_size=0 must be at least 1"),
+        (made(3), {"width_multiple": 0}, "data.width_multiple=0 must be at least 1"),
+        (made(3), {"buckets": 0}, "data.buckets=0 must be at least 1"),
+        (made(3), {"accumulate_steps": 0}, "accumulate_steps=0 must be at least 1"),
     ],
 )
 def test_errors(encoded, changes, message):
+    accumulate = changes.pop("accumulate_steps", 1)
     with pytest.raises(PeftJaxError, match=message):
-        Batches(encoded, config(**{"collate": "pad", **changes}))
+        Batches(encoded, config(**{"collate": "pad", **changes}), accumulate_steps=accumulate)

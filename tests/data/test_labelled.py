@@ -54,14 +54,26 @@ def test_too_long_texts(tokenizer):
     longest = max(len(tokenizer(text)["input_ids"]) for text in TEXTS)
     with pytest.raises(PeftJaxError, match=rf"example 2 has {longest} tokens, more than data.max_length={longest - 1}"):
         encoded(tokenizer, max_length=longest - 1)
+    assert len(encoded(tokenizer, max_length=longest)[0]) == 4
     dropped, counts = encoded(tokenizer, max_length=longest - 1, on_too_long="drop")
-    assert [one.example for one in dropped] == [0, 1, 3] and counts["dropped"] == 1
+    assert [one.example for one in dropped] == [0, 1, 3]
+    assert (counts["examples"], counts["sequences"], counts["dropped"], counts["truncated"]) == (4, 3, 1, 0)
     cut, counts = encoded(tokenizer, max_length=longest - 2, on_too_long="truncate_left")
     assert cut[2].input_ids.tolist() == tokenizer(TEXTS[2])["input_ids"][2:] and counts["truncated"] == 1
     with pytest.raises(PeftJaxError, match="cannot be split"):
         encoded(tokenizer, on_too_long="split")
     with pytest.raises(PeftJaxError, match="none of 4 texts is left"):
         encoded(tokenizer, max_length=1, on_too_long="drop")
+
+
+def test_a_text_that_is_cut_keeps_its_special_token_and_the_first_of_several_is_named(spaced_tokenizer):
+    cut, counts = encoded(spaced_tokenizer, max_length=4, on_too_long="truncate_left")
+    assert counts["truncated"] >= 2 and counts["longest"] == 4
+    whole = spaced_tokenizer(TEXTS[2])["input_ids"]
+    assert cut[2].input_ids.tolist() == [spaced_tokenizer.bos_token_id, *whole[-3:]]
+    first = next(i for i, text in enumerate(TEXTS) if len(spaced_tokenizer(text)["input_ids"]) > 4)
+    with pytest.raises(PeftJaxError, match=f"example {first} has"):
+        encoded(spaced_tokenizer, max_length=4)
 
 
 def test_targets_of_a_regression_are_numbers():

@@ -102,6 +102,14 @@ def test_split_fraction_and_duplicates():
     assert {sources.text_key(e) for e in sources.split_by_hash(twins, 0.2)[1]} == held
 
 
+def test_chats_with_the_same_question_are_duplicates():
+    """Whatever was answered, and whatever was asked after it."""
+    turns = [[{"role": role, "content": text} for role, text in zip(("system", "user", "assistant", "user"), texts)]
+             for texts in (("be kind", "Why?", "so", "and?"), ("Be  kind", "why?", "no"))]
+    assert [sources.text_key({"messages": one}) for one in turns] == ["be kind why?"] * 2
+    assert sources.text_key({"messages": turns[0][:2]}) == "be kind why?"
+
+
 def test_split_does_not_depend_on_the_prompt_template(tmp_path):
     found = [(0.0, f"text {i}", "") for i in range(300)]
     held = [
@@ -212,6 +220,7 @@ def test_columns_that_do_not_say_it_are_listed_with_the_keys_to_set(tmp_path, ro
         ({"source": ""}, "task.source is empty"),
         ({"validation_fraction": 1.5}, "between 0 and 1"),
         ({"validation_fraction": 1e-9}, "leaves none for validation"),
+        ({"validation_fraction": 1 - 1e-9}, "leaves none for training"),
     ],
 )
 def test_configuration_errors(jsonl, change, message):

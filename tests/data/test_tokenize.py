@@ -33,6 +33,32 @@ def test_loss_on_the_completion_and_eos_only(tokenizer):
     assert learnt(without, tokenizer) == " good"
 
 
+def test_an_answer_that_ends_itself_gets_no_second_end(tokenizer):
+    got = encode({"prompt": PROMPT, "completion": " good<|im_end|>"}, tokenizer)
+    assert learnt(got, tokenizer) == " good<|im_end|>"
+
+
+def test_a_tokenizer_without_an_end_says_what_to_set(tokenizer):
+    import copy
+
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    with pytest.raises(PeftJaxError, match=r"no eos token; set data.add_eos=False"):
+        encode({"prompt": PROMPT, "completion": " good"}, endless)
+    assert learnt(encode({"prompt": PROMPT, "completion": " good"}, endless, add_eos=False), tokenizer) == " good"
+
+
+def test_what_was_done_is_counted(tokenizer):
+    """Of more examples than are tokenised at a time."""
+    examples = [{"prompt": PROMPT, "completion": word} for word in (" good", " bad")] * 600
+    encoded, counts = encode_all(examples, tokenizer, options())
+    lengths, answers = [len(one.input_ids) for one in encoded], [int(one.loss_mask.sum()) for one in encoded]
+    assert [one.example for one in encoded] == list(range(1200)) and set(answers) == {2}
+    assert [learnt(encoded[i], tokenizer) for i in (0, 1199)] == [" good<|im_end|>", " bad<|im_end|>"]
+    assert counts == {"examples": 1200, "sequences": 1200, "tokens": sum(lengths), "answer_tokens": 2400,
+                      "longest": max(lengths), "dropped": 0, "truncated": 0, "split": 0}
+
+
 @pytest.mark.parametrize("completion", [" good", " terrible", "\nhello", "hello", "!", " é"])
 @pytest.mark.parametrize("prompt", [PROMPT, "hello ", "hello\n"])
 def test_a_trained_sequence_starts_with_the_tokens_that_generation_feeds(tokenizer, prompt, completion):
@@ -100,6 +126,12 @@ def test_template_that_ignores_the_generation_prompt(tokenizer):
     )
     got = encode(chat("hello", "world", "good?", "great!"), with_template(tokenizer, template))
     assert learnt(got, tokenizer) == " world</s> great!</s>"
+
+
+def test_a_turn_that_no_special_token_ends_is_learnt_to_its_last_character(tokenizer):
+    plain = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    got = encode(chat("hello", "world", "good?", "great!"), with_template(tokenizer, plain))
+    assert learnt(got, tokenizer) == "assistant: world\nassistant: great!\n"
 
 
 # As Qwen3 does: only the last answer carries its (empty) thoughts.
@@ -188,7 +220,9 @@ def test_split_cuts_text_and_nothing_else(tokenizer):
     whole = encode(text, tokenizer)
     encoded, counts = encode_all([text], tokenizer, options(max_length=7, on_too_long="split"))
     assert np.concatenate([e.input_ids for e in encoded]).tolist() == whole.input_ids.tolist()
-    assert counts["split"] == 1 and all(len(e.input_ids) <= 7 and not e.loss_mask[0] for e in encoded)
+    assert counts["split"] == 1 and counts["examples"] == 1 and counts["sequences"] == len(encoded) > 1
+    for one in encoded:
+        assert len(one.input_ids) <= 7 and one.loss_mask.tolist() == [False] + [True] * (len(one.input_ids) - 1)
     with pytest.raises(PeftJaxError, match="only plain text can be split"):
         encode(LONG, tokenizer, max_length=7, on_too_long="split")
 
@@ -198,8 +232,9 @@ def test_choice_tokens_must_differ(tokenizer, spaced_tokenizer):
         got = choice_tokens([" good", " bad"], PROMPT, tok)
         expected = [encode({"prompt": PROMPT, "completion": c}, tok, add_eos=False) for c in (" good", " bad")]
         assert got.tolist() == [e.input_ids[e.loss_mask.argmax()] for e in expected]
-    with pytest.raises(PeftJaxError, match="different tokens"):
-        choice_tokens([" good", " good!"], PROMPT, tokenizer)
+    for choices in ([" good", " good!"], [" bad", " good", " good!"]):
+        with pytest.raises(PeftJaxError, match="different tokens"):
+            choice_tokens(choices, PROMPT, tokenizer)
 
 
 def test_unknown_option_names_the_nearest(tokenizer):

@@ -11,6 +11,7 @@ from peft_jax.data import choice_tokens, encode_all, encode_prompts
 from peft_jax.evaluation.evaluate import complete, hold_out, make_evaluator, make_score, score_all
 from peft_jax.evaluation.metrics import first_word, rating_metrics
 from peft_jax.evaluation.objectives import OBJECTIVES
+from peft_jax.parallel.mesh import make_mesh
 
 REVIEWS = [("dull and far too long", -2.5), ("fine", 0.1), ("a bright film, good fun", 1.0),
            ("a great, great film", 3.0), ("no plot to speak of", -1.0)]  # fmt: skip
@@ -85,6 +86,23 @@ def test_choices_come_back_in_the_examples_order(config, examples, tiny_model, l
     _, logprobs = score_all(score, params, held.encoded, held.choices, config.eval, len(examples))
     for row, ids in zip(logprobs, held.prompts, strict=True):
         np.testing.assert_allclose(row, logprobs_of(ids)[-1, held.choices], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes, chunks", [((1, 1, 1), [[0, 1], [2, 3]]), ((2, 1, 1), [[0, 2], [1, 3]])])
+def test_a_batch_on_a_mesh_is_cut_into_its_shards(sizes, chunks):
+    """The head sees its chunk: it takes off the mean of the states that came with a state."""
+    table = jax.random.normal(jax.random.key(0), (4, 5))
+    batch = {"input_ids": np.arange(4)[:, None], "segment_ids": np.ones((4, 1), int),
+             "positions": np.zeros((4, 1), int), "loss_index": np.zeros((4, 1), int),
+             "loss_target": np.array([[1], [0], [3], [4]]), "loss_weight": np.ones((4, 1), np.float32)}
+
+    def apply(variables, x, method, **batch):
+        return variables["params"]["table"][x] if method == "hidden" else x - x.mean(0)
+
+    found, weight, _ = make_score(apply, 2, OBJECTIVES["word"], make_mesh(*sizes))({"table": table}, batch, None)
+    losses = [-jax.nn.log_softmax(table[np.array(chunk)] - table[np.array(chunk)].mean(0))[row, target]
+              for chunk in chunks for row, target in enumerate(batch["loss_target"][chunk, 0])]
+    assert (float(found), weight) == (pytest.approx(float(sum(losses)), rel=1e-5), 4)
 
 
 def test_continuations_come_back_in_the_prompts_order(examples, tiny_model, tiny_tokenizer):

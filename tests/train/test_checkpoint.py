@@ -88,3 +88,10 @@ def test_without_a_checkpoint_before_the_damaged_one_training_starts_anew(tmp_pa
     shutil.rmtree(tmp_path / "3" / "default")
     with pytest.raises(PeftJaxError, match=rf"{tmp_path}/3 cannot be read: .*Remove that folder to go on from step 0"):
         restore(tmp_path, state_of())
+
+
+def test_of_several_good_checkpoints_the_newest_is_named(tmp_path):
+    save(tmp_path, *(state_of(step=step) for step in (1, 2, 3)), keep=3)
+    shutil.rmtree(tmp_path / "3" / "default")
+    with closing(Checkpoints(tmp_path, keep=3)) as checkpoints, pytest.raises(PeftJaxError, match="go on from step 2"):
+        checkpoints.restore(state_of())

@@ -1,8 +1,10 @@
 """The loop: an interrupted run ends exactly where an uninterrupted one does; a broken loss stops it."""
 
+import itertools
 import signal
 import time
 from contextlib import closing
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +18,9 @@ from peft_jax.binding.linen import bind
 from peft_jax.core import tree
 from peft_jax.data import Batches, encode_all
 from peft_jax.errors import PeftJaxError
+from peft_jax.train import loop
 from peft_jax.train.checkpoint import Checkpoints
-from peft_jax.train.loop import due, fit
+from peft_jax.train.loop import at_step, due, fit
 from peft_jax.train.metrics_log import MetricsLog, read_metrics
 from peft_jax.train.optimizer import make_optimizer, make_schedule
 from peft_jax.train.step import init_state, make_step
@@ -93,6 +96,9 @@ def test_an_interrupted_and_resumed_run_ends_bit_identical(setting, tmp_path):
     resumed, _ = run(setting, tmp_path / "parts")
     assert_same(whole, resumed)
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    rates = [rate for *_, rate in losses(tmp_path / "whole")]
+    assert rates == [float(setting.schedule(step)) for step in range(STEPS)] and len(set(rates)) > 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_crash_between_checkpoints_repeats_the_steps_since(setting, tmp_path):
@@ -118,6 +124,7 @@ def test_every_trainable_leaf_moves_and_the_frozen_base_neither_moves_nor_is_sto
     assert not still
     for path, leaf in tree.flatten(frozen).items():
         np.testing.assert_array_equal(before[path], leaf)
+    assert (tmp_path / "run" / "checkpoints" / str(STEPS)).is_dir()
     stored = sum(file.stat().st_size for file in (tmp_path / "run" / "checkpoints" / str(STEPS)).rglob("*"))
     assert stored < tree.nbytes(frozen)
 
@@ -166,3 +173,65 @@ def test_evaluations_on_the_way_are_logged_and_cost_no_training_time(setting, tm
     run_evaluating(tmp_path / "parts")
     resumed = read_metrics(tmp_path / "parts" / "metrics.jsonl")
     assert [(row["step"], row.get("eval_loss")) for row in resumed] == [(2, 2.0), (4, None), (5, 5.0)]
+
+
+def test_the_last_step_and_the_one_that_was_stopped_at_are_logged(setting, tmp_path):
+    run(setting, tmp_path / "run", Interrupting(setting.batches, step=3), log_every=4)
+    assert [row[0] for row in losses(tmp_path / "run")] == [3]
+    run(setting, tmp_path / "run", log_every=4)
+    assert [row[0] for row in losses(tmp_path / "run")] == [3, 4, 5]
+
+
+def test_the_log_tells_seconds_over_resumptions_and_real_tokens_each(setting, tmp_path, monkeypatch):
+    """By a clock that moves on by a second whenever it is looked at: once for each step."""
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    run(setting, tmp_path / "run", Interrupting(setting.batches, step=2))
+    run(setting, tmp_path / "run")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["seconds"] for row in rows] == [1, 2, 3, 4, 5]
+    tokens = [int((at_step(setting.batches, step)["segment_ids"] > 0).sum()) for step in range(STEPS)]
+    assert [row["tokens_per_second"] for row in rows] == [*tokens[:4], (tokens[3] + tokens[4]) / 2]
+
+
+def test_a_clock_leaves_out_pauses_and_the_first_step_s_rate(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    clock, told = loop._Clock(before=7.0), []
+    for seconds, tokens in ((4, 8), (1, 30), (1, 10)):
+        now[0] += seconds
+        told.append(clock.lap(tokens))
+        with clock.paused():
+            now[0] += 50
+    assert [one["seconds"] for one in told] == [11, 12, 13]
+    assert [one["tokens_per_second"] for one in told] == [2, 30, 20]
+
+
+def test_any_number_that_is_not_finite_stops(tmp_path):
+    values = {"loss": float("inf"), "grad_norm": 1.0, "update_norm": float("nan")}
+    with closing(Checkpoints(tmp_path, keep=1)) as none, \
+            pytest.raises(PeftJaxError, match=r"step 3: loss inf, update_norm nan; no checkpoint was written yet"):
+        loop._check_finite(values, 3, none)
+
+
+def test_a_copy_that_nobody_asked_for_is_an_error_where_it_is_guarded(setting, tmp_path):
+    def copying(state, frozen, batch):
+        return setting.step(state, frozen, jax.tree.map(np.asarray, batch))
+
+    run(setting._replace(step=copying), tmp_path / "allowed")
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        run(setting._replace(step=copying), tmp_path / "guarded", guard="disallow")
+
+
+def test_a_trace_is_of_the_steps_after_the_first(tmp_path, capsys):
+    trace, running = loop.Trace(tmp_path / "trace", steps=2), []
+    for _ in range(4):
+        with trace:
+            running.append(trace.running)
+    assert running == [False, True, True, False] and list((tmp_path / "trace").rglob("*.xplane.pb"))
+    trace.close()
+    assert capsys.readouterr().out == ""
+    unused = loop.Trace(tmp_path / "unused", steps=2)
+    with unused:
+        pass
+    unused.close()
+    assert "no step was profiled" in capsys.readouterr().out

@@ -15,6 +15,7 @@ def test_a_resumed_run_drops_the_lines_it_will_write_again(tmp_path):
     log = MetricsLog(tmp_path, 2, tensorboard=False)
     assert log.last == {"step": 2, "loss": 0.5}
     log.write(3, {"loss": 9.0})
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1] == {"step": 3, "loss": 9.0}  # at once: the run may break
     log.close()
     assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 0.5, 9.0]
 
@@ -37,6 +38,15 @@ def test_tensorboard_holds_the_values(tmp_path):
     (file,) = (tmp_path / "tensorboard").iterdir()
     found = [(e.step, v.tag, v.simple_value) for e in _events(file.read_bytes(), Event) for v in e.summary.value]
     assert found == [(5, "loss", 0.25)]
+
+
+def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    MetricsLog(tmp_path, 4, tensorboard=True).close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    started = [e.step for e in _events(file.read_bytes(), Event) if e.session_log.status == SessionLog.START]
+    assert started == [5]  # the first step that is purged
 
 
 def _events(data, event):

@@ -48,11 +48,12 @@ def setting(params, tx=None, **options):
     return method, *partition(tuned, method.labels(tuned)), tx or optax.sgd(1.0)
 
 
-def after(params, micro=1, chunk=64, **options):
-    """(trainable leaves, metrics) after one step."""
+def after(params, micro=1, chunk=64, penalty=None, weight=1, **options):
+    """(trainable leaves, metrics) after one step; every answer's weight times ``weight``."""
     method, trainable, frozen, tx = setting(params, **options)
-    state, metrics = make_step(bind(method, MODEL), tx, chunk)(init_state(trainable, tx, jax.random.key(1)), frozen,
-                                                               batch(micro))  # fmt: skip
+    rows = batch(micro) | {"loss_weight": weight * batch(micro)["loss_weight"]}
+    step = make_step(bind(method, MODEL), tx, chunk, penalty=penalty)
+    state, metrics = step(init_state(trainable, tx, jax.random.key(1)), frozen, rows)
     return flatten(state.trainable), metrics
 
 
@@ -101,6 +102,24 @@ def test_chunked_loss_equals_the_whole(base, plain):
     assert_close(metrics, plain[1])
 
 
+def test_a_batch_without_answers_changes_nothing(base):
+    moved, metrics = after(base, weight=0)
+    assert {name: float(value) for name, value in metrics.items()} == dict.fromkeys(metrics, 0.0)
+    assert_close(moved, flatten(setting(base)[1]))
+
+
+def test_a_penalty_moves_the_leaves_once_and_is_not_in_the_loss(base, plain):
+    """Half the squares of the trained leaves: its gradient is the leaves themselves, however the batch is split."""
+    trainable = flatten(setting(base)[1])
+
+    def penalty(params):
+        return sum(0.5 * jnp.sum(flatten(params)[path] ** 2) for path in trainable)
+
+    moved, metrics = after(base, micro=4, penalty=penalty)
+    np.testing.assert_allclose(metrics["loss"], plain[1]["loss"], rtol=1e-5)
+    assert_close(moved, {path: plain[0][path] - leaf for path, leaf in trainable.items()})
+
+
 def test_a_trained_head_gets_the_same_gradient_in_chunks(base):
     options = {"modules_to_save": ("lm_head",)}
     assert_close(after(untie(base), chunk=5, micro=2, **options)[0], after(untie(base), **options)[0])
@@ -125,6 +144,10 @@ def test_dropout_in_layers_and_head_is_drawn_anew_each_step(base):
             state, metrics = step(state, frozen, same)
             losses.append(float(metrics["loss"]))
     assert losses[:2] == losses[2:] and np.isfinite(losses).all() and abs(losses[0] - losses[1]) > 1e-4
+    # And in each micro-batch: did both draw the same, the second one, which is the first again, would change no mean.
+    only_first = same | {"loss_weight": same["loss_weight"] * np.array([1, 0], np.float32)[:, None, None]}
+    _, metrics = step(init_state(trainable, tx, jax.random.key(1)), frozen, only_first)
+    assert abs(losses[0] - float(metrics["loss"])) > 1e-4
 
 
 def test_the_state_is_donated_and_the_base_is_not(base):
@@ -132,7 +155,8 @@ def test_the_state_is_donated_and_the_base_is_not(base):
     method, trainable, frozen, tx = setting(base, bias="all")
     state = init_state(trainable, tx, jax.random.key(1))
     old = jax.tree.leaves(state.trainable)
-    make_step(bind(method, MODEL), tx, 64)(state, frozen, batch(1))
+    new, _ = make_step(bind(method, MODEL), tx, 64)(state, frozen, batch(1))
+    assert int(new.step) == 1
     assert all(leaf.is_deleted() for leaf in old)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((base, trainable, frozen)))
 
@@ -150,3 +174,5 @@ def test_clipping_sees_the_trainable_part_alone(base, plain):
                    if hasattr(part, "mu"))
     assert flatten(moments).keys() == flatten(trainable).keys()
     np.testing.assert_allclose(optax.tree.norm(moments), 0.1 * 0.01, rtol=1e-4)  # (1 - b1) of the clipped gradient
+    by = jax.tree.map(jnp.subtract, state.trainable, trainable)
+    np.testing.assert_allclose(metrics["update_norm"], optax.tree.norm(by), rtol=1e-4)
