@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from peft_jax.studies.comparison import html, report, run_of
+from peft_jax.studies.comparison import html_page, report, run_of
 from peft_jax.studies.comparison.report import drawings
 from tests.studies.comparison import made
 
@@ -40,7 +40,7 @@ class Page(HTMLParser):
 
 def page_of(records, command=""):
     records = list(records)
-    return Page(html.page(records, drawings([run_of(record) for record in records]), command))
+    return Page(html_page.page(records, drawings([run_of(record) for record in records]), command))
 
 
 def test_everything_is_on_the_page():
