@@ -106,14 +106,14 @@ def check_sweep(config: ConfigDict) -> None:
                                f"{key}={value}; what is measured in the end is of test data: leave it out")
 
 
-def check_cells(cells: Sequence, config: ConfigDict, given: Iterable[str]) -> None:
-    """Raise ``PeftJaxError`` where cells of a sweep share a name, or sets itself one of the keys ``given`` for it."""
+def check_cells(cells: Sequence, config: ConfigDict, overridden: Iterable[str]) -> None:
+    """Raise ``PeftJaxError`` where two cells of a sweep share a name, or the sweep sets an ``overridden`` key."""
     names = Counter(cell.name for cell in cells)
     if names and max(names.values()) > 1:
         raise PeftJaxError(f"{names.most_common(1)[0][1]} cells of this sweep are called {names.most_common(1)[0][0]}: "
                            "their settings must differ in letters and digits")
     of_cells = [keys(cell.config) for cell in cells]
-    for key in given:
+    for key in overridden:
         value = reduce(getitem, key.split("."), config)
         if own := [one[key] for one in of_cells if key in one and one[key] != value]:
             shown = ", ".join(dict.fromkeys(map(str, own)))

@@ -31,6 +31,17 @@ def rating_metrics(
       PeftJaxError: lengths differ, nothing to evaluate, a reference that is no choice, NaN among the log-probabilities.
     """
     logprobs, words = np.asarray(choice_logprobs, np.float64), list(choice_values)
+    _check_ratings(logprobs, generated_words, references, words, human_means)
+    right = np.array([words.index(word) for word in references])
+    return {
+        "exact": float(np.mean([g == r for g, r in zip(generated_words, references, strict=True)])),
+        "among_choices": float(np.mean(logprobs.argmax(axis=1) == right)),
+        "spearman": spearman(expected_rating(logprobs, list(choice_values.values())), human_means),
+    }
+
+
+def _check_ratings(logprobs: np.ndarray, generated_words: Sequence[str], references: Sequence[str],
+                   words: Sequence[str], human_means: np.ndarray) -> None:  # fmt: skip
     sizes = {len(logprobs), len(generated_words), len(references), len(human_means)}
     if len(sizes) > 1 or sizes == {0} or logprobs.shape[1:] != (len(words),):
         raise PeftJaxError(
@@ -41,15 +52,8 @@ def rating_metrics(
         raise PeftJaxError(
             "the model's log-probabilities of the choices contain NaN: the model is broken, not merely wrong"
         )
-    unknown = sorted(set(references) - set(words))
-    if unknown:
+    if unknown := sorted(set(references) - set(words)):
         raise PeftJaxError(f"the references {unknown} are not among the choices {words}")
-    right = np.array([words.index(word) for word in references])
-    return {
-        "exact": float(np.mean([g == r for g, r in zip(generated_words, references, strict=True)])),
-        "among_choices": float(np.mean(logprobs.argmax(axis=1) == right)),
-        "spearman": spearman(expected_rating(logprobs, list(choice_values.values())), human_means),
-    }
 
 
 def class_metrics(logprobs: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -4,15 +4,16 @@ A panel for each of what all its runs have: the metric, the held-out loss of the
 """
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 
 from peft_jax.studies.comparison import figures
 from peft_jax.studies.comparison.columns import spread_words
-from peft_jax.studies.comparison.formatting import tick
+from peft_jax.studies.comparison.formatting import tick_label
 from peft_jax.studies.comparison.plots import Plot, Styles, measure, rendered, subject
 from peft_jax.studies.comparison.rows import Row, Spread, axes_words, grouped, measured_on
 from peft_jax.studies.comparison.runs import Run
@@ -68,7 +69,7 @@ def _numeric(value: Any) -> bool:
 
 def _title(rows: Sequence[Row], words: str) -> str:
     labels = list(dict.fromkeys(row.label for row in rows))
-    of = f" of {figures.name(labels[0])}" if len(labels) == 1 else ""
+    of = f" of {figures.plot_label(labels[0])}" if len(labels) == 1 else ""
     return f"{measure(rows[0]).capitalize()}{of} {words}\n{subject(rows[0])}"
 
 
@@ -92,10 +93,10 @@ def _line(rows: Sequence[Row], axis: str, styles: Styles) -> Plot:
     for axes, (key, what) in zip(panels, titles.items()):
         for label in labels:
             label_rows = sorted((row for row in rows if row.label == label), key=lambda row: row.axes[axis])
-            style = styles[label]
-            axes.errorbar([row.axes[axis] for row in label_rows], [row.values[key].mean for row in label_rows],
-                          [row.values[key].std or 0 for row in label_rows], color=style.colour, marker=style.marker,
-                          linestyle=style.dash, capsize=2.5, linewidth=1.4, label=figures.name(label))  # fmt: skip
+            values, style = [row.values[key] for row in label_rows], styles[label]
+            axes.errorbar([row.axes[axis] for row in label_rows], [value.mean for value in values],
+                          [value.std or 0 for value in values], label=figures.plot_label(label), color=style.colour,
+                          marker=style.marker, linestyle=style.dash, capsize=2.5, linewidth=1.4)  # fmt: skip
         axes.set_ylabel(_wrapped(what))
     panels[-1].set_xlabel(axis)
     _ticks(panels, places)
@@ -104,7 +105,7 @@ def _line(rows: Sequence[Row], axis: str, styles: Styles) -> Plot:
     return rendered(f"ablation-{axis}", _caption(rows, words), figure)
 
 
-def _ticks(panels: Sequence, places: Sequence[float]) -> None:
+def _ticks(panels: Sequence[Axes], places: Sequence[float]) -> None:
     """The x axis that the panels share, with a number at every place if there is room."""
     if places[0] > 0 and places[-1] > 10 * places[0]:
         figures.logarithmic(panels[-1].xaxis)
@@ -112,12 +113,12 @@ def _ticks(panels: Sequence, places: Sequence[float]) -> None:
     else:
         places = _roomy(places, np.asarray)
     if places:
-        panels[-1].set_xticks(places, [tick(place) for place in places])
+        panels[-1].set_xticks(places, [tick_label(place) for place in places])
         for axes in panels:
             axes.xaxis.minorticks_off()
 
 
-def _roomy(places: Sequence[float], scale) -> list[float]:
+def _roomy(places: Sequence[float], scale: Callable) -> list[float]:
     """The places, if a number can stand at each of them; else none."""
     at = np.asarray(scale(places), float)
     return list(places) if np.diff(at).min() > (at[-1] - at[0]) / 12 else []
@@ -157,19 +158,24 @@ def _map(rows: Sequence[Row], pair: Sequence[str], label: str) -> Plot:
     for axes, (key, what) in zip(panels, titles.items()):
         places = [(down.index(row.axes[pair[0]]), right.index(row.axes[pair[1]])) for row in rows]
         _coloured(axes, places, [row.values[key] for row in rows], (len(down), len(right)), key != "value")
-        axes.set(xlabel=pair[1], xticks=np.arange(len(right)) + 0.5, yticks=np.arange(len(down)) + 0.5)
+        _map_axes(axes, down, right)
+        axes.set_xlabel(pair[1])
         axes.set_title(_wrapped(what, 80 if stacked else int(9 * wide)), fontsize=9, fontweight="normal")
-        axes.set_xticklabels([figures.name(str(value)) for value in right])
-        axes.set_yticklabels([figures.name(str(value)) for value in down])
-        axes.set_ylim(*((0, len(down)) if all(map(_numeric, down)) else (len(down), 0)))  # as the sweep, from the top
-        axes.tick_params(length=0)
-        axes.grid(visible=False)
     for axes in panels if stacked else panels[:1]:
         axes.set_ylabel(pair[0])
     return rendered(f"ablation-{pair[0]}-{pair[1]}-{label}", _caption(rows, words), figure)
 
 
-def _coloured(axes, places: Sequence[tuple[int, int]], values: Sequence[Spread], size: tuple[int, int],
+def _map_axes(axes: Axes, down: Sequence[Any], right: Sequence[Any]) -> None:
+    """The values of both settings beside the fields of a map: numbers upwards, others as in the sweep, from the top."""
+    axes.set_xticks(np.arange(len(right)) + 0.5, [figures.plot_label(str(value)) for value in right])
+    axes.set_yticks(np.arange(len(down)) + 0.5, [figures.plot_label(str(value)) for value in down])
+    axes.set_ylim(*((0, len(down)) if all(map(_numeric, down)) else (len(down), 0)))
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+
+
+def _coloured(axes: Axes, places: Sequence[tuple[int, int]], values: Sequence[Spread], size: tuple[int, int],
               less: bool) -> None:
     """The field of a map, bright where it is better: where ``less`` is, of a loss."""
     table = np.full(size, np.nan)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from peft_jax.studies.comparison.formatting import printable, shortened, three_digits, tick
+from peft_jax.studies.comparison.formatting import printable, shortened, three_digits, tick_label
 from peft_jax.studies.comparison.rows import Spread
 
 INK = "#1a1a1b"  # of text and axes only, so that a page can put its own text colour in its place
@@ -56,7 +56,7 @@ def styles(names: Iterable[str]) -> dict[str, Style]:
 
 
 def new_figure(title: str, width: float = 7.2, height: float = 4.6, panels: int = 1,
-           stacked: bool = False) -> tuple[Figure, list[Axes]]:  # fmt: skip
+               stacked: bool = False) -> tuple[Figure, list[Axes]]:  # fmt: skip
     """A figure of ``width`` x ``height`` inches and its axes, side by side with one y axis, or stacked with one x."""
     figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.08, wspace=0.02), dpi=DPI)
     FigureCanvasAgg(figure)
@@ -72,7 +72,7 @@ def height_for(names: int) -> float:
     return max(4.6, 1.2 + 0.2 * names)
 
 
-def name(text: str) -> str:
+def plot_label(text: str) -> str:
     """A name as a plot shows it."""
     return shortened(text, LONGEST)
 
@@ -88,7 +88,7 @@ def slug(text: str) -> str:
 def logarithmic(axis: Axis) -> None:
     """A logarithmic axis with ticks that a person reads: 10 k, not a power of ten."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: tick_label(value)))
     axis.set_minor_formatter(NullFormatter())
     low, high = axis.get_view_interval()
     if low > 0 and math.log10(high / low) < 1.5:  # too few whole powers to read by
@@ -125,7 +125,7 @@ def bars(axes: Axes, places: Sequence[float], values: Sequence[Spread], wide: fl
     """Level bars with their spread and the number at their end; ``values`` are drawn times ``scale``."""
     means, stds = [scale * value.mean for value in values], [scale * (value.std or 0) for value in values]
     axes.barh(places, means, wide, xerr=stds, color=colour, hatch=hatch, edgecolor="white", linewidth=0,
-              label=name(label) if label else None, error_kw={"elinewidth": 1, "ecolor": GREY})  # fmt: skip
+              label=plot_label(label) if label else None, error_kw={"elinewidth": 1, "ecolor": GREY})  # fmt: skip
     for place, mean, std in zip(places, means, stds):
         axes.annotate(three_digits(mean), (max(mean, 0) + std, place), (3, 0), textcoords="offset points",
                       va="center_baseline", fontsize=8)  # fmt: skip

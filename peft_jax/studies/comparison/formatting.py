@@ -20,10 +20,10 @@ def three_digits(value: float, like: float | None = None) -> str:
     return f"{value:,.{min(max(decimals, 0), 9)}f}"
 
 
-def tick(value: float) -> str:
+def tick_label(value: float) -> str:
     """For the ticks of an axis.
 
-    >>> tick(300), tick(10_000), tick(1.5e6), tick(2e9), tick(0.001)
+    >>> tick_label(300), tick_label(10_000), tick_label(1.5e6), tick_label(2e9), tick_label(0.001)
     ('300', '10 k', '1.5 M', '2 G', '0.001')
     """
     for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):

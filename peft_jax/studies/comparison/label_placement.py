@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.text import Annotation
 
-from peft_jax.studies.comparison.figures import DPI, GREY, name
+from peft_jax.studies.comparison.figures import DPI, GREY, plot_label
 
 # Places tried for a name: every 22.5 degrees, at these distances from its point in pixels of the figure.
 DISTANCES = (11, 18, 27, 38, 52, 72, 96, 124, 156, 192, 232)
@@ -37,7 +37,7 @@ def label(axes: Axes, points: Sequence[tuple[float, float, str]],
 def _write(axes: Axes, point: tuple[float, float, str], centre: tuple[float, float],
            obstacles: dict[str, list[Box]]) -> Annotation:  # fmt: skip
     """Write one name in the best place that is left, and add it to ``obstacles``."""
-    note = axes.annotate(name(point[2]), point[:2], (0, 0), textcoords="offset points", fontsize=8.5,
+    note = axes.annotate(plot_label(point[2]), point[:2], (0, 0), textcoords="offset points", fontsize=8.5,
                          ha="center", va="center")  # fmt: skip
     size = note.get_window_extent().size + np.array([6, 2])
     box, leader = _best(centre, size, obstacles, axes.get_window_extent().extents)

@@ -154,10 +154,10 @@ def _forgetting(rows: Sequence[Row], styles: Styles, source: str) -> Plot | None
         return None
     text, metric = source.partition(".")[2], measure(rows[0])
     with matplotlib.rc_context(figures.STYLE):
-        title = f"Forgetting ({figures.name(text)}) against gain in {metric}\n{subject(rows[0])}"
+        title = f"Forgetting ({figures.plot_label(text)}) against gain in {metric}\n{subject(rows[0])}"
         figure, (axes,) = figures.new_figure(title, height=figures.height_for(len(rows)))
         axes.set(xlabel=f"gain in {metric} over the base model",
-                 ylabel=f"loss on {figures.name(text)}, after − before\n(nats per token)")  # fmt: skip
+                 ylabel=f"loss on {figures.plot_label(text)}, after − before\n(nats per token)")  # fmt: skip
         axes.axhline(0, color=GREY, linewidth=1, linestyle=":")
         points = _scatter(axes, rows, styles, ("gain", 1), (source, 1))
         figures.leave_room(axes)
@@ -179,7 +179,7 @@ def _losses(rows: Sequence[Row], styles: Styles) -> Plot | None:
         figure, (axes,) = figures.new_figure(title, 7.8, figures.height_for(len(curves)))
         for name, curve in sorted(curves.items(), key=lambda item: -item[1]["mean"].dropna().iloc[-1]):
             style, mean, std = styles[name], curve["mean"], curve["std"]
-            axes.plot(mean, color=style.colour, linestyle=style.dash, linewidth=1.5, label=figures.name(name))
+            axes.plot(mean, color=style.colour, linestyle=style.dash, linewidth=1.5, label=figures.plot_label(name))
             if std.notna().any():
                 axes.fill_between(mean.index, mean - std, mean + std, color=style.colour, alpha=0.15, linewidth=0)
         axes.set(xlabel="step", ylabel="loss (nats per token)")

@@ -15,7 +15,7 @@ from peft_jax.studies.comparison.ablation_plots import ablations
 from peft_jax.studies.comparison.label_placement import label
 from peft_jax.studies.comparison.plots import comparison_plots, loss_curve, pareto
 from peft_jax.studies.comparison.report import drawings
-from tests.studies.comparison import made
+from tests.studies.comparison import examples
 
 
 @pytest.mark.parametrize("points, front", [
@@ -77,12 +77,12 @@ def lines_of(text):
 
 
 def test_every_plot_of_a_comparison():
-    found = {plot.name: plot for plot in drawings([run_of(record) for record in made.comparison(seeds=2)])}
+    found = {plot.name: plot for plot in drawings([run_of(record) for record in examples.comparison(seeds=2)])}
     assert set(found) == {"metric-parameters", "metric-memory", "forgetting-newspaper", "forgetting-amazon", "loss",
                           "latency", "ablation-optim.learning_rate"}  # fmt: skip
     for plot in found.values():
         words = lines_of(plot.svg)
-        assert set(made.METHODS) <= set(words), plot.name
+        assert set(examples.METHODS) <= set(words), plot.name
         assert plot.png.startswith(b"\x89PNG") and "SmolLM2-135M-Instruct" in " ".join(words)
     assert "base model" in lines_of(found["metric-memory"].svg) and "0.003" in lines_of(
         found["ablation-optim.learning_rate"].svg)  # fmt: skip
@@ -96,12 +96,13 @@ def test_the_same_records_give_the_same_bytes():
 
 
 def test_hostile_names_damaged_numbers_and_missing_keys_are_drawn_without_a_warning():
-    nothing = made.record("ia3", peft_jax=None)
+    nothing = examples.record("ia3", peft_jax=None)
     nothing["peft_jax"] = {"metric": "among_choices"}
-    broken = made.record("full", loss=[[1, math.nan], [2, math.inf]], memory={}, general={"a": {"before": math.nan}})
+    broken = examples.record("full", loss=[[1, math.nan], [2, math.inf]], memory={},
+                             general={"a": {"before": math.nan}})  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = drawings([run_of(record) for record in [*made.hostile(), nothing, broken, made.peft_record()]])
+        found = drawings([run_of(record) for record in [*examples.hostile(), nothing, broken, examples.peft_record()]])
     names = [plot.name for plot in found]
     assert len(set(names)) == len(names) and all(set(name) <= set(figures.slug(name)) for name in names)
     for plot in found:
@@ -111,7 +112,7 @@ def test_hostile_names_damaged_numbers_and_missing_keys_are_drawn_without_a_warn
 
 @pytest.mark.parametrize("labels", [["full"], ["lora", "qlora"], ["full", "lora"]])
 def test_one_point_or_points_of_one_price_are_drawn_as_well(labels):
-    found = rows(map(run_of, [made.record(label, seed, general={}, latency={}, loss=[])  # the front's plots alone
+    found = rows(map(run_of, [examples.record(label, seed, general={}, latency={}, loss=[])  # the front's plots alone
                               for label in labels for seed in (0, 1)]))  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -120,7 +121,7 @@ def test_one_point_or_points_of_one_price_are_drawn_as_well(labels):
 
 
 def test_no_runs_no_plots():
-    assert drawings([]) == [] and drawings([run_of(made.failed())]) == []
+    assert drawings([]) == [] and drawings([run_of(examples.failed())]) == []
 
 
 def test_losses_are_averaged_over_seeds_step_by_step():
@@ -139,14 +140,14 @@ def test_losses_are_smoothed_over_a_twentieth_of_their_values():
 
 
 def test_rows_measured_on_validation_are_not_drawn_among_those_measured_on_test():
-    found = rows(map(run_of, [made.record("lora"), made.record("ia3", chosen=False)]))
+    found = rows(map(run_of, [examples.record("lora"), examples.record("ia3", chosen=False)]))
     for plot in comparison_plots(found, figures.styles(row.name for row in found)):
         assert "lora" in lines_of(plot.svg) and "ia3" not in lines_of(plot.svg)
 
 
 def swept(axes, seeds=2):
     """Ablations of lora over {setting: values}."""
-    return [run_of(made.record(settings=dict(zip(axes, values)) | {"seed": seed}, axes=list(axes), chosen=None))
+    return [run_of(examples.record(settings=dict(zip(axes, values)) | {"seed": seed}, axes=list(axes), chosen=None))
             for values in itertools.product(*axes.values()) for seed in range(seeds)]  # fmt: skip
 
 
@@ -175,7 +176,7 @@ def test_a_map_has_every_value_written_in():
 def test_an_ablation_shows_every_loss_that_all_its_runs_have(axes):
     parts = {"validation": {"among_choices": 0.5, "loss": 0.75, "probe_loss": 5.0},
              "before": {"among_choices": 0.25, "loss": 8.0, "probe_loss": 4.0}}  # fmt: skip
-    runs = [run_of(made.record(settings=dict(zip(axes, values)), axes=list(axes), chosen=False, **parts))
+    runs = [run_of(examples.record(settings=dict(zip(axes, values)), axes=list(axes), chosen=False, **parts))
             for values in itertools.product(*axes.values())]  # fmt: skip
     (plot,) = ablations(runs, figures.styles(["lora"]))
     words = " ".join(lines_of(plot.svg))
@@ -197,6 +198,6 @@ def test_every_panel_of_a_map_has_its_rows_in_the_order_of_the_sweep(columns):
 
 
 def test_an_ablation_uses_validation_where_not_all_have_a_test():
-    runs = [run_of(made.record(rate=rate, chosen=rate == 1e-3)) for rate in (1e-3, 1e-2)]
+    runs = [run_of(examples.record(rate=rate, chosen=rate == 1e-3)) for rate in (1e-3, 1e-2)]
     (plot,) = ablations(runs, figures.styles(["lora"]))
     assert any("on validation" in word for word in lines_of(plot.svg))
