@@ -110,7 +110,7 @@ def parse_command(argv: list[str]) -> Command | None:
             raise PeftJaxError(f"--{flag} is for --mode=train; this is --mode={values.mode}")
     check(tidy(config))
     check_runtime(values)
-    cells = sweep_cells(values, config, parse.given(rest))
+    cells = sweep_cells(values, config, parse.overridden_keys(rest))
     probe = base.task_config(config.eval.probe) if config.eval.probe else None
     tasks = {name: base.task_config(name) for name in (*config.measure.neighbours, *config.measure.general)}
     if values.adapters and values.mode != "generate":

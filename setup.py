@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 README = Path(__file__).parent / "README.md"
 
-# The lower end is what it was tested with, the upper end the next version that may break it.
+# The lower end is what it was tested with; an upper end is the next version that may break it.
 REQUIRES = [
     "jax>=0.10.2,<0.11",
     "flax>=0.12.8,<0.13",
@@ -25,6 +25,10 @@ REQUIRES = [
     "tensorboardX>=2.6.5,<3",
     "tqdm>=4.70,<5",
     "matplotlib>=3.10,<4",
+    "pandas>=3.1.1",
+    "scipy>=1.17.1",
+    "Jinja2>=3.1.6",
+    "MarkupSafe>=3.0.4",
 ]
 
 EXTRAS = {
@@ -46,6 +50,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["peft_jax", "peft_jax.*"]),
+    package_data={"peft_jax.studies.comparison": ["*.jinja"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )

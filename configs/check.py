@@ -25,6 +25,8 @@ CHOICES = {
     "optim.schedule": ("cosine", "linear", "constant"),
     "recommend.complexity": ("simple", "moderate", "complex"),
     "recommend.latency": ("any", "none"),
+    "task.answer": ("word", "class", "score"),  # this and the next, where the task has them
+    "task.pooling": ("first", "mean"),
 }
 AT_LEAST_ONE = (
     "data.batch_size", "data.width_multiple", "data.buckets", "optim.accumulate_steps", "optim.loss_chunk",
@@ -39,12 +41,16 @@ NOT_NEGATIVE = (
     "checkpoint.every", "generate.num_prompts", "generate.temperature", "generate.top_k",
     "recommend.memory_gb",
 )  # fmt: skip
-
-BELOW_ONE = ("optim.b1", "optim.b2")  # from 0 to 1, 1 not included
-SHARES = ("optim.warmup_ratio", "generate.top_p")  # from 0 to 1
-LIMITS = ("task.train_limit", "task.validation_limit")  # not negative, where the task has them
+LIMITS = ("task.train_limit", "task.validation_limit")
+# (which numbers are meant, what is said of others, keys); those of a task count where the task has them
+RANGES = (
+    (lambda number: 1 <= number < math.inf, "must be a finite number of at least 1", AT_LEAST_ONE),
+    (lambda number: 0 <= number < math.inf, "must be a finite number of at least 0", NOT_NEGATIVE),
+    (lambda number: 0 <= number < 1, "must lie between 0 and 1, 1 not included", ("optim.b1", "optim.b2")),
+    (lambda number: 0 <= number <= 1, "must lie between 0 and 1", ("optim.warmup_ratio", "generate.top_p")),
+    (lambda number: number >= 0, "must be at least 0, which is no limit", LIMITS),
+)
 FOR_SWEEPS = {"eval.part": "validation", "measure.of": "trained"}
-ANSWERS = {"answer": ("word", "class", "score"), "pooling": ("first", "mean")}  # where the task has them
 PLACEHOLDERS = {  # what a task's templates must hold, or every example would read the same
     "rating": {"prompt_template": "{text}", "completion_template": "{word}"},
     "file": {"prompt_template": "{prompt}", "completion_template": "{completion}"},
@@ -67,21 +73,15 @@ def _tidy(method: ConfigDict) -> None:
 
 
 def check(config: ConfigDict) -> None:
-    """Raise ``PeftJaxError`` for the first value that cannot be meant."""
+    """Raise ``PeftJaxError`` for the first value that cannot be meant. Types are checked where a key is set."""
     flat = keys(config)
     for key, choices in CHOICES.items():
-        if flat[key] not in choices:
-            raise PeftJaxError(f"--config.{key}={flat[key]}: {nearest(flat[key], choices)}")
-    for limit, wanted in ((1, AT_LEAST_ONE), (0, NOT_NEGATIVE)):
-        for key in wanted:
-            if not limit <= flat[key] < math.inf:
-                raise PeftJaxError(f"--config.{key}={flat[key]}: must be a finite number of at least {limit}")
-    for key in (*BELOW_ONE, *SHARES):
-        if not 0 <= flat[key] <= 1 or (key in BELOW_ONE and flat[key] == 1):
-            raise PeftJaxError(f"--config.{key}={flat[key]}: must lie between 0 and 1")
-    for key in LIMITS:
-        if key in flat and flat[key] < 0:
-            raise PeftJaxError(f"--config.{key}={flat[key]}: must be at least 0, which is no limit")
+        if key in flat and flat[key] not in choices:
+            raise PeftJaxError(f"--config.{key}={flat[key]}: {nearest(str(flat[key]), choices)}")
+    for is_meant, words, numbers in RANGES:
+        for key in numbers:
+            if key in flat and not is_meant(flat[key]):
+                raise PeftJaxError(f"--config.{key}={flat[key]}: {words}")
     check_answers(config)
     check_templates(config.task)
     if bool(config.optim.steps) == bool(config.optim.epochs):
@@ -106,14 +106,14 @@ def check_sweep(config: ConfigDict) -> None:
                                f"{key}={value}; what is measured in the end is of test data: leave it out")
 
 
-def check_cells(cells: Sequence, config: ConfigDict, given: Iterable[str]) -> None:
-    """Raise ``PeftJaxError`` where cells of a sweep share a name, or sets itself one of the keys ``given`` for it."""
+def check_cells(cells: Sequence, config: ConfigDict, overridden: Iterable[str]) -> None:
+    """Raise ``PeftJaxError`` where two cells of a sweep share a name, or the sweep sets an ``overridden`` key."""
     names = Counter(cell.name for cell in cells)
     if names and max(names.values()) > 1:
         raise PeftJaxError(f"{names.most_common(1)[0][1]} cells of this sweep are called {names.most_common(1)[0][0]}: "
                            "their settings must differ in letters and digits")
     of_cells = [keys(cell.config) for cell in cells]
-    for key in given:
+    for key in overridden:
         value = reduce(getitem, key.split("."), config)
         if own := [one[key] for one in of_cells if key in one and one[key] != value]:
             shown = ", ".join(dict.fromkeys(map(str, own)))
@@ -121,11 +121,8 @@ def check_cells(cells: Sequence, config: ConfigDict, given: Iterable[str]) -> No
 
 
 def check_answers(config: ConfigDict) -> None:
-    """Raise ``PeftJaxError`` where it is not said what a head is to tell, or something is asked that it cannot."""
+    """Raise ``PeftJaxError`` where a head lacks the columns that it learns from, or is asked to write."""
     task = config.task
-    for key, choices in ANSWERS.items():
-        if key in task and task[key] not in choices:
-            raise PeftJaxError(f"--config.task.{key}={task[key]}: {nearest(str(task[key]), choices)}")
     if task.answer == "word":
         return
     if config.eval.probe:

@@ -87,7 +87,7 @@ def override(config: ConfigDict, argv: list[str]) -> list[str]:
       PeftJaxError: a key that does not exist (naming the nearest) or a value of another type.
     """
     known = keys(config)
-    for key in given(argv):
+    for key in overridden_keys(argv):
         _check_key(key, known)
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
@@ -98,9 +98,9 @@ def override(config: ConfigDict, argv: list[str]) -> list[str]:
         raise PeftJaxError(_flag_error(error, known)) from error
 
 
-def given(argv: list[str]) -> list[str]:
+def overridden_keys(argv: list[str]) -> list[str]:
     """
-    >>> given(["--config.method.r=8", "--mode=eval"])
+    >>> overridden_keys(["--config.method.r=8", "--mode=eval"])
     ['method.r']
     """
     return [argument.split("=", 1)[0].split(".", 1)[1] for argument in argv if re.match(r"--?(no)?config\.", argument)]
@@ -129,10 +129,10 @@ def _nearest_key(key: str, known: dict[str, Any]) -> str:
 
 
 def _flag_error(error: flags.Error, known: dict[str, Any]) -> str:
-    found = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
-    if not found or found[1] not in known:
+    match = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
+    if not match or match[1] not in known:
         return " ".join(str(error).split())
-    key, value = found.groups()
+    key, value = match.groups()
     return f"{PREFIX}{key}={value}: expected {type(known[key]).__name__}, such as {known[key]!r}"
 
 

@@ -29,7 +29,7 @@ def run(command) -> int:
             return 0
     whole = cell.having(results.chosen(folder, command, cell))
     workdir.check_writable(folder / "runs" / whole.name, leave=True)
-    with results.alone(folder, whole.name):
+    with results.locked(folder, whole.name):
         return _run(folder, command, cell, whole)
 
 

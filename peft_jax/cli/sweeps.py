@@ -32,7 +32,7 @@ def run(command, argv: Sequence[str]) -> int:
     if command.mode == "cells":
         return show(folder, command)
     workdir.check_writable(folder)
-    with results.alone(folder, "sweep"):
+    with results.locked(folder, "sweep"):
         if command.overwrite:
             results.forget(folder, command)
         for cell in command.cells:
@@ -127,5 +127,5 @@ def _last(log: Path, code: int) -> str:
 
 def said(folder: Path, cell) -> str:
     """A finished cell's metric."""
-    run = results.kept(folder, cell)
+    run = results.cell_run(folder, cell)
     return f"{run.metric} {run.values['value']:.3f} on {run.measured_on}" if "value" in run.values else "finished"

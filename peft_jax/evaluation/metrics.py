@@ -31,6 +31,17 @@ def rating_metrics(
       PeftJaxError: lengths differ, nothing to evaluate, a reference that is no choice, NaN among the log-probabilities.
     """
     logprobs, words = np.asarray(choice_logprobs, np.float64), list(choice_values)
+    _check_ratings(logprobs, generated_words, references, words, human_means)
+    right = np.array([words.index(word) for word in references])
+    return {
+        "exact": float(np.mean([g == r for g, r in zip(generated_words, references, strict=True)])),
+        "among_choices": float(np.mean(logprobs.argmax(axis=1) == right)),
+        "spearman": spearman(expected_rating(logprobs, list(choice_values.values())), human_means),
+    }
+
+
+def _check_ratings(logprobs: np.ndarray, generated_words: Sequence[str], references: Sequence[str],
+                   words: Sequence[str], human_means: np.ndarray) -> None:  # fmt: skip
     sizes = {len(logprobs), len(generated_words), len(references), len(human_means)}
     if len(sizes) > 1 or sizes == {0} or logprobs.shape[1:] != (len(words),):
         raise PeftJaxError(
@@ -41,15 +52,8 @@ def rating_metrics(
         raise PeftJaxError(
             "the model's log-probabilities of the choices contain NaN: the model is broken, not merely wrong"
         )
-    unknown = sorted(set(references) - set(words))
-    if unknown:
+    if unknown := sorted(set(references) - set(words)):
         raise PeftJaxError(f"the references {unknown} are not among the choices {words}")
-    right = np.array([words.index(word) for word in references])
-    return {
-        "exact": float(np.mean([g == r for g, r in zip(generated_words, references, strict=True)])),
-        "among_choices": float(np.mean(logprobs.argmax(axis=1) == right)),
-        "spearman": spearman(expected_rating(logprobs, list(choice_values.values())), human_means),
-    }
 
 
 def class_metrics(logprobs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -69,22 +73,18 @@ def expected_rating(choice_logprobs: np.ndarray, values: Sequence[float]) -> np.
 
 
 def spearman(predictions: np.ndarray, targets: np.ndarray) -> float:
-    """Spearman's rank correlation with mean ranks for ties. (n,), (n,) -> [-1, 1].
+    """Spearman's rank correlation with mean ranks for ties (scipy's ``spearmanr``). (n,), (n,) -> [-1, 1].
 
     Constant predictions give 0: they order nothing, which is what chance gives, and a training run must be able to log
     it. Constant targets or fewer than two of them give NaN: there is no order to find.
     """
-    x, y = _ranks(predictions), _ranks(targets)
-    if len(y) < 2 or np.ptp(y) == 0:
+    if np.unique(targets).size < 2:
         return math.nan
-    if np.ptp(x) == 0:
+    if np.unique(predictions).size < 2:
         return 0.0
-    return float(np.clip(np.corrcoef(x, y)[0, 1], -1.0, 1.0))
+    from scipy.stats import spearmanr  # a second of imports, which only ratings need
 
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, which, counts = np.unique(np.asarray(values, np.float64), return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[which]
+    return float(np.clip(spearmanr(predictions, targets).statistic, -1.0, 1.0))
 
 
 def first_word(text: str) -> str:

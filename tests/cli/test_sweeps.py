@@ -252,12 +252,12 @@ def test_the_metric_that_was_chosen_by_is_a_setting(compared, arguments, capsys)
 
 def test_two_sweeps_in_one_workdir_at_once(compared, arguments, tmp_path, capsys):
     folder = _copied(compared, tmp_path)
-    with cells.results.alone(folder, "sweep"):
+    with cells.results.locked(folder, "sweep"):
         assert run.main([*arguments, f"--workdir={folder}"]) == 2
         assert "another process is at sweep now" in capsys.readouterr().err
     (folder / "results" / BEST).unlink()
     name = json.loads((compared / "results" / BEST).read_text())["peft_jax"]["cell"]["settings"]["optim.learning_rate"]
-    with cells.results.alone(folder, f"lora-learning_rate-{name:g}-seed-0"):
+    with cells.results.locked(folder, f"lora-learning_rate-{name:g}-seed-0"):
         index = _index("lora-best-seed-0", arguments)
         assert run.main([*arguments, f"--workdir={folder}", f"--sweep_index={index}"]) == 2
         assert "another process is at lora-learning_rate" in capsys.readouterr().err

@@ -112,6 +112,10 @@ def test_models_by_name_or_source(tmp_path):
         ("optim.learning_rate", -1.0, "at least 0"),
         ("optim.learning_rate", float("nan"), "at least 0"),
         ("optim.clip_norm", float("inf"), "finite"),
+        ("optim.b1", 1.0, "between 0 and 1, 1 not included"),
+        ("optim.warmup_ratio", 1.5, "between 0 and 1"),
+        ("task.train_limit", -1, "which is no limit"),
+        ("task.answer", "words", r"did you mean word\?"),
         ("optim.epochs", 1.0, "set exactly one"),
     ],
 )
@@ -121,6 +125,12 @@ def test_values_that_cannot_be_meant(config, key, value, message):
     config.update_from_flattened_dict({key: value})
     with pytest.raises(PeftJaxError, match=message):
         check.check(config)
+
+
+def test_what_is_checked_exists(config):
+    """A key that is mistyped in a table of checks would be checked never."""
+    checked = {*check.CHOICES, *(key for _, _, numbers in check.RANGES for key in numbers)}
+    assert checked <= parse.keys(config).keys()
 
 
 def test_the_choices_are_those_of_the_library():

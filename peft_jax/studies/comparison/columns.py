@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from peft_jax.studies.comparison.formatting import TITLES, short_name, three_digits
 from peft_jax.studies.comparison.rows import Row, Spread
-from peft_jax.studies.comparison.words import TITLES, short, three
 
 TEXT = ("model", "budget", "metric")  # columns of text, shown where the rows differ
 
@@ -36,7 +36,7 @@ def _plain(value: float, like: float) -> str:
 
 
 def _scaled(factor: float) -> Callable[[float, float], str]:
-    return lambda value, like: three(value / factor, like / factor)
+    return lambda value, like: three_digits(value / factor, like / factor)
 
 
 def learnt(rows: Sequence[Row]) -> list[Column]:
@@ -56,7 +56,7 @@ LOSSES = [
     Column("before.general", "general text, before", _decimals), Column("general", "general text", _decimals),
 ]  # fmt: skip
 COST = [
-    Column("trainable", "trainable", _count), Column("share", "% of all", three),
+    Column("trainable", "trainable", _count), Column("share", "% of all", three_digits),
     Column("memory.observed", "memory (GB)", _scaled(1e9)), Column("memory.compiled", "compiled (GB)", _scaled(1e9)),
     Column("tokens_per_second", "tokens/s", _count), Column("adapter_bytes", "adapter (MB)", _scaled(1e6)),
 ]  # fmt: skip
@@ -75,11 +75,11 @@ rate: the learning rate. memory: peak in training, observed and as the compiled 
 
 def columns(rows: Sequence[Row]) -> dict[str, list[Column]]:
     """The columns of each table, under its title, without those that no row has and without empty tables."""
-    there = {key for row in rows for key in row.values} | set(TEXT)
+    keys = {key for row in rows for key in row.values} | set(TEXT)
     kinds = {"What was learnt, and what was forgotten for it": learnt(rows), "Loss (nats per token)": LOSSES,
              "What it cost": COST, "How fast it is in use": LATENCY}  # fmt: skip
-    shown = {title: [column for column in kind if column.key in there] for title, kind in kinds.items()}
-    return {title: kind for title, kind in shown.items() if kind}
+    tables = {title: [column for column in kind if column.key in keys] for title, kind in kinds.items()}
+    return {title: kind for title, kind in tables.items() if kind}
 
 
 def _keys(rows: Sequence[Row], start: str) -> list[str]:
@@ -89,7 +89,7 @@ def _keys(rows: Sequence[Row], start: str) -> list[str]:
 def cell(row: Row, column: Column) -> str:
     """A number with its spread; how many runs have it where that is not all; its ratio to the base."""
     if column.key in TEXT:
-        return TITLES.get(text := getattr(row, column.key), short(text)) or "–"
+        return TITLES.get(text := getattr(row, column.key), short_name(text)) or "–"
     if column.key not in row.values:
         return "–"
     text = spread_words(row.values[column.key], column.show, len(row.runs))
@@ -112,6 +112,6 @@ def heading(rows: Sequence[Row]) -> str:
     metrics, models, budgets = (list(dict.fromkeys(getattr(row, name) for row in rows))
                                 for name in ("metric", "model", "budget"))  # fmt: skip
     metric = " / ".join(TITLES.get(name, name) for name in metrics)
-    model = short(models[0]) if len(models) == 1 else f"{len(models)} models"
+    model = short_name(models[0]) if len(models) == 1 else f"{len(models)} models"
     budget = f" after {budgets[0]}" if len(budgets) == 1 and budgets[0] else ""
     return f"{metric} of {model}{budget}"

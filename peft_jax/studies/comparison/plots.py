@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib
-import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from peft_jax.studies.comparison import draw
-from peft_jax.studies.comparison.draw import GREY, Style
-from peft_jax.studies.comparison.labels import label
+from peft_jax.studies.comparison import figures
+from peft_jax.studies.comparison.figures import GREY, Style
+from peft_jax.studies.comparison.formatting import TITLES, short_name
+from peft_jax.studies.comparison.label_placement import label
 from peft_jax.studies.comparison.rows import Row, spread
-from peft_jax.studies.comparison.words import TITLES, short
+
+Styles = Mapping[str, Style]  # of each name
 
 
 class Plot(NamedTuple):
@@ -34,8 +37,8 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     >>> pareto([(1, 0.5), (2, 0.4), (3, 0.6)])
     [0, 2]
     """
-    there = [at for at, point in enumerate(points) if not any(map(math.isnan, point))]
-    front = [at for at in there if not any(_beats(points[other], points[at]) for other in there)]
+    numbers = [at for at, point in enumerate(points) if not any(map(math.isnan, point))]
+    front = [at for at in numbers if not any(_beats(points[other], points[at]) for other in numbers)]
     return sorted(front, key=lambda at: points[at][0])
 
 
@@ -43,62 +46,74 @@ def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
     return one[0] <= other[0] and one[1] >= other[1] and one != other
 
 
-def plots(rows: Sequence[Row], look: Mapping[str, Style]) -> list[Plot]:
-    """Every plot that rows of one model, budget and metric have the numbers for; ``look`` is ``draw.styles`` of all
-    names. Rows measured on validation only are left out where others were measured on test."""
+def comparison_plots(rows: Sequence[Row], styles: Styles) -> list[Plot]:
+    """Every plot that rows of one model, budget and metric have the numbers for; ``styles`` has one for each name.
+
+    Rows measured on validation only are left out where others were measured on test.
+    """
     on = "test" if any(row.measured_on == "test" for row in rows) else "validation"
     rows = [row for row in rows if row.measured_on == on]
     sources = dict.fromkeys(key for row in rows for key in row.values if key.startswith("forgetting."))
-    made = [_priced(rows, look, *PARAMETERS), _priced(rows, look, *MEMORY),
-            *(_forgetting(rows, look, source) for source in sources),
-            _losses(rows, look), _latencies(rows)]  # fmt: skip
-    return [plot for plot in made if plot]
+    possible = [_against_cost(rows, styles, PARAMETERS), _against_cost(rows, styles, MEMORY),
+                *(_forgetting(rows, styles, source) for source in sources),
+                _losses(rows, styles), _latencies(rows)]  # fmt: skip
+    return [plot for plot in possible if plot]
 
 
 def subject(row: Row) -> str:
     """What a plot is of: the second line of its title."""
-    return ", ".join(part for part in (short(row.model), row.budget, f"on {row.measured_on}") if part)
+    return ", ".join(part for part in (short_name(row.model), row.budget, f"on {row.measured_on}") if part)
 
 
 def measure(row: Row) -> str:
     return TITLES.get(row.metric, row.metric)
 
 
-def rendered(name: str, caption: str, made: Figure) -> Plot:
+def rendered(name: str, caption: str, figure: Figure) -> Plot:
     """Drawn; ``name`` becomes one that every file system takes."""
-    return Plot(draw.slug(name), caption, draw.svg(made), draw.png(made))
+    return Plot(figures.slug(name), caption, figures.svg(figure), figures.png(figure))
 
 
-# name, key, unit, what one says of it, whether the axis is logarithmic
-PARAMETERS = ("metric-parameters", "trainable", 1, "trainable parameters", True)
-MEMORY = ("metric-memory", "memory.observed", 1e9, "peak memory in training (GB)", False)
+class Cost(NamedTuple):
+    """file: the plot's name. key: of ``Row.values``. unit: what the axis counts in. words: what the axis is called."""
+
+    file: str
+    key: str
+    unit: float
+    words: str
+    logarithmic: bool
 
 
-def _priced(rows, look, file: str, key: str, unit: float, words: str, log: bool) -> Plot | None:
+PARAMETERS = Cost(file="metric-parameters", key="trainable", unit=1, words="trainable parameters", logarithmic=True)
+MEMORY = Cost(file="metric-memory", key="memory.observed", unit=1e9, words="peak memory in training (GB)",
+              logarithmic=False)  # fmt: skip
+
+
+def _against_cost(rows: Sequence[Row], styles: Styles, cost: Cost) -> Plot | None:
     """The metric against what it costs, with the front that no method beats."""
-    rows = [row for row in rows if key in row.values and "value" in row.values]
-    rows = [row for row in rows if row.values[key].mean > 0 or not log]
+    rows = [row for row in rows if cost.key in row.values and "value" in row.values]
+    rows = [row for row in rows if row.values[cost.key].mean > 0 or not cost.logarithmic]
     if not rows:
         return None
     metric = measure(rows[0])
-    with matplotlib.rc_context(draw.STYLE):
-        title = f"{metric.capitalize()} against {words}\n{subject(rows[0])}"
-        made, (axes,) = draw.figure(title, height=draw.room(len(rows)))
-        axes.set(xlabel=words, ylabel=metric, **({"xscale": "log"} if log else {}))
-        points = _scatter(axes, rows, look, (key, unit), ("value", 1))
+    with matplotlib.rc_context(figures.STYLE):
+        title = f"{metric.capitalize()} against {cost.words}\n{subject(rows[0])}"
+        figure, (axes,) = figures.new_figure(title, height=figures.height_for(len(rows)))
+        axes.set(xlabel=cost.words, ylabel=metric, **({"xscale": "log"} if cost.logarithmic else {}))
+        points = _scatter(axes, rows, styles, (cost.key, cost.unit), ("value", 1))
         base = base_of(rows)
         axes.update_datalim([(points[0][0], value) for value in base])
-        draw.leave_room(axes)
+        figures.leave_room(axes)
         lines = [*_front(axes, points), *(_level(axes, value) for value in base)]
-        if log:
-            draw.logarithmic(axes.xaxis)
+        if cost.logarithmic:
+            figures.logarithmic(axes.xaxis)
         label(axes, [(*point, row.name) for point, row in zip(points, rows)], lines)
-        return rendered(file, f"{metric.capitalize()} ({subject(rows[0])}) against {words}; bars are the sample "
-                        "standard deviation over seeds, the dashed line is the Pareto front: no method gives more for "
-                        "less.", made)  # fmt: skip
+        return rendered(cost.file, f"{metric.capitalize()} ({subject(rows[0])}) against {cost.words}; bars are the "
+                        "sample standard deviation over seeds, the dashed line is the Pareto front: no method gives "
+                        "more for less.", figure)  # fmt: skip
 
 
-def _front(axes, points) -> list[list]:
+def _front(axes: Axes, points: Sequence[tuple[float, float]]) -> list[list]:
     """Draws the front as a stair, and returns its corners."""
     front = [points[at] for at in pareto(points)]
     axes.step(*zip(*front), where="post", color=GREY, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
@@ -111,7 +126,7 @@ def base_of(rows: Sequence[Row]) -> list[float]:
     return [row.values["base"].mean for row in rows if "base" in row.values and row.measured_on == "test"][:1]
 
 
-def _level(axes, base: float) -> list[tuple[float, float]]:
+def _level(axes: Axes, base: float) -> list[tuple[float, float]]:
     """A line to measure a gain by."""
     axes.axhline(base, color=GREY, linewidth=1, linestyle=":")
     axes.annotate("base model", (1, base), (-2, 3), xycoords=("axes fraction", "data"), ha="right",
@@ -119,11 +134,12 @@ def _level(axes, base: float) -> list[tuple[float, float]]:
     return [(x, base) for x in axes.get_xlim()]
 
 
-def _scatter(axes, rows, look, across, up) -> list[tuple[float, float]]:
+def _scatter(axes: Axes, rows: Sequence[Row], styles: Styles, across: tuple[str, float],
+             up: tuple[str, float]) -> list[tuple[float, float]]:  # fmt: skip
     """Points with their spread in both directions; (key, unit) of each."""
     points = []
     for row in rows:
-        style = look[row.name]
+        style = styles[row.name]
         (x, wide), (y, high) = ([number / unit for number in (row.values[key].mean, row.values[key].std or 0)]
                                 for key, unit in (across, up))  # fmt: skip
         axes.errorbar(x, y, xerr=wide or None, yerr=high or None, color=style.colour, marker=style.marker,
@@ -132,103 +148,87 @@ def _scatter(axes, rows, look, across, up) -> list[tuple[float, float]]:
     return points
 
 
-def _forgetting(rows, look, source: str) -> Plot | None:
+def _forgetting(rows: Sequence[Row], styles: Styles, source: str) -> Plot | None:
     rows = [row for row in rows if source in row.values and "gain" in row.values]
     if not rows:
         return None
     text, metric = source.partition(".")[2], measure(rows[0])
-    with matplotlib.rc_context(draw.STYLE):
-        title = f"Forgetting ({draw.name(text)}) against gain in {metric}\n{subject(rows[0])}"
-        made, (axes,) = draw.figure(title, height=draw.room(len(rows)))
+    with matplotlib.rc_context(figures.STYLE):
+        title = f"Forgetting ({figures.plot_label(text)}) against gain in {metric}\n{subject(rows[0])}"
+        figure, (axes,) = figures.new_figure(title, height=figures.height_for(len(rows)))
         axes.set(xlabel=f"gain in {metric} over the base model",
-                 ylabel=f"loss on {draw.name(text)}, after − before\n(nats per token)")  # fmt: skip
+                 ylabel=f"loss on {figures.plot_label(text)}, after − before\n(nats per token)")  # fmt: skip
         axes.axhline(0, color=GREY, linewidth=1, linestyle=":")
-        points = _scatter(axes, rows, look, ("gain", 1), (source, 1))
-        draw.leave_room(axes)
+        points = _scatter(axes, rows, styles, ("gain", 1), (source, 1))
+        figures.leave_room(axes)
         label(axes, [(*point, row.name) for point, row in zip(points, rows)],
               [[(x, 0.0) for x in axes.get_xlim()]])  # fmt: skip
         return rendered(f"forgetting-{text}", f"How much worse the model became at general text ({text}) for what it "
                         f"gained in {metric} ({subject(rows[0])}): right and low is best; bars are the sample "
-                        "standard deviation over seeds.", made)  # fmt: skip
+                        "standard deviation over seeds.", figure)  # fmt: skip
 
 
-def _losses(rows, look) -> Plot | None:
+def _losses(rows: Sequence[Row], styles: Styles) -> Plot | None:
     """One line a row, the mean over its seeds, smoothed enough to be told apart."""
     curves = {row.name: loss_curve([run.loss for run in row.runs]) for row in rows}
-    curves = {name: curve for name, curve in curves.items() if np.isfinite(curve[1]).any()}
+    curves = {name: curve for name, curve in curves.items() if curve["mean"].notna().any()}
     if not curves:
         return None
-    with matplotlib.rc_context(draw.STYLE):
+    with matplotlib.rc_context(figures.STYLE):
         title = f"Training loss\n{subject(rows[0])}".rpartition(",")[0]
-        made, (axes,) = draw.figure(title, 7.8, draw.room(len(curves)))
-        for name, (steps, mean, std) in sorted(curves.items(), key=lambda item: -_last(item[1][1])):
-            style = look[name]
-            axes.plot(steps, mean, color=style.colour, linestyle=style.dash, linewidth=1.5, label=draw.name(name))
-            if np.isfinite(std).any():
-                axes.fill_between(steps, mean - std, mean + std, color=style.colour, alpha=0.15, linewidth=0)
+        figure, (axes,) = figures.new_figure(title, 7.8, figures.height_for(len(curves)))
+        for name, curve in sorted(curves.items(), key=lambda item: -item[1]["mean"].dropna().iloc[-1]):
+            style, mean, std = styles[name], curve["mean"], curve["std"]
+            axes.plot(mean, color=style.colour, linestyle=style.dash, linewidth=1.5, label=figures.plot_label(name))
+            if std.notna().any():
+                axes.fill_between(mean.index, mean - std, mean + std, color=style.colour, alpha=0.15, linewidth=0)
         axes.set(xlabel="step", ylabel="loss (nats per token)")
-        made.legend(loc="outside right upper", fontsize=8.5)
+        figure.legend(loc="outside right upper", fontsize=8.5)
         return rendered("loss", "Training loss of the runs that the table shows, the highest at the end first: mean "
                         "over seeds, running mean over a twentieth of the logged values; bands are the sample standard "
-                        "deviation over seeds.", made)  # fmt: skip
+                        "deviation over seeds.", figure)  # fmt: skip
 
 
-def _last(values: np.ndarray) -> float:
-    return float(values[np.isfinite(values)][-1])
-
-
-def loss_curve(losses: Sequence[Sequence[tuple[float, float | None]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(steps, mean, standard deviation) over runs, each smoothed by a trailing mean over a twentieth of its values.
+def loss_curve(losses: Sequence[Sequence[tuple[float, float | None]]]) -> pd.DataFrame:
+    """The columns ``mean`` and ``std`` by step over runs, each smoothed by a trailing mean over a twentieth of its
+    values.
 
     A loss that is missing or NaN stays a gap of its run. The deviation is NaN where fewer than two runs have a loss.
     """
-    runs = [dict(zip([step for step, _ in run], _smoothed([loss for _, loss in run]))) for run in losses]
-    steps = sorted({step for run in runs for step in run})
-    table = np.array([[run.get(step, np.nan) for step in steps] for run in runs], float).reshape(len(runs), len(steps))
-    count = np.isfinite(table).sum(axis=0)
-    mean = np.where(count > 0, np.nansum(table, axis=0) / np.maximum(count, 1), np.nan)
-    squares = np.nansum((table - mean) ** 2, axis=0)
-    return np.array(steps), mean, np.where(count > 1, np.sqrt(squares / np.maximum(count - 1, 1)), np.nan)
+    curves = [pd.Series(dict(run), dtype=float) for run in losses]
+    smooth = [curve.rolling(max(1, len(curve) // 20), min_periods=1).mean().where(curve.notna()) for curve in curves]
+    return pd.concat(smooth, axis=1).sort_index().agg(["mean", "std"], axis=1)
 
 
-def _smoothed(values: Sequence[float | None]) -> list[float]:
-    """
-    >>> _smoothed([1.0, None, 3.0])
-    [1.0, nan, 3.0]
-    """
-    wide = max(1, len(values) // 20)
-    floats = np.array([math.nan if value is None else value for value in values], float)
-    windows = (floats[max(0, at + 1 - wide):at + 1] for at in range(len(floats)))
-    return [float(np.nanmean(window)) if math.isfinite(value) else math.nan
-            for value, window in zip(floats, windows)]  # fmt: skip
-
-
-def _latencies(rows) -> Plot | None:
+def _latencies(rows: Sequence[Row]) -> Plot | None:
     """Bars: the base model's, each method's unmerged and merged; prefill and one token side by side."""
     rows = [row for row in rows if any(key.startswith("latency.unmerged") for key in row.values)]
     if not rows:
         return None
-    with matplotlib.rc_context(draw.STYLE):
-        made, panels = draw.figure(f"Latency\n{short(rows[0].model)}", 7.8, 1.6 + 0.42 * len(rows), panels=2)
+    with matplotlib.rc_context(figures.STYLE):
+        title = f"Latency\n{short_name(rows[0].model)}"
+        figure, panels = figures.new_figure(title, 7.8, 1.6 + 0.42 * len(rows), panels=2)
         for axes, phase, words in zip(panels, ("prefill", "token"), ("prefill (ms)", "each new token (ms)")):
-            draw.named(axes, ["base model", *(row.name for row in rows)])
+            figures.name_bars(axes, ["base model", *(row.name for row in rows)])
             axes.set_xlabel(words)
-            for state in KINDS:
+            for state in STATES:
                 _latency(axes, rows, state, phase)
-        made.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=8.5)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=8.5)
         return rendered("latency", "Time to read a prompt and to write one more token, with the adapter beside the "
-                        "weights and merged into them; no second bar where that cannot be done.", made)  # fmt: skip
+                        "weights and merged into them; no second bar where that cannot be done.", figure)  # fmt: skip
 
 
-KINDS = {"base": (0, GREY, None), "unmerged": (-0.2, draw.COLOURS[0], None), "merged": (0.2, draw.COLOURS[4], "///")}
+# Offset, colour and hatch of the bars of each state.
+STATES = {"base": (0, GREY, None), "unmerged": (-0.2, figures.COLOURS[0], None),
+          "merged": (0.2, figures.COLOURS[4], "///")}  # fmt: skip
 
 
-def _latency(axes, rows: Sequence[Row], state: str, phase: str) -> None:
-    offset, colour, hatch = KINDS[state]
+def _latency(axes: Axes, rows: Sequence[Row], state: str, phase: str) -> None:
+    offset, colour, hatch = STATES[state]
     key = f"latency.{state}.{phase}"
-    there = [(at + 1, row.values[key]) for at, row in enumerate(rows) if key in row.values]
-    if there and state == "base":  # measured again with each method: one bar of them all
-        there = [(0, spread([value.mean for _, value in there]))]
-    if there:
-        places, values = [at + offset for at, _ in there], [value for _, value in there]
-        draw.bars(axes, places, values, 0.36, colour, state, hatch, 1e3)
+    bars = [(at + 1, row.values[key]) for at, row in enumerate(rows) if key in row.values]
+    if bars and state == "base":  # measured again with each method: one bar of them all
+        bars = [(0, spread([value.mean for _, value in bars]))]
+    if bars:
+        places, values = [at + offset for at, _ in bars], [value for _, value in bars]
+        figures.bars(axes, places, values, 0.36, colour, state, hatch, 1e3)

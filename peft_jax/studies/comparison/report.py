@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from peft_jax.core import files
-from peft_jax.studies.comparison import draw, html, table
-from peft_jax.studies.comparison.ablation import ablations
-from peft_jax.studies.comparison.plots import Plot, plots
+from peft_jax.studies.comparison import figures, html_page, table
+from peft_jax.studies.comparison.ablation_plots import ablations
+from peft_jax.studies.comparison.formatting import short_name
+from peft_jax.studies.comparison.plots import Plot, comparison_plots
 from peft_jax.studies.comparison.rows import Row, rows
 from peft_jax.studies.comparison.runs import Run, run_of
-from peft_jax.studies.comparison.words import short
 
 
 def report(folder: Path, records: Iterable[Mapping[str, Any]], command: str = "") -> list[Path]:
@@ -21,12 +21,12 @@ def report(folder: Path, records: Iterable[Mapping[str, Any]], command: str = ""
     where a record is damaged (``record.read`` gives none such).
     """
     records = list(records)
-    drawn = drawings([run_of(record) for record in records])
+    plots = drawings([run_of(record) for record in records])
     texts = {"table.md": table.markdown(records), "table.csv": table.csv_table(records),
              "table.json": json.dumps(table.summary(records, command), indent=1) + "\n",
-             **{f"plots/{plot.name}.svg": plot.svg for plot in drawn},
-             **{f"plots/{plot.name}.png": plot.png for plot in drawn},
-             "report.html": html.page(records, drawn, command)}  # fmt: skip
+             **{f"plots/{plot.name}.svg": plot.svg for plot in plots},
+             **{f"plots/{plot.name}.png": plot.png for plot in plots},
+             "report.html": html_page.page(records, plots, command)}  # fmt: skip
     (Path(folder) / "plots").mkdir(parents=True, exist_ok=True)
     for name, data in texts.items():
         files.write(Path(folder) / name, data)
@@ -35,19 +35,19 @@ def report(folder: Path, records: Iterable[Mapping[str, Any]], command: str = ""
 
 def drawings(runs: Sequence[Run]) -> list[Plot]:
     """All plots, no two of one name. What was not measured alike (metric, model, budget) is not drawn together."""
-    found = rows(runs)
-    look = draw.styles([*(row.name for row in found), *(run.label for run in runs)])
-    fields: dict[tuple, list[Row]] = {}
-    for row in found:
-        fields.setdefault((row.metric, row.model, row.budget), []).append(row)
-    made = []
-    for (_, model, _), field in fields.items():
-        told = f"-{short(model)}" if len(fields) > 1 else ""
-        made += [plot._replace(name=f"{plot.name}{draw.slug(told)}") for plot in plots(field, look)]
-    return _apart([*made, *ablations(runs, look)])
+    table_rows = rows(runs)
+    styles = figures.styles([*(row.name for row in table_rows), *(run.label for run in runs)])
+    comparable: dict[tuple, list[Row]] = {}
+    for row in table_rows:
+        comparable.setdefault((row.metric, row.model, row.budget), []).append(row)
+    comparisons = []
+    for (_, model, _), group in comparable.items():
+        suffix = figures.slug(f"-{short_name(model)}") if len(comparable) > 1 else ""
+        comparisons += [plot._replace(name=plot.name + suffix) for plot in comparison_plots(group, styles)]
+    return _named_apart([*comparisons, *ablations(runs, styles)])
 
 
-def _apart(made: Sequence[Plot]) -> list[Plot]:
-    names = [plot.name for plot in made]
+def _named_apart(drawings: Sequence[Plot]) -> list[Plot]:
+    names = [plot.name for plot in drawings]
     return [plot._replace(name=f"{plot.name}-{at}") if names.index(plot.name) < at else plot
-            for at, plot in enumerate(made)]  # fmt: skip
+            for at, plot in enumerate(drawings)]  # fmt: skip

@@ -1,9 +1,10 @@
 """Runs that differ in their seed alone as one row: mean, sample standard deviation, n."""
 
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
+
+import pandas as pd
 
 from peft_jax.studies.comparison.runs import Run
 
@@ -53,12 +54,12 @@ def chosen_of(runs: Sequence[Run]) -> list[Run]:
 
 def grouped(runs: Iterable[Run]) -> list[Row]:
     """Rows of runs that share all but the seed; named apart, best metric first."""
-    groups: dict[tuple, list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.label, run.variety, run.model, run.budget, run.metric, str(run.asked)), []).append(run)
-    found = [_row(name, group) for name, group in zip(_names(list(groups.values())), groups.values(), strict=True)]
-    order = list(dict.fromkeys((row.metric, row.model, row.budget) for row in found))
-    return sorted(found, key=lambda row: (order.index((row.metric, row.model, row.budget)), -_best(row)))
+    runs = list(runs)
+    same = [str((run.label, run.variety, run.model, run.budget, run.metric, run.asked)) for run in runs]
+    groups = list(pd.Series(runs, dtype=object).groupby(same, sort=False).agg(list))
+    unsorted = [_row(name, group) for name, group in zip(_names(groups), groups, strict=True)]
+    order = list(dict.fromkeys((row.metric, row.model, row.budget) for row in unsorted))
+    return sorted(unsorted, key=lambda row: (order.index((row.metric, row.model, row.budget)), -_best(row)))
 
 
 def _best(row: Row) -> float:
@@ -67,10 +68,12 @@ def _best(row: Row) -> float:
 
 def _row(name: str, runs: list[Run]) -> Row:
     on = next((on for on in ("test", "validation") if any(on in run.values for run in runs)), "")
-    keys = dict.fromkeys(key for run in runs for key in run.values)
-    values = {key: spread([run.values[key] for run in runs if key in run.values]) for key in keys if key != "value"}
+    keys = dict.fromkeys(key for run in runs for key in run.values if key != "value")
+    values = {key: spread([run.values[key] for run in runs if key in run.values]) for key in keys}
     one = runs[0]
-    return measured_on(on, Row(name, one.label, one.axes, one.metric, on, one.model, one.budget, runs, values))
+    row = Row(name=name, label=one.label, axes=one.axes, metric=one.metric, measured_on=on, model=one.model,
+              budget=one.budget, runs=runs, values=values)  # fmt: skip
+    return measured_on(on, row)
 
 
 def measured_on(on: str, row: Row) -> Row:
@@ -92,21 +95,20 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 # What tells rows of one label apart, the shortest that does.
-TELLING: tuple[Callable[[Run], str], ...] = (
+DISTINCTIONS: tuple[Callable[[Run], str], ...] = (
     lambda run: axes_words(run.axes) or run.variety, lambda run: run.variety, lambda run: run.model,
     lambda run: run.budget, lambda run: run.metric)  # fmt: skip
 
 
-def _names(groups: list[list[Run]]) -> list[str]:
-    names = [group[0].label for group in groups]
-    for words in TELLING:
-        count = Counter(names)
-        told = [words(group[0]) for group in groups]
-        differ = {name for name in names if len({word for other, word in zip(names, told) if other == name}) > 1}
-        names = [f"{name} {word}".strip() if count[name] > 1 and name in differ else name
-                 for name, word in zip(names, told)]  # fmt: skip
-    alike = {name: [group[0] for other, group in zip(names, groups) if other == name] for name in names}
-    return [f"{name} {_unlike(group[0], alike[name])}".strip() for name, group in zip(names, groups)]
+def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
+    first = [group[0] for group in groups]
+    names = pd.Series([run.label for run in first], dtype=str)
+    for distinction in DISTINCTIONS:
+        words = pd.Series(map(distinction, first), dtype=str)
+        differ = words.groupby(names).transform("nunique") > 1
+        names = names.mask(differ, (names + " " + words).str.strip())
+    alike = pd.Series(first, dtype=object).groupby(names).agg(list)
+    return [f"{name} {_unlike(run, alike[name])}".strip() for name, run in zip(names, first)]
 
 
 def _unlike(run: Run, others: Sequence[Run]) -> str:

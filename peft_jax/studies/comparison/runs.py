@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from peft_jax.errors import PeftJaxError
@@ -49,7 +49,7 @@ def run_of(record: Mapping[str, Any]) -> Run:
 
     Raises ``PeftJaxError`` where the record has no experiment_name, or something of another type than it should have.
     """
-    name = dig(record, "run_info", "experiment_name")
+    name = nested(record, "run_info", "experiment_name")
     if not isinstance(name, str) or not name.strip("/. "):
         raise PeftJaxError("not the record of a run: it lacks run_info.experiment_name")
     settings = _object(record, "peft_jax", "cell", "settings")
@@ -57,22 +57,22 @@ def run_of(record: Mapping[str, Any]) -> Run:
     _object(record, "meta_info")
     values = values_of(record)
     return Run(
-        name=name, label=str(dig(record, "peft_jax", "cell", "label") or name.split("/")[0]),
+        name=name, label=str(nested(record, "peft_jax", "cell", "label") or name.split("/")[0]),
         variety=_variety(name, settings), axes={axis: settings[axis] for axis in axes if axis in settings},
-        asked=_asked(record, "test" in values), chosen=dig(record, "peft_jax", "cell", "chosen"),
+        asked=_asked(record, "test" in values), chosen=nested(record, "peft_jax", "cell", "chosen"),
         status=_status(record),
-        error=str(dig(record, "run_info", "error_msg") or ""), metric=_metric(record),
+        error=str(nested(record, "run_info", "error_msg") or ""), metric=_metric(record),
         measured_on="test" if "test" in values else "validation" if "validation" in values else "",
-        model=str(dig(record, "run_info", "train_config", "model_id") or "unknown model"), budget=_budget(record),
+        model=str(nested(record, "run_info", "train_config", "model_id") or "unknown model"), budget=_budget(record),
         values=values, loss=_losses(record), record=record)  # fmt: skip
 
 
-def _status(record) -> str:
-    return str(dig(record, "train_info", "status") or "unknown, the record gives no status")
+def _status(record: Mapping[str, Any]) -> str:
+    return str(nested(record, "train_info", "status") or "unknown, the record gives no status")
 
 
-def _metric(record) -> str:
-    return str(dig(record, "peft_jax", "metric") or PEFT_METRIC)
+def _metric(record: Mapping[str, Any]) -> str:
+    return str(nested(record, "peft_jax", "metric") or PEFT_METRIC)
 
 
 def _is_seed(key: str) -> bool:
@@ -90,7 +90,7 @@ def _variety(name: str, settings: Mapping[str, Any]) -> str:
     return re.sub(r"-?seed\d+|--\d{4}-\d\d-\d\dT[\d:+-]+$", "", name.partition("/")[2])
 
 
-def _asked(record, measured: bool) -> dict[str, Any]:
+def _asked(record: Mapping[str, Any], measured: bool) -> dict[str, Any]:
     """How it was to be measured counts only where it was."""
     return {key: value for name, section in _object(record, "peft_jax", "asked").items()
             if name in ASKED and (measured or name != "measure") for key, value in _leaves(section, name).items()}
@@ -106,7 +106,7 @@ def _leaves(value: Any, path: str) -> dict[str, Any]:
     return {key: leaf for name, one in value.items() for key, leaf in _leaves(one, f"{path}.{name}").items()}
 
 
-def _budget(record) -> str:
+def _budget(record: Mapping[str, Any]) -> str:
     steps, rows = (number(record, "run_info", "train_config", key) for key in ("max_steps", "batch_size"))
     if (epochs := number(record, "peft_jax", "asked", "optim", "epochs")) and rows is not None:
         return f"{epochs:g} epochs of {rows:g}"  # as many steps as the data has, the base model's record none
@@ -125,16 +125,16 @@ def values_of(record: Mapping[str, Any]) -> dict[str, float]:
     forgetting.<source>: loss after minus before, nats per token; neighbour.<task>: metric after minus before.
     """
     metric = _metric(record)
-    found = {
+    numbers = {
         **{key: number(record, *path) for key, path in PLAIN.items()}, **_from_metrics(record),
         "base": number(record, "peft_jax", "base_test", metric), **_latencies(record),
         **_changes(record, "general", "forgetting"), **_changes(record, "neighbours", "neighbour"),
     }  # fmt: skip
-    found |= {key: first(*(number(record, *path) for path in paths)) for key, paths in EITHER.items()}
+    numbers |= {key: first(*(number(record, *path) for path in paths)) for key, paths in EITHER.items()}
     for on in ("test", "validation", "before"):
-        found[on] = first(number(record, "peft_jax", on, metric), found.get(on))
-        found |= {f"{on}.{name}": number(record, "peft_jax", on, key) for name, key in LOSSES.items()}
-    return _derived({key: value for key, value in found.items() if value is not None})
+        numbers[on] = first(number(record, "peft_jax", on, metric), numbers.get(on))
+        numbers |= {f"{on}.{name}": number(record, "peft_jax", on, key) for name, key in LOSSES.items()}
+    return _derived({key: value for key, value in numbers.items() if value is not None})
 
 
 PLAIN = {
@@ -165,12 +165,12 @@ def _derived(values: dict[str, float]) -> dict[str, float]:
     return values
 
 
-def _from_metrics(record) -> dict[str, float | None]:
+def _from_metrics(record: Mapping[str, Any]) -> dict[str, float | None]:
     """What peft keeps in the rows of train_info.metrics."""
     rows = _metric_rows(record)
     rates = [rate for row in rows if (rate := number(row, "tokens / sec")) is not None]
     ours = number(record, "peft_jax", "tokens_per_second")
-    general = dig(record, "peft_jax", "general")
+    general = nested(record, "peft_jax", "general")
     return {
         "validation": last(number(row, "valid accuracy") for row in rows),
         "test": last(number(row, "test accuracy") for row in rows),
@@ -179,26 +179,26 @@ def _from_metrics(record) -> dict[str, float | None]:
     }
 
 
-def _metric_rows(record) -> list[Mapping[str, Any]]:
+def _metric_rows(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return _list(record, "train_info", "metrics")
 
 
-def _latencies(record) -> dict[str, float | None]:
+def _latencies(record: Mapping[str, Any]) -> dict[str, float | None]:
     return {f"latency.{state}.{phase}": number(record, "peft_jax", "latency", state, phase)
             for state in ("base", "unmerged", "merged") for phase in PHASES}  # fmt: skip
 
 
-def _changes(record, section: str, name: str) -> dict[str, float | None]:
+def _changes(record: Mapping[str, Any], section: str, name: str) -> dict[str, float | None]:
     """After minus before, of each part of a section."""
-    found = {}
+    changes = {}
     for key in _object(record, "peft_jax", section):
         before, after = (number(record, "peft_jax", section, key, when) for when in ("before", "after"))
-        found[f"{name}.{key}"] = None if before is None or after is None else after - before
-    return found
+        changes[f"{name}.{key}"] = None if before is None or after is None else after - before
+    return changes
 
 
-def _losses(record) -> list[tuple[float, float | None]]:
-    pairs = dig(record, "peft_jax", "loss")
+def _losses(record: Mapping[str, Any]) -> list[tuple[float, float | None]]:
+    pairs = nested(record, "peft_jax", "loss")
     if pairs is None:
         return [(number(row, "step"), number(row, "train loss")) for row in _metric_rows(record)
                 if number(row, "step") is not None and "test accuracy" not in row]  # fmt: skip
@@ -208,10 +208,10 @@ def _losses(record) -> list[tuple[float, float | None]]:
     return [(step, loss) for step, loss in points if step is not None]
 
 
-def dig(record: Any, *keys: str) -> Any:
+def nested(record: Any, *keys: str) -> Any:
     """What lies under nested keys, None where one is missing; ``PeftJaxError`` where something on the way is no object.
 
-    >>> dig({"a": {"b": 1}}, "a", "b"), dig({"a": None}, "a", "b")
+    >>> nested({"a": {"b": 1}}, "a", "b"), nested({"a": None}, "a", "b")
     (1, None)
     """
     for depth, key in enumerate(keys):
@@ -225,7 +225,7 @@ def dig(record: Any, *keys: str) -> Any:
 
 def number(record: Any, *keys: str) -> float | None:
     """A finite number, None where there is none or it is not finite; ``PeftJaxError`` where it is no number."""
-    value = dig(record, *keys)
+    value = nested(record, *keys)
     if getattr(value, "shape", None) == ():
         value = value.item()
     if value is None:
@@ -236,26 +236,26 @@ def number(record: Any, *keys: str) -> float | None:
 
 
 def _object(record: Any, *keys: str) -> Mapping[str, Any]:
-    found = first(dig(record, *keys), {})
-    if not isinstance(found, Mapping):
-        raise PeftJaxError(f"{'.'.join(keys)} is {_short(found)}, not a JSON object")
-    return found
+    value = first(nested(record, *keys), {})
+    if not isinstance(value, Mapping):
+        raise PeftJaxError(f"{'.'.join(keys)} is {_short(value)}, not a JSON object")
+    return value
 
 
 def _list(record: Any, *keys: str) -> list:
-    found = first(dig(record, *keys), [])
-    if not isinstance(found, list | tuple):
-        raise PeftJaxError(f"{'.'.join(keys)} is {_short(found)}, not a list")
-    return list(found)
+    value = first(nested(record, *keys), [])
+    if not isinstance(value, list | tuple):
+        raise PeftJaxError(f"{'.'.join(keys)} is {_short(value)}, not a list")
+    return list(value)
 
 
-def first(*values):
-    """The first that is there."""
+def first(*values: Any) -> Any:
+    """The first of ``values`` that is not None."""
     return next((value for value in values if value is not None), None)
 
 
-def last(values):
-    """The last that is there."""
+def last(values: Iterable[Any]) -> Any:
+    """The last of ``values`` that is not None."""
     return first(*reversed(list(values)))
 
 

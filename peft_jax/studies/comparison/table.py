@@ -1,14 +1,14 @@
 """Rows as text: for the terminal, as Markdown, as CSV, and as the summary that ``table.json`` holds."""
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import pandas as pd
+
 from peft_jax.studies.comparison.columns import NOTE, Column, cell, columns, heading
-from peft_jax.studies.comparison.rows import Row, Spread, failures, rows
-from peft_jax.studies.comparison.runs import run_of
-from peft_jax.studies.comparison.words import cut, printable
+from peft_jax.studies.comparison.formatting import printable, shortened
+from peft_jax.studies.comparison.rows import Row, failures, rows
+from peft_jax.studies.comparison.runs import Run, run_of
 
 WIDTH = 100
 LONGEST = 44  # of a name in the terminal
@@ -18,28 +18,31 @@ Records = Iterable[Mapping[str, Any]]
 def terminal(records: Records) -> str:
     """Tables of at most 100 columns: as many as the numbers need, each with the methods in front; failures below."""
     runs = [run_of(record) for record in records]
-    found = rows(runs)
-    blocks = [_block(found, part) for kind in columns(found).values() for part in _parts(found, kind)] if found else []
-    failed = [cut(f"{run.name}: {failure(run)}", WIDTH) for run in failures(runs)]
-    return "\n\n".join([*([heading(found)] if found else []), *blocks, *([NOTE] if found else []),
-                        *(["\n".join(["Not finished:", *failed])] if failed else [])])  # fmt: skip
+    blocks, failed = [], failures(runs)
+    if table_rows := rows(runs):
+        tables = [part for kind in columns(table_rows).values() for part in _parts(table_rows, kind)]
+        blocks = [heading(table_rows), *(_block(table_rows, part) for part in tables), NOTE]
+    if failed:
+        lines = [shortened(f"{run.name}: {failure(run)}", WIDTH) for run in failed]
+        blocks.append("\n".join(["Not finished:", *lines]))
+    return "\n\n".join(blocks)
 
 
-def failure(run) -> str:
+def failure(run: Run) -> str:
     """Why a run is no row, in one line."""
     return " ".join(f"{run.status}: {run.error}".split()) if run.error else run.status
 
 
-def _cells(found: Sequence[Row], part: Sequence[Column]) -> list[list[str]]:
+def _cells(table_rows: Sequence[Row], part: Sequence[Column]) -> list[list[str]]:
     """Head and body; the name and the number of runs in front."""
     head = ["method", "n", *(column.heading for column in part)]
-    return [head, *([row.name, str(len(row.runs)), *(cell(row, column) for column in part)] for row in found)]
+    return [head, *([row.name, str(len(row.runs)), *(cell(row, column) for column in part)] for row in table_rows)]
 
 
-def _parts(found: Sequence[Row], kind: Sequence[Column]) -> list[list[Column]]:
+def _parts(table_rows: Sequence[Row], kind: Sequence[Column]) -> list[list[Column]]:
     """The columns of one table, cut into as few as fit the width, those as narrow as they may be."""
-    front = sum(min(LONGEST, max(map(len, names))) + 2 for names in zip(*_cells(found, [])))
-    widths = [max(len(line[-1]) for line in _cells(found, [column])) + 2 for column in kind]
+    front = sum(min(LONGEST, max(map(len, names))) + 2 for names in zip(*_cells(table_rows, [])))
+    widths = [max(len(line[-1]) for line in _cells(table_rows, [column])) + 2 for column in kind]
     fewest = len(_filled(kind, widths, WIDTH + 2 - front))  # the last column needs no gap
     return next(parts for room in range(WIDTH + 3 - front)
                 if len(parts := _filled(kind, widths, room)) == fewest)  # fmt: skip
@@ -57,8 +60,8 @@ def _filled(kind: Sequence[Column], widths: Sequence[int], room: int) -> list[li
     return parts
 
 
-def _block(found: Sequence[Row], part: Sequence[Column]) -> str:
-    lines = [[cut(line[0], LONGEST), *line[1:]] for line in _cells(found, part)]
+def _block(table_rows: Sequence[Row], part: Sequence[Column]) -> str:
+    lines = [[shortened(line[0], LONGEST), *line[1:]] for line in _cells(table_rows, part)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = ["  ".join([line[0].ljust(widths[0]), *(one.rjust(width) for one, width in zip(line[1:], widths[1:]))])
             for line in lines]  # fmt: skip
@@ -68,12 +71,13 @@ def _block(found: Sequence[Row], part: Sequence[Column]) -> str:
 def markdown(records: Records) -> str:
     """A table each of what was learnt, what it cost, how fast it is, and what did not finish."""
     runs = [run_of(record) for record in records]
-    found = rows(runs)
-    parts = [_markdown(_cells(found, kind)) for kind in columns(found).values()] if found else []
-    failed = [_markdown([["not finished", "why"], *([run.name, failure(run)] for run in failures(runs))], "---|")]
-    text = [*([f"**{_escaped(heading(found))}**"] if found else []), *parts, *([NOTE] if found else []),
-            *(failed if failures(runs) else [])]  # fmt: skip
-    return "\n\n".join(text) + "\n"
+    blocks, failed = [], failures(runs)
+    if table_rows := rows(runs):
+        tables = [_markdown(_cells(table_rows, kind)) for kind in columns(table_rows).values()]
+        blocks = [f"**{_escaped(heading(table_rows))}**", *tables, NOTE]
+    if failed:
+        blocks.append(_markdown([["not finished", "why"], *([run.name, failure(run)] for run in failed)], "---|"))
+    return "\n\n".join(blocks) + "\n"
 
 
 def _markdown(lines: Sequence[Sequence[str]], rule: str = "---:|") -> str:
@@ -97,18 +101,14 @@ def csv_table(records: Records) -> str:
     """One line a row, then one a run that did not finish, at full precision: seconds, bytes, parameters; each number
     as ``<key>.mean``, ``.std``, ``.n`` (see ``runs.values_of`` for the keys), empty where it was not measured."""
     runs = [run_of(record) for record in records]
-    found = rows(runs)
-    keys = list(dict.fromkeys(key for row in found for key in row.values))
-    out = io.StringIO()
-    lines = csv.writer(out, lineterminator="\n")
-    lines.writerow([*FACTS, *(f"{key}.{part}" for key in keys for part in Spread._fields), "error"])
-    for row in found:
-        facts = (row.name, "success", len(row.runs), row.metric, row.measured_on, row.model, row.budget)
-        lines.writerow([*facts, *(part for key in keys for part in row.values.get(key, ("", "", ""))), ""])
-    for run in failures(runs):
-        facts = (run.name, run.status, 1, run.metric, "", run.model, run.budget)
-        lines.writerow([*facts, *[""] * (3 * len(keys)), run.error])
-    return out.getvalue()
+    table_rows, failed = rows(runs), failures(runs)
+    facts = [(row.name, "success", len(row.runs), row.metric, row.measured_on, row.model, row.budget)
+             for row in table_rows]  # fmt: skip
+    facts += [(run.name, run.status, 1, run.metric, "", run.model, run.budget) for run in failed]
+    numbers = [{f"{key}.{part}": number for key, spread in row.values.items()
+                for part, number in spread._asdict().items()} for row in table_rows]  # fmt: skip
+    table = pd.DataFrame(facts, columns=FACTS).join(pd.DataFrame(numbers, dtype=object))  # a count stays whole
+    return table.assign(error=[""] * len(table_rows) + [run.error for run in failed]).to_csv(index=False)
 
 
 def summary(records: Records, command: str = "") -> dict[str, Any]:
@@ -121,10 +121,10 @@ def summary(records: Records, command: str = "") -> dict[str, Any]:
     "compiled"} in bytes, "adapter_bytes", "trainable", "all", "rate"}], "failed": [{"name", "status", "error"}]}.
     """
     runs = [run_of(record) for record in records]
-    found = rows(runs)
-    models = {row.model for row in found}
+    table_rows = rows(runs)
+    models = {row.model for row in table_rows}
     return {"command": command, "model": models.pop() if len(models) == 1 else None,
-            "rows": [_summary(row) for row in found],
+            "rows": [_summary(row) for row in table_rows],
             "failed": [{"name": run.name, "status": run.status, "error": run.error} for run in failures(runs)],
             }  # fmt: skip
 

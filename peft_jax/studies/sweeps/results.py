@@ -8,13 +8,13 @@ from typing import Any
 from peft_jax.core import files, settings
 from peft_jax.errors import PeftJaxError
 from peft_jax.studies.comparison import record
-from peft_jax.studies.comparison.runs import ASKED, Run, dig, number, run_of
+from peft_jax.studies.comparison.runs import ASKED, Run, nested, number, run_of
 
 RESULTS, LOGS = "results", "logs"
 
 
 @contextlib.contextmanager
-def alone(folder: Path, name: str) -> Iterator[None]:
+def locked(folder: Path, name: str) -> Iterator[None]:
     """While entered, no other process is at what ``name`` names; the lock ends with the process, however that ends.
 
     Raises ``PeftJaxError`` where another one is.
@@ -42,7 +42,7 @@ def record_of(folder: Path, cell) -> Path:
     return record.path_of(folder / RESULTS, cell.experiment)
 
 
-def kept(folder: Path, cell) -> Run | None:
+def cell_run(folder: Path, cell) -> Run | None:
     """What the cell's record tells, a damaged one of a failed run (see ``record.read``); None where there is none."""
     path = record_of(folder, cell)
     return run_of(record.read_one(path)) if path.exists() else None
@@ -51,15 +51,16 @@ def kept(folder: Path, cell) -> Run | None:
 def finished(folder: Path, command, cell) -> bool:
     """Whether the cell has been run to its end and would come out the same now: nothing that it chooses from has become
     better since, nor has the base model beside it been measured."""
-    run = kept(folder, cell)
+    run = cell_run(folder, cell)
     if run is None or not run.finished:
         return False
-    tried = candidates(folder, command, cell)
-    if tried and dig(run.record, "peft_jax", "cell", "settings") != settings.plain(cell.having(_best(tried)).settings):
-        return False
-    base = next((one for one in command.cells if one.config.measure.of == "base"), None)
-    alone_then = cell.measure and base not in (None, cell) and not dig(run.record, "peft_jax", "base_test")
-    return not (alone_then and (there := kept(folder, base)) and there.finished)
+    if options := candidates(folder, command, cell):
+        now = settings.plain(cell.having(_best(options)).settings)
+        if nested(run.record, "peft_jax", "cell", "settings") != now:
+            return False
+    base = next((other for other in command.cells if other.config.measure.of == "base"), None)
+    lacks_base = cell.measure and base not in (None, cell) and not nested(run.record, "peft_jax", "base_test")
+    return not (lacks_base and (base_run := cell_run(folder, base)) and base_run.finished)
 
 
 def candidates(folder: Path, command, cell) -> list[tuple[float, dict[str, Any]]]:
@@ -67,37 +68,37 @@ def candidates(folder: Path, command, cell) -> list[tuple[float, dict[str, Any]]
 
     A run whose metric is not finite is none of them.
     """
-    metric, found = command.config.sweep.metric, []
+    metric, options = command.config.sweep.metric, []
     for other in (one for one in command.cells if one.name in cell.best_of):
-        run = kept(folder, other)
+        run = cell_run(folder, other)
         value = number(run.record, "peft_jax", "validation", metric) if run and run.finished else None
         if value is not None:
-            found.append((value, other.settings))
-    return found
+            options.append((value, other.settings))
+    return options
 
 
 def chosen(folder: Path, command, cell) -> dict[str, Any]:
     """The settings of the best, on validation data, of the cells that ``cell`` chooses from; {} where it does not."""
-    found = candidates(folder, command, cell)
-    if cell.best_of and not found:
+    options = candidates(folder, command, cell)
+    if cell.best_of and not options:
         raise PeftJaxError(f"{cell.name} takes the best of {', '.join(cell.best_of)}, none of which is finished: run "
                            "these cells first")
-    return _best(found) if found else {}
+    return _best(options) if options else {}
 
 
-def _best(found: Sequence[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
+def _best(options: Sequence[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
     """Of equals the one that comes first."""
-    return max(found, key=lambda one: one[0])[1]
+    return max(options, key=lambda option: option[0])[1]
 
 
 def check_same(folder: Path, command, cell) -> None:
     """Raise ``PeftJaxError``, naming the keys, where the finished cell was run with other settings."""
-    run = kept(folder, cell)
+    run = cell_run(folder, cell)
     if run is None or not run.finished or not run.asked:
         return
     wanted = {**cell.config.to_dict(), "metric": command.config.sweep.metric}
     sections = [name for name in ("seed", "metric", *ASKED) if name != "measure" or cell.measure]
-    asked = {**dig(run.record, "peft_jax", "asked"), "metric": run.metric}
+    asked = {**nested(run.record, "peft_jax", "asked"), "metric": run.metric}
     if changes := settings.differences(asked, wanted, sections):
         raise PeftJaxError(f"{folder} holds {cell.name} with other settings: {'; '.join(changes)}. Choose another "
                            "--workdir, or --overwrite to run all again")

@@ -26,26 +26,26 @@ class Outcome(NamedTuple):
     error: str
 
 
-def compose(folder: Path, cell, whole, metric: str, outcome: Outcome) -> dict[str, Any]:
-    """The record of ``cell``; ``whole`` is the cell with the settings that it chose, whose name its workdir has."""
-    place, config = folder / "runs" / whole.name, whole.config
+def compose(folder: Path, cell, full_cell, metric: str, outcome: Outcome) -> dict[str, Any]:
+    """The record of ``cell``; ``full_cell`` is the cell with the settings that it chose, whose name its workdir has."""
+    workdir, config = folder / "runs" / full_cell.name, full_cell.config
     read = partial(_read, bool(outcome.error))
-    results, found, base = (read(path) for path in (place / "results.json", place / "measured.json",
-                                                    folder / "runs" / "base" / "measured.json"))
-    rows = read(place / "metrics.jsonl", read_metrics)
+    results, measurements = read(workdir / "results.json"), read(workdir / "measured.json")
+    base = read(folder / "runs" / "base" / "measured.json")
+    rows = read(workdir / "metrics.jsonl", read_metrics)
     return {
         "run_info": {"created_at": outcome.created_at, "total_time": outcome.seconds, "peft_branch": "main",
                      "experiment_name": cell.experiment, "train_config": _train_config(config, results),
-                     "peft_config": read(place / "adapter" / "adapter_config.json") or None,
+                     "peft_config": read(workdir / "adapter" / "adapter_config.json") or None,
                      "error_msg": outcome.error},
-        "train_info": _train_info(config, results, found, base, rows, metric, outcome),
+        "train_info": _train_info(config, results, measurements, base, rows, metric, outcome),
         "meta_info": _meta_info(config),
         "peft_jax": {
-            "cell": {"sweep": folder.name, "name": cell.name, "label": cell.label, "settings": whole.settings,
+            "cell": {"sweep": folder.name, "name": cell.name, "label": cell.label, "settings": full_cell.settings,
                      "axes": cell.axes, "chosen": cell.measure or None},
             "asked": settings.plain(cell.config.to_dict()), "metric": metric,
             **({"before": with_minus(results["before"], metric)} if results.get("before") else {}),
-            "validation": with_minus(results.get("after", {}), metric), **_measured(found, base, metric),
+            "validation": with_minus(results.get("after", {}), metric), **_on_tests(measurements, base, metric),
             "memory": _memory(results), "adapter_bytes": results.get("adapter_bytes"),
             "tokens_per_second": rows[-1]["tokens_per_second"] if rows else None,
             "loss": [[row["step"], row["loss"]] for row in rows],
@@ -67,18 +67,18 @@ def _read(failed: bool, path: Path, reader: Callable[[Path], Any] = _run_file) -
         raise
 
 
-def _measured(found: Mapping, base: Mapping, metric: str) -> dict[str, Any]:
+def _on_tests(measurements: Mapping, base: Mapping, metric: str) -> dict[str, Any]:
     """What ``measured.json`` of the run and of the base model say, side by side."""
-    if not found:
+    if not measurements:
         return {}
 
     def pairs(section: str, name: str) -> dict[str, Any]:
         before = {task: with_minus(metrics, name) for task, metrics in base.get(section, {}).items()}
         return {task: {"before": before.get(task, {}).get(name), "after": with_minus(metrics, name).get(name)}
-                for task, metrics in found[section].items()}
+                for task, metrics in measurements[section].items()}
 
-    return {"test": with_minus(found["test"], metric), "base_test": with_minus(base.get("test", {}), metric),
-            "latency": found["latency"],
+    return {"test": with_minus(measurements["test"], metric), "base_test": with_minus(base.get("test", {}), metric),
+            "latency": measurements["latency"],
             "general": pairs("general", "loss"), "neighbours": pairs("neighbours", metric)}
 
 
@@ -111,7 +111,8 @@ def _train_config(config, results: Mapping) -> dict[str, Any]:
             "attn_implementation": config.model.attn_implementation}
 
 
-def _train_info(config, results, found, base, rows: Sequence[Mapping], metric: str, outcome: Outcome):
+def _train_info(config, results: Mapping, measurements: Mapping, base: Mapping, rows: Sequence[Mapping], metric: str,
+                outcome: Outcome) -> dict[str, Any]:
     memory = [row["memory"] for row in rows if "memory" in row]
     return {"accelerator_memory_reserved_avg": int(np.mean(memory)) if memory else None,
             "accelerator_memory_max": _memory(results)["observed"],
@@ -119,35 +120,37 @@ def _train_info(config, results, found, base, rows: Sequence[Mapping], metric: s
             "train_time": results.get("seconds"), "file_size": results.get("adapter_bytes"),
             "num_trainable_params": results.get("trainable", 0), "num_total_params": results.get("all"),
             "status": "failed" if outcome.error else "success",
-            "metrics": _metric_rows(config, results, found, base, rows, metric)}
+            "metrics": _metric_rows(config, results, measurements, base, rows, metric)}
 
 
-def _metric_rows(config, results, found, base, rows: Sequence[Mapping], metric: str) -> list[dict[str, Any]]:
+def _metric_rows(config, results: Mapping, measurements: Mapping, base: Mapping, rows: Sequence[Mapping],
+                 metric: str) -> list[dict[str, Any]]:
     """peft's rows: one for each evaluation on the way and the last one, one more of the test."""
     after = with_minus(results.get("after", {}), metric).get(metric)
-    found_at = [(row, _evaluated(row, metric)) for row in rows]
+    evaluations = [(row, _evaluation(row, metric)) for row in rows]
     table = [_metric_row(config, row, rows, after if value is None else value)
-             for row, value in found_at if value is not None or row is rows[-1]]
-    if found and table:
-        tested = with_minus(found["test"], metric).get(metric)
+             for row, value in evaluations if value is not None or row is rows[-1]]
+    if measurements and table:
+        tested = with_minus(measurements["test"], metric).get(metric)
         table.append({key: table[-1][key] for key in ("step", "train loss", "train samples")} |
                      {"test accuracy": tested, "train total tokens": _tokens(rows),
-                      "forgetting": _forgotten(found, base)})
+                      "forgetting": _forgetting(measurements, base)})
     return table
 
 
-def _evaluated(row: Mapping, metric: str) -> float | None:
+def _evaluation(row: Mapping, metric: str) -> float | None:
     """The metric of an evaluation on the way, where there was one after that step."""
     metrics = {name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")}
     return with_minus(metrics, metric).get(metric)
 
 
-def _metric_row(config, row: Mapping, rows: Sequence[Mapping], value) -> dict[str, Any]:
-    before = [one for one in rows if one["step"] <= row["step"]]
-    memory = statistics.mean(one.get("memory", 0) for one in before)
+def _metric_row(config, row: Mapping, rows: Sequence[Mapping], value: float | None) -> dict[str, Any]:
+    until = [other for other in rows if other["step"] <= row["step"]]
+    memory = statistics.mean(other.get("memory", 0) for other in until)
+    loss = statistics.mean(other["loss"] for other in until)
     samples = row["step"] * config.data.batch_size * config.optim.accumulate_steps
-    return {"step": row["step"], "valid accuracy": value, "train loss": statistics.mean(one["loss"] for one in before),
-            "train samples": samples, "train time": row["seconds"], "eval time": None,
+    return {"step": row["step"], "valid accuracy": value, "train loss": loss, "train samples": samples,
+            "train time": row["seconds"], "eval time": None,
             "tokens / sec": row["tokens_per_second"], "mem allocated avg": memory, "mem reserved avg": memory,
             "elapsed time": row["seconds"]}
 
@@ -157,9 +160,9 @@ def _tokens(rows: Sequence[Mapping]) -> int:
     return round(rows[-1]["tokens_per_second"] * (rows[-1]["seconds"] - rows[0]["seconds"]))
 
 
-def _forgotten(found: Mapping, base: Mapping) -> float | None:
+def _forgetting(measurements: Mapping, base: Mapping) -> float | None:
     """The mean over the sources of general text, nats per token, of the loss after minus before."""
-    changes = [metrics["loss"] - base["general"][task]["loss"] for task, metrics in found["general"].items()
+    changes = [metrics["loss"] - base["general"][task]["loss"] for task, metrics in measurements["general"].items()
                if task in base.get("general", {})]
     return statistics.mean(changes) if changes else None
 

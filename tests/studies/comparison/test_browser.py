@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from peft_jax.studies.comparison import report
-from tests.studies.comparison import made
+from tests.studies.comparison import examples
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs Debian's chromium and chromium-driver")
@@ -37,7 +37,8 @@ def driver(tmp_path_factory):
 def page(tmp_path_factory):
     """A report of every method with two seeds, of hostile records, and of peft's."""
     folder = tmp_path_factory.mktemp("report")
-    report(folder, [*made.comparison(seeds=2), *made.hostile(), made.peft_record()], "python run.py --config=x")
+    records = [*examples.comparison(seeds=2), *examples.hostile(), examples.peft_record()]
+    report(folder, records, "python run.py --config=x")
     return (folder / "report.html").as_uri()
 
 
@@ -71,7 +72,7 @@ def test_every_section_every_row_and_every_plot_is_seen(opened):
     assert len(boxes(opened, "figure svg")) == len(boxes(opened, "figcaption")) >= 10
     names = opened.execute_script("return [...document.querySelectorAll('table.rows')].map(table => "
                                   "[...table.tBodies[0].rows].map(row => row.cells[0].innerText))")  # fmt: skip
-    assert len(names) == 4 and all(set(made.METHODS) - {"lora"} <= set(rows) for rows in names)
+    assert len(names) == 4 and all(set(examples.METHODS) - {"lora"} <= set(rows) for rows in names)
     assert all(any("<script>alert(1)</script>" in name for name in rows) for rows in names)
 
 

@@ -9,11 +9,11 @@ import pytest
 from peft_jax.errors import PeftJaxError
 from peft_jax.studies.comparison import read, report, run_of, write
 from peft_jax.studies.comparison.runs import values_of
-from tests.studies.comparison import made
+from tests.studies.comparison import examples
 
 
 def test_a_record_comes_back_as_it_was_written(tmp_path):
-    record = made.record()
+    record = examples.record()
     path = write(tmp_path / "results", record)
     assert path.name == "lora--smollm2-135m-learning_rate0.001-seed0.json"
     assert read(tmp_path / "results") == [record]
@@ -21,7 +21,7 @@ def test_a_record_comes_back_as_it_was_written(tmp_path):
 
 
 def test_numbers_that_json_lacks_are_null_and_count_as_not_measured(tmp_path):
-    record = made.record(loss=[[1, math.nan], [2, np.float32(0.5)]], memory={"observed": math.inf})
+    record = examples.record(loss=[[1, math.nan], [2, np.float32(0.5)]], memory={"observed": math.inf})
     record["peft_jax"]["test"]["among_choices"] = math.nan
     path = write(tmp_path, record)
     strict = json.loads(path.read_text(), parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
@@ -44,7 +44,7 @@ def test_numbers_that_json_lacks_are_null_and_count_as_not_measured(tmp_path):
 ])  # fmt: skip
 def test_a_record_that_could_not_be_read_back_is_not_written(tmp_path, change, words):
     with pytest.raises(PeftJaxError, match=words):
-        write(tmp_path, made.record() | change)
+        write(tmp_path, examples.record() | change)
     assert not list(tmp_path.iterdir())
 
 
@@ -53,7 +53,7 @@ def test_a_record_that_could_not_be_read_back_is_not_written(tmp_path, change, w
     ('{"rows": []}', "lacks run_info.experiment_name"), ("[" * 100_000, "recursion"), ("\udcff", "decode"),
 ])  # fmt: skip
 def test_a_damaged_file_is_a_failed_run_that_names_it_and_the_others_load(tmp_path, text, words):
-    write(tmp_path, made.record())
+    write(tmp_path, examples.record())
     (tmp_path / "ia3--tiny-seed0.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     damaged, whole = map(run_of, read(tmp_path))
     assert whole.finished and not damaged.finished
@@ -68,9 +68,9 @@ def test_a_damaged_file_is_a_failed_run_that_names_it_and_the_others_load(tmp_pa
     (lambda record: record["peft_jax"]["cell"].update(axes=[["a"], 1]), ""),
 ])  # fmt: skip
 def test_a_record_that_someone_edited_costs_the_report_nothing_else(tmp_path, change, words):
-    record = made.record()
+    record = examples.record()
     change(record)
-    write(tmp_path / "results", made.record("ia3"))
+    write(tmp_path / "results", examples.record("ia3"))
     (tmp_path / "results" / "lora--edited.json").write_text(json.dumps(record))
     records = read(tmp_path / "results")
     whole, edited = map(run_of, records)
@@ -86,7 +86,7 @@ def test_a_folder_without_records_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("memory", ["accelerator_memory_max", "cuda_memory_max"])
 def test_a_record_of_peft(memory):
-    run = run_of(made.peft_record(memory=memory))
+    run = run_of(examples.peft_record(memory=memory))
     assert (run.label, run.variety, run.metric, run.measured_on) == (
         "lora", "llama-3.2-3B-rank32", "accuracy", "test")  # fmt: skip
     assert run.values == {
@@ -113,6 +113,6 @@ def test_differences_and_ratios():
 
 
 def test_a_run_without_a_status_is_not_taken_for_a_success():
-    record = made.record()
+    record = examples.record()
     del record["train_info"]["status"]
     assert not run_of(record).finished

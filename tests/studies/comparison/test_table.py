@@ -7,7 +7,7 @@ import json
 import pytest
 
 from peft_jax.studies.comparison import csv_table, markdown, read, summary, terminal, write
-from tests.studies.comparison import made
+from tests.studies.comparison import examples
 
 
 def lines_of(text):
@@ -17,10 +17,10 @@ def lines_of(text):
 def test_our_rows_and_those_of_peft_come_out_as_one_table(tmp_path):
     ours, theirs = tmp_path / "ours", tmp_path / "peft"
     for label in ("lora", "ia3"):
-        write(ours, made.record(label))
+        write(ours, examples.record(label))
     theirs.mkdir()
     for name, accuracy in (("lora/llama-3.2-3B-rank32", 0.48), ("ia3/llama-3.2-3B-default", 0.31)):
-        (theirs / f"{name.replace('/', '--')}.json").write_text(json.dumps(made.peft_record(name, accuracy)))
+        (theirs / f"{name.replace('/', '--')}.json").write_text(json.dumps(examples.peft_record(name, accuracy)))
     records = [*read(ours), *read(theirs)]
     methods = ["lora learning_rate=0.001", "ia3 learning_rate=0.001", "lora llama-3.2-3B-rank32",
                "ia3 llama-3.2-3B-default"]  # fmt: skip
@@ -36,8 +36,9 @@ def test_our_rows_and_those_of_peft_come_out_as_one_table(tmp_path):
     assert len(cells) == 4 and {"0.480", "Llama-3.2-3B"} <= set(cells[0])
 
 
-@pytest.mark.parametrize("records", [made.comparison(), made.comparison(1), made.hostile(), [made.failed()],
-                                     [made.record(), made.peft_record("x/" + "long-" * 60)]])  # fmt: skip
+@pytest.mark.parametrize("records", [examples.comparison(), examples.comparison(1), examples.hostile(),
+                                     [examples.failed()],
+                                     [examples.record(), examples.peft_record("x/" + "long-" * 60)]])  # fmt: skip
 def test_the_terminal_has_a_hundred_columns_and_is_not_told_what_to_do(records):
     text = terminal(records)
     assert max(map(len, text.splitlines())) <= 100
@@ -45,14 +46,14 @@ def test_the_terminal_has_a_hundred_columns_and_is_not_told_what_to_do(records):
 
 
 def test_the_terminal_shows_each_number_once_with_its_spread():
-    text = terminal([made.record(seed=seed, memory={"observed": 1.5e9 + seed * 1e7}) for seed in range(3)])
+    text = terminal([examples.record(seed=seed, memory={"observed": 1.5e9 + seed * 1e7}) for seed in range(3)])
     assert text.count("memory (GB)") == 1 and "1.51 ± 0.01" in text
     assert text.count("lora  ") == text.count("method  ")
 
 
 def test_a_validation_metric_and_failures_say_so():
-    records = [made.record("ia3", chosen=False), made.failed(error="out of memory\nat step 3"),
-               made.failed("full/x", error="", status="canceled")]  # fmt: skip
+    records = [examples.record("ia3", chosen=False), examples.failed(error="out of memory\nat step 3"),
+               examples.failed("full/x", error="", status="canceled")]  # fmt: skip
     for text in (terminal(records), markdown(records)):
         assert "(validation)" in text and "failed: out of memory at step 3" in text and "canceled" in text
     found = lines_of(csv_table(records))
@@ -61,7 +62,7 @@ def test_a_validation_metric_and_failures_say_so():
 
 
 def test_csv_keeps_every_digit():
-    record = made.record()
+    record = examples.record()
     (line,) = lines_of(csv_table([record]))
     assert float(line["value.mean"]) == record["peft_jax"]["test"]["among_choices"]
     assert float(line["latency.unmerged.token.mean"]) == record["peft_jax"]["latency"]["unmerged"]["token"]
@@ -69,7 +70,7 @@ def test_csv_keeps_every_digit():
 
 
 def test_markdown_is_not_broken_by_what_it_holds():
-    text = markdown(made.hostile())
+    text = markdown(examples.hostile())
     assert "<script" not in text and "\x1b" not in text
     (head, *body) = [line for line in text.splitlines() if line.startswith("| method")][:1] + [
         line for line in text.splitlines() if line.startswith("| &lt;script")][:1]  # fmt: skip
@@ -77,11 +78,11 @@ def test_markdown_is_not_broken_by_what_it_holds():
 
 
 def test_the_summary():
-    records = made.comparison(seeds=2)
+    records = examples.comparison(seeds=2)
     found = json.loads(json.dumps(summary(records, "python run.py"), allow_nan=False))
     assert found["command"] == "python run.py" and found["model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     rows = {row["method"]: row for row in found["rows"]}
-    assert set(rows) == set(made.METHODS)
+    assert set(rows) == set(examples.METHODS)
     lora, adapter = rows["lora"], rows["adapter"]
     assert lora["metric"] == "among_choices" and lora["value"]["n"] == 2
     assert lora["loss"]["mean"] == 1.1  # of the test, as the value

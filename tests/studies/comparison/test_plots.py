@@ -10,12 +10,12 @@ import matplotlib
 import numpy as np
 import pytest
 
-from peft_jax.studies.comparison import draw, rows, run_of
-from peft_jax.studies.comparison.ablation import ablations
-from peft_jax.studies.comparison.labels import label
-from peft_jax.studies.comparison.plots import loss_curve, pareto, plots
+from peft_jax.studies.comparison import figures, rows, run_of
+from peft_jax.studies.comparison.ablation_plots import ablations
+from peft_jax.studies.comparison.label_placement import label
+from peft_jax.studies.comparison.plots import comparison_plots, loss_curve, pareto
 from peft_jax.studies.comparison.report import drawings
-from tests.studies.comparison import made
+from tests.studies.comparison import examples
 
 
 @pytest.mark.parametrize("points, front", [
@@ -49,8 +49,8 @@ def test_labels_cover_neither_each_other_nor_points_and_stay_inside(seed, many, 
     rng = random.Random(seed)
     names = [f"method_{at}" for at in range(many)]
     points = [(rng.gauss(0, spread), rng.gauss(0, spread), name) for name in names]
-    with matplotlib.rc_context(draw.STYLE):
-        figure, (axes,) = draw.figure("title")
+    with matplotlib.rc_context(figures.STYLE):
+        figure, (axes,) = figures.new_figure("title")
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o", markersize=7)
         axes.set(xlim=(-3, 3), ylim=(-3, 3))
         notes = label(axes, points)
@@ -66,8 +66,8 @@ def test_labels_cover_neither_each_other_nor_points_and_stay_inside(seed, many, 
 
 def test_styles_are_distinct_and_the_same_for_the_same_names():
     names = [f"m{at}" for at in range(56)]
-    assert len(set(draw.styles(names).values())) == 56
-    assert draw.styles(["a", "b", "a"]) == draw.styles(["a", "b"])
+    assert len(set(figures.styles(names).values())) == 56
+    assert figures.styles(["a", "b", "a"]) == figures.styles(["a", "b"])
 
 
 def lines_of(text):
@@ -77,12 +77,12 @@ def lines_of(text):
 
 
 def test_every_plot_of_a_comparison():
-    found = {plot.name: plot for plot in drawings([run_of(record) for record in made.comparison(seeds=2)])}
+    found = {plot.name: plot for plot in drawings([run_of(record) for record in examples.comparison(seeds=2)])}
     assert set(found) == {"metric-parameters", "metric-memory", "forgetting-newspaper", "forgetting-amazon", "loss",
                           "latency", "ablation-optim.learning_rate"}  # fmt: skip
     for plot in found.values():
         words = lines_of(plot.svg)
-        assert set(made.METHODS) <= set(words), plot.name
+        assert set(examples.METHODS) <= set(words), plot.name
         assert plot.png.startswith(b"\x89PNG") and "SmolLM2-135M-Instruct" in " ".join(words)
     assert "base model" in lines_of(found["metric-memory"].svg) and "0.003" in lines_of(
         found["ablation-optim.learning_rate"].svg)  # fmt: skip
@@ -91,19 +91,20 @@ def test_every_plot_of_a_comparison():
 
 
 def test_the_same_records_give_the_same_bytes():
-    first, second = (ablations(swept({"method.r": (4, 8)}), draw.styles(["lora"])) for _ in range(2))
+    first, second = (ablations(swept({"method.r": (4, 8)}), figures.styles(["lora"])) for _ in range(2))
     assert first == second
 
 
 def test_hostile_names_damaged_numbers_and_missing_keys_are_drawn_without_a_warning():
-    nothing = made.record("ia3", peft_jax=None)
+    nothing = examples.record("ia3", peft_jax=None)
     nothing["peft_jax"] = {"metric": "among_choices"}
-    broken = made.record("full", loss=[[1, math.nan], [2, math.inf]], memory={}, general={"a": {"before": math.nan}})
+    broken = examples.record("full", loss=[[1, math.nan], [2, math.inf]], memory={},
+                             general={"a": {"before": math.nan}})  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = drawings([run_of(record) for record in [*made.hostile(), nothing, broken, made.peft_record()]])
+        found = drawings([run_of(record) for record in [*examples.hostile(), nothing, broken, examples.peft_record()]])
     names = [plot.name for plot in found]
-    assert len(set(names)) == len(names) and all(set(name) <= set(draw.slug(name)) for name in names)
+    assert len(set(names)) == len(names) and all(set(name) <= set(figures.slug(name)) for name in names)
     for plot in found:
         assert "<script" not in plot.svg and lines_of(plot.svg)  # it is XML, and the tag is text
     assert any("<script>alert(1)" in word and "$" in word for plot in found for word in lines_of(plot.svg))
@@ -111,34 +112,42 @@ def test_hostile_names_damaged_numbers_and_missing_keys_are_drawn_without_a_warn
 
 @pytest.mark.parametrize("labels", [["full"], ["lora", "qlora"], ["full", "lora"]])
 def test_one_point_or_points_of_one_price_are_drawn_as_well(labels):
-    found = rows(map(run_of, [made.record(label, seed, general={}, latency={}, loss=[])  # the front's plots alone
+    found = rows(map(run_of, [examples.record(label, seed, general={}, latency={}, loss=[])  # the front's plots alone
                               for label in labels for seed in (0, 1)]))  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        (first, *_) = plots(found, draw.styles(labels))
+        (first, *_) = comparison_plots(found, figures.styles(labels))
     assert set(labels) <= set(lines_of(first.svg))
 
 
 def test_no_runs_no_plots():
-    assert drawings([]) == [] and drawings([run_of(made.failed())]) == []
+    assert drawings([]) == [] and drawings([run_of(examples.failed())]) == []
 
 
 def test_losses_are_averaged_over_seeds_step_by_step():
-    steps, mean, std = loss_curve([[(1, 1.0), (2, 3.0), (3, None)], [(1, 2.0), (2, math.nan)]])
-    np.testing.assert_array_equal(steps, [1, 2, 3])
-    np.testing.assert_allclose(mean, [1.5, 3.0, math.nan])
-    np.testing.assert_allclose(std, [math.sqrt(0.5), math.nan, math.nan])
+    curve = loss_curve([[(1, 1.0), (2, 3.0), (3, None)], [(1, 2.0), (2, math.nan)]])
+    np.testing.assert_array_equal(curve.index, [1, 2, 3])
+    np.testing.assert_allclose(curve["mean"], [1.5, 3.0, math.nan])
+    np.testing.assert_allclose(curve["std"], [math.sqrt(0.5), math.nan, math.nan])
+
+
+def test_losses_are_smoothed_over_a_twentieth_of_their_values():
+    """Of 60 values three, at the start as many as there are; a gap is not filled, and does not count."""
+    losses = [None if step == 30 else float(step) for step in range(60)]
+    (mean, std) = loss_curve([list(enumerate(losses))])[["mean", "std"]].to_numpy().T
+    assert mean[[0, 1, 2, 59]].tolist() == [0.0, 0.5, 1.0, 58.0] and np.isnan(mean[30])
+    assert mean[[31, 32]].tolist() == [30.0, 31.5] and np.isnan(std).all()
 
 
 def test_rows_measured_on_validation_are_not_drawn_among_those_measured_on_test():
-    found = rows(map(run_of, [made.record("lora"), made.record("ia3", chosen=False)]))
-    for plot in plots(found, draw.styles(row.name for row in found)):
+    found = rows(map(run_of, [examples.record("lora"), examples.record("ia3", chosen=False)]))
+    for plot in comparison_plots(found, figures.styles(row.name for row in found)):
         assert "lora" in lines_of(plot.svg) and "ia3" not in lines_of(plot.svg)
 
 
 def swept(axes, seeds=2):
     """Ablations of lora over {setting: values}."""
-    return [run_of(made.record(settings=dict(zip(axes, values)) | {"seed": seed}, axes=list(axes), chosen=None))
+    return [run_of(examples.record(settings=dict(zip(axes, values)) | {"seed": seed}, axes=list(axes), chosen=None))
             for values in itertools.product(*axes.values()) for seed in range(seeds)]  # fmt: skip
 
 
@@ -150,13 +159,13 @@ def swept(axes, seeds=2):
     ({"a": (1, 2), "b": (1, 2), "c": (1, 2)}, {"a=1 b=2 c=1"}),
 ])  # fmt: skip
 def test_an_ablation_is_drawn_by_what_it_varies(axes, words):
-    (plot,) = ablations(swept(axes), draw.styles(["lora"]))
+    (plot,) = ablations(swept(axes), figures.styles(["lora"]))
     assert words <= set(lines_of(plot.svg))
 
 
 def test_a_map_has_every_value_written_in():
     runs = swept({"method.r": (4, 8), "method.init": ("default", "pissa")}, seeds=1)[:3]
-    (plot,) = ablations(runs, draw.styles(["lora"]))
+    (plot,) = ablations(runs, figures.styles(["lora"]))
     shown = [word for word in lines_of(plot.svg) if word.startswith(("0.", "1."))]
     assert sorted(shown) == sorted([f"{run.values['test']:.3f}" for run in runs] + ["1.100"] * 3)  # the losses below
 
@@ -167,19 +176,19 @@ def test_a_map_has_every_value_written_in():
 def test_an_ablation_shows_every_loss_that_all_its_runs_have(axes):
     parts = {"validation": {"among_choices": 0.5, "loss": 0.75, "probe_loss": 5.0},
              "before": {"among_choices": 0.25, "loss": 8.0, "probe_loss": 4.0}}  # fmt: skip
-    runs = [run_of(made.record(settings=dict(zip(axes, values)), axes=list(axes), chosen=False, **parts))
+    runs = [run_of(examples.record(settings=dict(zip(axes, values)), axes=list(axes), chosen=False, **parts))
             for values in itertools.product(*axes.values())]  # fmt: skip
-    (plot,) = ablations(runs, draw.styles(["lora"]))
+    (plot,) = ablations(runs, figures.styles(["lora"]))
     words = " ".join(lines_of(plot.svg))
     assert words.count("before training") == 2 and words.count("general") == 2 and words.count("answers") == 2
-    (partly,) = ablations([*runs[:-1], runs[-1]._replace(values={"validation": 0.5})], draw.styles(["lora"]))
+    (partly,) = ablations([*runs[:-1], runs[-1]._replace(values={"validation": 0.5})], figures.styles(["lora"]))
     assert "answers" not in " ".join(lines_of(partly.svg))
 
 
 @pytest.mark.parametrize("columns", [2, 16])  # side by side, and stacked
 def test_every_panel_of_a_map_has_its_rows_in_the_order_of_the_sweep(columns):
     runs = swept({"init": ("default", "pissa"), "r": tuple(range(columns))}, seeds=1)
-    (plot,) = ablations(runs, draw.styles(["lora"]))
+    (plot,) = ablations(runs, figures.styles(["lora"]))
     tree, places = ElementTree.fromstring(plot.svg), {"default": [], "pissa": []}
     for element in tree.iter("{http://www.w3.org/2000/svg}text"):
         if (word := "".join(element.itertext())) in places:
@@ -189,6 +198,6 @@ def test_every_panel_of_a_map_has_its_rows_in_the_order_of_the_sweep(columns):
 
 
 def test_an_ablation_uses_validation_where_not_all_have_a_test():
-    runs = [run_of(made.record(rate=rate, chosen=rate == 1e-3)) for rate in (1e-3, 1e-2)]
-    (plot,) = ablations(runs, draw.styles(["lora"]))
+    runs = [run_of(examples.record(rate=rate, chosen=rate == 1e-3)) for rate in (1e-3, 1e-2)]
+    (plot,) = ablations(runs, figures.styles(["lora"]))
     assert any("on validation" in word for word in lines_of(plot.svg))

@@ -9,10 +9,10 @@ TITLES = {
 }  # fmt: skip
 
 
-def three(value: float, like: float | None = None) -> str:
+def three_digits(value: float, like: float | None = None) -> str:
     """As many decimals as give ``like``, the value itself if there is none, three significant digits; no exponent.
 
-    >>> three(0.0123456), three(12.0), three(123456.0), three(0.0456, like=12.0)
+    >>> three_digits(0.0123456), three_digits(12.0), three_digits(123456.0), three_digits(0.0456, like=12.0)
     ('0.0123', '12.0', '123,456', '0.0')
     """
     size = abs(value if like is None else like)
@@ -20,10 +20,10 @@ def three(value: float, like: float | None = None) -> str:
     return f"{value:,.{min(max(decimals, 0), 9)}f}"
 
 
-def compact(value: float) -> str:
+def tick_label(value: float) -> str:
     """For the ticks of an axis.
 
-    >>> compact(300), compact(10_000), compact(1.5e6), compact(2e9), compact(0.001)
+    >>> tick_label(300), tick_label(10_000), tick_label(1.5e6), tick_label(2e9), tick_label(0.001)
     ('300', '10 k', '1.5 M', '2 G', '0.001')
     """
     for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -32,17 +32,17 @@ def compact(value: float) -> str:
     return f"{value:g}"
 
 
-def short(model: str) -> str:
+def short_name(model: str) -> str:
     """
-    >>> short("HuggingFaceTB/SmolLM2-135M-Instruct")
+    >>> short_name("HuggingFaceTB/SmolLM2-135M-Instruct")
     'SmolLM2-135M-Instruct'
     """
     return model.rstrip("/").split("/")[-1]
 
 
-def cut(text: str, most: int) -> str:
+def shortened(text: str, most: int) -> str:
     """
-    >>> cut("llama-3.2-3B-rank32", 12)
+    >>> shortened("llama-3.2-3B-rank32", 12)
     'llama-…ank32'
     """
     text = printable(text)

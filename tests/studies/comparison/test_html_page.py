@@ -5,9 +5,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from peft_jax.studies.comparison import html, report, run_of
+from peft_jax.studies.comparison import html_page, report, run_of
 from peft_jax.studies.comparison.report import drawings
-from tests.studies.comparison import made
+from tests.studies.comparison import examples
 
 VOID = {"meta", "link", "br"}
 
@@ -40,11 +40,11 @@ class Page(HTMLParser):
 
 def page_of(records, command=""):
     records = list(records)
-    return Page(html.page(records, drawings([run_of(record) for record in records]), command))
+    return Page(html_page.page(records, drawings([run_of(record) for record in records]), command))
 
 
 def test_everything_is_on_the_page():
-    page = page_of([made.record("lora"), made.record("ia3"), made.failed()], "python run.py --config=a.py")
+    page = page_of([examples.record("lora"), examples.record("ia3"), examples.failed()], "python run.py --config=a.py")
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids)) and {"what", "table", "plots", "runs", "failures"} <= set(ids)
     assert page.tags.count("svg") == page.tags.count("figure") == page.tags.count("figcaption") == 6
@@ -56,14 +56,14 @@ def test_everything_is_on_the_page():
 
 
 def test_a_run_that_was_chosen_was_trained_once():
-    tried, best = made.record(chosen=None), made.record()
+    tried, best = examples.record(chosen=None), examples.record()
     best["run_info"]["experiment_name"] = "lora/lora-best-seed-0"
     assert "1.67 minutes of training in all" in page_of([tried, best]).text  # 100 s
-    assert "3.33 minutes of training in all" in page_of([best, made.record(seed=1)]).text
+    assert "3.33 minutes of training in all" in page_of([best, examples.record(seed=1)]).text
 
 
 def test_every_reference_stays_inside_the_page():
-    page = page_of([made.record("lora")])
+    page = page_of([examples.record("lora")])
     ids = {value for name, value in page.attributes if name == "id"}
     urls = [value for name, value in page.attributes if name in ("href", "src", "xlink:href")]
     assert urls and all(url == "data:," or url.removeprefix("#") in ids for url in urls)
@@ -71,7 +71,8 @@ def test_every_reference_stays_inside_the_page():
     assert all(found in ids for found in re.findall(r"url\(#([^)]+)\)", styles))
 
 
-@pytest.mark.parametrize("records", [made.hostile(), [made.failed("a/<b>")], [made.peft_record(), *made.hostile()]])
+@pytest.mark.parametrize("records", [examples.hostile(), [examples.failed("a/<b>")],
+                                     [examples.peft_record(), *examples.hostile()]])  # fmt: skip
 def test_text_is_text(records):
     page = page_of(records, "<script>alert(3)</script>")
     assert "script" not in page.tags and "img" not in page.tags and "b" not in page.tags
@@ -80,9 +81,9 @@ def test_text_is_text(records):
 
 
 def test_a_report_is_a_folder_of_whole_files(tmp_path):
-    paths = report(tmp_path, [made.record("lora"), made.failed()], "python run.py")
+    paths = report(tmp_path, [examples.record("lora"), examples.failed()], "python run.py")
     names = {str(path.relative_to(tmp_path)) for path in paths}
     assert {"table.md", "table.csv", "table.json", "report.html", "plots/loss.svg", "plots/loss.png"} <= names
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == set(paths)
     assert all(path.stat().st_size > 100 for path in paths)
-    assert report(tmp_path, [made.failed()]) and "No run finished" in (tmp_path / "report.html").read_text()
+    assert report(tmp_path, [examples.failed()]) and "No run finished" in (tmp_path / "report.html").read_text()

@@ -5,8 +5,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.text import Annotation
 
-from peft_jax.studies.comparison.draw import DPI, GREY, name
+from peft_jax.studies.comparison.figures import DPI, GREY, plot_label
 
 # Places tried for a name: every 22.5 degrees, at these distances from its point in pixels of the figure.
 DISTANCES = (11, 18, 27, 38, 52, 72, 96, 124, 156, 192, 232)
@@ -15,7 +17,8 @@ NEAR = 27  # farther away a line leads from the name to its point
 Box = tuple[float, float, float, float]  # left, low, right, high in pixels
 
 
-def label(axes, points: Sequence[tuple[float, float, str]], lines: Sequence[Sequence[tuple]] = ()) -> list:
+def label(axes: Axes, points: Sequence[tuple[float, float, str]],
+          lines: Sequence[Sequence[tuple]] = ()) -> list[Annotation]:  # fmt: skip
     """Write a name beside each point (x, y, name), where it covers neither a point, nor an error bar, nor one of the
     level or upright ``lines``, nor other text, and stays inside the axes; with a line to its point if that is far.
 
@@ -24,30 +27,31 @@ def label(axes, points: Sequence[tuple[float, float, str]], lines: Sequence[Sequ
     axes.figure.canvas.draw()
     axes.figure.set_layout_engine("none")  # what is placed now must stay where it is
     centres = [tuple(axes.transData.transform(point[:2])) for point in points]
-    taken = {"points": [(x - 9, y - 9, x + 9, y + 9) for x, y in centres], "lines": _drawn(axes, lines),
+    obstacles = {"points": [(x - 9, y - 9, x + 9, y + 9) for x, y in centres], "lines": _line_boxes(axes, lines),
              "words": [tuple(text.get_window_extent().extents) for text in axes.texts]}  # fmt: skip
     # The most crowded first: those with room find a place in any case.
     crowded = sorted(range(len(points)), key=lambda at: sum(math.dist(centres[at], other) for other in centres))
-    return [_write(axes, points[at], centres[at], taken) for at in crowded]
+    return [_write(axes, points[at], centres[at], obstacles) for at in crowded]
 
 
-def _write(axes, point: tuple[float, float, str], centre: tuple[float, float], taken: dict[str, list[Box]]):
-    """One name, in the best place that is left; what it takes is added to ``taken``."""
-    note = axes.annotate(name(point[2]), point[:2], (0, 0), textcoords="offset points", fontsize=8.5,
+def _write(axes: Axes, point: tuple[float, float, str], centre: tuple[float, float],
+           obstacles: dict[str, list[Box]]) -> Annotation:  # fmt: skip
+    """Write one name in the best place that is left, and add it to ``obstacles``."""
+    note = axes.annotate(plot_label(point[2]), point[:2], (0, 0), textcoords="offset points", fontsize=8.5,
                          ha="center", va="center")  # fmt: skip
     size = note.get_window_extent().size + np.array([6, 2])
-    box, leader = _best(centre, size, taken, axes.get_window_extent().extents)
+    box, leader = _best(centre, size, obstacles, axes.get_window_extent().extents)
     middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
     note.set_position([(to - start) * 72 / DPI for to, start in zip(middle, centre)])
     if leader:
         ends = axes.transData.inverted().transform([centre, _edge(box, centre)])
         axes.plot(*zip(*ends), color=GREY, linewidth=0.7, zorder=1)
-    taken["words"].append(box)
-    taken["lines"] += leader
+    obstacles["words"].append(box)
+    obstacles["lines"] += leader
     return note
 
 
-def _drawn(axes, lines) -> list[Box]:
+def _line_boxes(axes: Axes, lines: Sequence[Sequence[tuple]]) -> list[Box]:
     """Boxes of the lines and of the error bars."""
     bars = [segment for bar in axes.collections for segment in bar.get_segments()]
     ends = [axes.transData.transform(line) for line in (*lines, *bars) if len(line)]
@@ -58,22 +62,23 @@ def _drawn(axes, lines) -> list[Box]:
 WEIGHTS = {"words": 100, "points": 20, "lines": 1}
 
 
-def _best(centre, size, taken: Mapping[str, Sequence[Box]], inside: Box) -> tuple[Box, list[Box]]:
+def _best(centre: tuple[float, float], size: np.ndarray, obstacles: Mapping[str, Sequence[Box]], inside: Box,
+          ) -> tuple[Box, list[Box]]:  # fmt: skip
     """The place that covers least, the nearest of those that cover nothing; and its line, as boxes along it."""
-    found = []
+    places = []
     width, height = size
     for distance, angle in itertools.product(DISTANCES, ANGLES):
         x = centre[0] + math.cos(angle) * (distance + width / 2)
         y = centre[1] + math.sin(angle) * (distance + height / 2)
         box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
         leader = _leader(box, centre) if distance > NEAR else []
-        outside = width * height - _common([box], [inside])
-        covered = 100 * outside + sum(weight * _common([box], taken[kind]) for kind, weight in WEIGHTS.items())
-        covered += 20 * _common(leader, taken["words"])
-        found.append((covered, distance, box, leader))
+        outside = width * height - _shared_area([box], [inside])
+        covered = 100 * outside + sum(weight * _shared_area([box], obstacles[kind]) for kind, weight in WEIGHTS.items())
+        covered += 20 * _shared_area(leader, obstacles["words"])
+        places.append((covered, distance, box, leader))
         if not covered:
             break
-    return min(found, key=lambda place: place[:2])[2:]
+    return min(places, key=lambda place: place[:2])[2:]
 
 
 def _leader(box: Box, centre: tuple[float, float]) -> list[Box]:
@@ -84,7 +89,7 @@ def _leader(box: Box, centre: tuple[float, float]) -> list[Box]:
     return [(x - 2, y - 2, x + 2, y + 2) for x, y in middles]
 
 
-def _common(some: Sequence[Box], others: Sequence[Box]) -> float:
+def _shared_area(some: Sequence[Box], others: Sequence[Box]) -> float:
     """The area that ``some`` boxes share with ``others``."""
     if not some or not others:
         return 0.0

@@ -1,4 +1,4 @@
-"""How plots look: colours, sizes, labels that keep off each other, and figures as SVG and PNG.
+"""How plots look: colours, sizes, bars, and figures as SVG and PNG.
 
 No state of pyplot is touched: figures are made and saved inside ``matplotlib.rc_context(STYLE)``.
 """
@@ -10,13 +10,15 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from peft_jax.studies.comparison.formatting import printable, shortened, three_digits, tick_label
 from peft_jax.studies.comparison.rows import Spread
-from peft_jax.studies.comparison.words import compact, cut, printable, three
 
 INK = "#1a1a1b"  # of text and axes only, so that a page can put its own text colour in its place
 GREY = "#8a8a8a"
@@ -48,31 +50,31 @@ class Style(NamedTuple):
 
 
 def styles(names: Iterable[str]) -> dict[str, Style]:
-    """A look for each name, no two alike among the first 56, so that it is the same in every plot."""
+    """A style for each name, no two alike among the first 56, so that it is the same in every plot."""
     return {name: Style(COLOURS[at % 7], MARKERS[at % 8], DASHES[at // 7 % 4])
             for at, name in enumerate(dict.fromkeys(names))}  # fmt: skip
 
 
-def figure(title: str, width: float = 7.2, height: float = 4.6, panels: int = 1,
-           stacked: bool = False) -> tuple[Figure, list]:  # fmt: skip
+def new_figure(title: str, width: float = 7.2, height: float = 4.6, panels: int = 1,
+               stacked: bool = False) -> tuple[Figure, list[Axes]]:  # fmt: skip
     """A figure of ``width`` x ``height`` inches and its axes, side by side with one y axis, or stacked with one x."""
-    made = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.08, wspace=0.02), dpi=DPI)
-    FigureCanvasAgg(made)
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.08, wspace=0.02), dpi=DPI)
+    FigureCanvasAgg(figure)
     down, across = (panels, 1) if stacked else (1, panels)
-    axes = made.subplots(down, across, sharex=stacked, sharey=not stacked, squeeze=False).ravel()
+    axes = figure.subplots(down, across, sharex=stacked, sharey=not stacked, squeeze=False).ravel()
     lines = [textwrap.fill(line, int(width * 11)) for line in printable(title, "\n").split("\n")]
-    made.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10, fontweight="bold")
-    return made, list(axes)
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10, fontweight="bold")
+    return figure, list(axes)
 
 
-def room(names: int) -> float:
+def height_for(names: int) -> float:
     """The height of a figure, in inches, in which so many names find a place."""
     return max(4.6, 1.2 + 0.2 * names)
 
 
-def name(text: str) -> str:
+def plot_label(text: str) -> str:
     """A name as a plot shows it."""
-    return cut(text, LONGEST)
+    return shortened(text, LONGEST)
 
 
 def slug(text: str) -> str:
@@ -83,31 +85,31 @@ def slug(text: str) -> str:
     return re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII)[:80]
 
 
-def logarithmic(axis) -> None:
+def logarithmic(axis: Axis) -> None:
     """A logarithmic axis with ticks that a person reads: 10 k, not a power of ten."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: tick_label(value)))
     axis.set_minor_formatter(NullFormatter())
     low, high = axis.get_view_interval()
     if low > 0 and math.log10(high / low) < 1.5:  # too few whole powers to read by
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 
 
-def png(made: Figure) -> bytes:
-    return _saved(made, format="png", dpi=DPI, facecolor="white")
+def png(figure: Figure) -> bytes:
+    return _saved(figure, format="png", dpi=DPI, facecolor="white")
 
 
-def svg(made: Figure) -> str:
-    return _saved(made, format="svg", facecolor="white", metadata={"Date": None}).decode()
+def svg(figure: Figure) -> str:
+    return _saved(figure, format="svg", facecolor="white", metadata={"Date": None}).decode()
 
 
-def _saved(made: Figure, **options) -> bytes:
+def _saved(figure: Figure, **options) -> bytes:
     out = io.BytesIO()
-    made.savefig(out, **options)
+    figure.savefig(out, **options)
     return out.getvalue()
 
 
-def leave_room(axes) -> None:
+def leave_room(axes: Axes) -> None:
     """Limits with room for names around the points; of a single point, or of equal ones, too."""
     for axis, (low, high) in (("x", axes.dataLim.intervalx), ("y", axes.dataLim.intervaly)):
         if getattr(axes, f"get_{axis}scale")() == "log":
@@ -118,21 +120,21 @@ def leave_room(axes) -> None:
             axes.set(**{f"{axis}lim": (low - room, high + room)})
 
 
-def bars(axes, places: Sequence[float], values: Sequence[Spread], wide: float, colour: str, label: str, hatch=None,
-         scale: float = 1) -> None:
+def bars(axes: Axes, places: Sequence[float], values: Sequence[Spread], wide: float, colour: str, label: str,
+         hatch: str | None = None, scale: float = 1) -> None:
     """Level bars with their spread and the number at their end; ``values`` are drawn times ``scale``."""
     means, stds = [scale * value.mean for value in values], [scale * (value.std or 0) for value in values]
     axes.barh(places, means, wide, xerr=stds, color=colour, hatch=hatch, edgecolor="white", linewidth=0,
-              label=name(label) if label else None, error_kw={"elinewidth": 1, "ecolor": GREY})  # fmt: skip
+              label=plot_label(label) if label else None, error_kw={"elinewidth": 1, "ecolor": GREY})  # fmt: skip
     for place, mean, std in zip(places, means, stds):
-        axes.annotate(three(mean), (max(mean, 0) + std, place), (3, 0), textcoords="offset points",
+        axes.annotate(three_digits(mean), (max(mean, 0) + std, place), (3, 0), textcoords="offset points",
                       va="center_baseline", fontsize=8)  # fmt: skip
     axes.set_xlim(min(0, axes.dataLim.x0), axes.dataLim.x1 * 1.2)
 
 
-def named(axes, names: Sequence[str]) -> None:
-    """What level bars are of, the first on top."""
+def name_bars(axes: Axes, names: Sequence[str]) -> None:
+    """Write beside level bars what they are of, the first on top."""
     axes.set(yticks=range(len(names)), ylim=(len(names) - 0.4, -0.6))
-    axes.set_yticklabels([cut(text, 48) for text in names])
+    axes.set_yticklabels([shortened(text, 48) for text in names])
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)

@@ -4,23 +4,23 @@ A panel for each of what all its runs have: the metric, the held-out loss of the
 """
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 
-from peft_jax.studies.comparison import draw
+from peft_jax.studies.comparison import figures
 from peft_jax.studies.comparison.columns import spread_words
-from peft_jax.studies.comparison.draw import Style
-from peft_jax.studies.comparison.plots import Plot, measure, rendered, subject
+from peft_jax.studies.comparison.formatting import tick_label
+from peft_jax.studies.comparison.plots import Plot, Styles, measure, rendered, subject
 from peft_jax.studies.comparison.rows import Row, Spread, axes_words, grouped, measured_on
 from peft_jax.studies.comparison.runs import Run
-from peft_jax.studies.comparison.words import compact
 
 
-def ablations(runs: Sequence[Run], look: Mapping[str, Style]) -> list[Plot]:
-    """A plot of every sweep among the finished ``runs``, chosen or not; ``look`` has a style for each label.
+def ablations(runs: Sequence[Run], styles: Styles) -> list[Plot]:
+    """A plot of every sweep among the finished ``runs``, chosen or not; ``styles`` has a style for each label.
 
     Runs are of one sweep that share model, budget, metric and the names of the settings varied. All are drawn by the
     metric on validation if any lacks it on test.
@@ -29,20 +29,20 @@ def ablations(runs: Sequence[Run], look: Mapping[str, Style]) -> list[Plot]:
     for run in runs:
         if run.finished and run.axes and run.measured_on:
             sweeps.setdefault((run.model, run.budget, run.metric, tuple(run.axes)), []).append(run)
-    return [plot for sweep in sweeps.values() for plot in _sweep(sweep, look)]
+    return [plot for sweep in sweeps.values() for plot in _sweep(sweep, styles)]
 
 
-def _sweep(runs: Sequence[Run], look) -> list[Plot]:
+def _sweep(runs: Sequence[Run], styles: Styles) -> list[Plot]:
     on = next((on for on in ("test", "validation") if all(on in run.values for run in runs)), None)
     if on is None:
         return []
-    found = sorted(grouped(runs), key=lambda row: runs.index(row.runs[0]))  # as they came, not best first
-    rows = [measured_on(on, row) for row in found]
+    as_they_came = sorted(grouped(runs), key=lambda row: runs.index(row.runs[0]))  # not best first
+    rows = [measured_on(on, row) for row in as_they_came]
     axes = [axis for axis in runs[0].axes if len({str(row.axes[axis]) for row in rows}) > 1]
-    with matplotlib.rc_context(draw.STYLE):
+    with matplotlib.rc_context(figures.STYLE):
         if len(axes) == 1:
             numeric = all(_numeric(row.axes[axes[0]]) for row in rows)
-            return [(_line if numeric else _bars)(rows, axes[0], look)]
+            return [(_line if numeric else _bars)(rows, axes[0], styles)]
         if len(axes) == 2:
             labels = dict.fromkeys(row.label for row in rows)
             return [_map([row for row in rows if row.label == label], axes, label) for label in labels]
@@ -69,7 +69,7 @@ def _numeric(value: Any) -> bool:
 
 def _title(rows: Sequence[Row], words: str) -> str:
     labels = list(dict.fromkeys(row.label for row in rows))
-    of = f" of {draw.name(labels[0])}" if len(labels) == 1 else ""
+    of = f" of {figures.plot_label(labels[0])}" if len(labels) == 1 else ""
     return f"{measure(rows[0]).capitalize()}{of} {words}\n{subject(rows[0])}"
 
 
@@ -83,92 +83,99 @@ def _ordered(rows: Sequence[Row], axis: str) -> list[Any]:
     return sorted(values) if all(map(_numeric, values)) else values
 
 
-def _line(rows: Sequence[Row], axis: str, look) -> Plot:
+def _line(rows: Sequence[Row], axis: str, styles: Styles) -> Plot:
     """Points and a line for each label; a logarithmic axis where the setting spans more than a factor of ten."""
     words, places = f"against {axis}", _ordered(rows, axis)
     labels = list(dict.fromkeys(row.label for row in rows))
-    shown = _panels(rows)
-    height = max(1 + 2 * len(shown), draw.room(len(labels)))
-    made, panels = draw.figure(_title(rows, words), 7.8, height, len(shown), stacked=True)
-    for axes, (key, what) in zip(panels, shown.items()):
+    titles = _panels(rows)
+    height = max(1 + 2 * len(titles), figures.height_for(len(labels)))
+    figure, panels = figures.new_figure(_title(rows, words), 7.8, height, len(titles), stacked=True)
+    for axes, (key, what) in zip(panels, titles.items()):
         for label in labels:
-            mine = sorted((row for row in rows if row.label == label), key=lambda row: row.axes[axis])
-            style = look[label]
-            axes.errorbar([row.axes[axis] for row in mine], [row.values[key].mean for row in mine],
-                          [row.values[key].std or 0 for row in mine], color=style.colour, marker=style.marker,
-                          linestyle=style.dash, capsize=2.5, linewidth=1.4, label=draw.name(label))  # fmt: skip
+            label_rows = sorted((row for row in rows if row.label == label), key=lambda row: row.axes[axis])
+            values, style = [row.values[key] for row in label_rows], styles[label]
+            axes.errorbar([row.axes[axis] for row in label_rows], [value.mean for value in values],
+                          [value.std or 0 for value in values], label=figures.plot_label(label), color=style.colour,
+                          marker=style.marker, linestyle=style.dash, capsize=2.5, linewidth=1.4)  # fmt: skip
         axes.set_ylabel(_wrapped(what))
     panels[-1].set_xlabel(axis)
     _ticks(panels, places)
     if len(labels) > 1:
-        made.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8.5)
-    return rendered(f"ablation-{axis}", _caption(rows, words), made)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8.5)
+    return rendered(f"ablation-{axis}", _caption(rows, words), figure)
 
 
-def _ticks(panels: Sequence, places: Sequence[float]) -> None:
+def _ticks(panels: Sequence[Axes], places: Sequence[float]) -> None:
     """The x axis that the panels share, with a number at every place if there is room."""
     if places[0] > 0 and places[-1] > 10 * places[0]:
-        draw.logarithmic(panels[-1].xaxis)
+        figures.logarithmic(panels[-1].xaxis)
         places = _roomy(places, np.log)
     else:
         places = _roomy(places, np.asarray)
     if places:
-        panels[-1].set_xticks(places, [compact(place) for place in places])
+        panels[-1].set_xticks(places, [tick_label(place) for place in places])
         for axes in panels:
             axes.xaxis.minorticks_off()
 
 
-def _roomy(places: Sequence[float], scale) -> list[float]:
+def _roomy(places: Sequence[float], scale: Callable) -> list[float]:
     """The places, if a number can stand at each of them; else none."""
     at = np.asarray(scale(places), float)
     return list(places) if np.diff(at).min() > (at[-1] - at[0]) / 12 else []
 
 
-def _bars(rows: Sequence[Row], axis: str, look) -> Plot:
+def _bars(rows: Sequence[Row], axis: str, styles: Styles) -> Plot:
     """A bar for each value of a setting that is no number, side by side for several labels."""
     words, places = f"against {axis}", [str(value) for value in _ordered(rows, axis)]
     labels = list(dict.fromkeys(row.label for row in rows))
     wide = 0.8 / len(labels)
-    shown = _panels(rows)
-    made, panels = draw.figure(_title(rows, words), 7.8, 1.6 + len(places) * (0.2 + 0.24 * len(labels)), len(shown))
-    for axes, (key, what) in zip(panels, shown.items()):
+    titles = _panels(rows)
+    height = 1.6 + len(places) * (0.2 + 0.24 * len(labels))
+    figure, panels = figures.new_figure(_title(rows, words), 7.8, height, len(titles))
+    for axes, (key, what) in zip(panels, titles.items()):
         for at, label in enumerate(labels):
-            mine = [row for row in rows if row.label == label]
-            draw.bars(axes, [places.index(str(row.axes[axis])) + (at + 0.5) * wide - 0.4 for row in mine],
-                      [row.values[key] for row in mine], 0.9 * wide, look[label].colour, label)  # fmt: skip
-        draw.named(axes, places)
+            label_rows = [row for row in rows if row.label == label]
+            middles = [places.index(str(row.axes[axis])) + (at + 0.5) * wide - 0.4 for row in label_rows]
+            values = [row.values[key] for row in label_rows]
+            figures.bars(axes, middles, values, 0.9 * wide, styles[label].colour, label)
+        figures.name_bars(axes, places)
         axes.set_xlabel(_wrapped(what))
     panels[0].set_ylabel(axis)
     if len(labels) > 1:
-        made.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8.5)
-    return rendered(f"ablation-{axis}", _caption(rows, words), made)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8.5)
+    return rendered(f"ablation-{axis}", _caption(rows, words), figure)
 
 
 def _map(rows: Sequence[Row], pair: Sequence[str], label: str) -> Plot:
     """Two settings as a map, the values written in."""
     down, right = (_ordered(rows, axis) for axis in pair)
-    words, shown = f"against {pair[0]} and {pair[1]}", _panels(rows)
+    words, titles = f"against {pair[0]} and {pair[1]}", _panels(rows)
     wide, high = max(2.4, 0.85 * len(right)), 1.6 + 0.55 * len(down)
-    stacked = 1.6 + len(shown) * wide > 14
-    columns, lines = (1, len(shown)) if stacked else (len(shown), 1)
+    stacked = 1.6 + len(titles) * wide > 14
+    columns, lines = (1, len(titles)) if stacked else (len(titles), 1)
     width, height = max(7.2, 1.6 + wide * columns), 0.6 + high * lines
-    made, panels = draw.figure(_title(rows, words), width, height, len(shown), stacked)
-    for axes, (key, what) in zip(panels, shown.items()):
+    figure, panels = figures.new_figure(_title(rows, words), width, height, len(titles), stacked)
+    for axes, (key, what) in zip(panels, titles.items()):
         places = [(down.index(row.axes[pair[0]]), right.index(row.axes[pair[1]])) for row in rows]
         _coloured(axes, places, [row.values[key] for row in rows], (len(down), len(right)), key != "value")
-        axes.set(xlabel=pair[1], xticks=np.arange(len(right)) + 0.5, yticks=np.arange(len(down)) + 0.5)
+        _map_axes(axes, down, right)
+        axes.set_xlabel(pair[1])
         axes.set_title(_wrapped(what, 80 if stacked else int(9 * wide)), fontsize=9, fontweight="normal")
-        axes.set_xticklabels([draw.name(str(value)) for value in right])
-        axes.set_yticklabels([draw.name(str(value)) for value in down])
-        axes.set_ylim(*((0, len(down)) if all(map(_numeric, down)) else (len(down), 0)))  # as the sweep, from the top
-        axes.tick_params(length=0)
-        axes.grid(visible=False)
     for axes in panels if stacked else panels[:1]:
         axes.set_ylabel(pair[0])
-    return rendered(f"ablation-{pair[0]}-{pair[1]}-{label}", _caption(rows, words), made)
+    return rendered(f"ablation-{pair[0]}-{pair[1]}-{label}", _caption(rows, words), figure)
 
 
-def _coloured(axes, places: Sequence[tuple[int, int]], values: Sequence[Spread], size: tuple[int, int],
+def _map_axes(axes: Axes, down: Sequence[Any], right: Sequence[Any]) -> None:
+    """The values of both settings beside the fields of a map: numbers upwards, others as in the sweep, from the top."""
+    axes.set_xticks(np.arange(len(right)) + 0.5, [figures.plot_label(str(value)) for value in right])
+    axes.set_yticks(np.arange(len(down)) + 0.5, [figures.plot_label(str(value)) for value in down])
+    axes.set_ylim(*((0, len(down)) if all(map(_numeric, down)) else (len(down), 0)))
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+
+
+def _coloured(axes: Axes, places: Sequence[tuple[int, int]], values: Sequence[Spread], size: tuple[int, int],
               less: bool) -> None:
     """The field of a map, bright where it is better: where ``less`` is, of a loss."""
     table = np.full(size, np.nan)
@@ -186,12 +193,12 @@ def _coloured(axes, places: Sequence[tuple[int, int]], values: Sequence[Spread],
 def _every(rows: Sequence[Row], names: Sequence[str]) -> Plot:
     """More than two settings: a bar for each combination, best first."""
     words, rows = f"for each {', '.join(names)}", sorted(rows, key=lambda row: -row.values["value"].mean)
-    shown = _panels(rows)
-    made, panels = draw.figure(_title(rows, words), 7.8, 1.6 + 0.34 * len(rows), len(shown))
+    titles = _panels(rows)
+    figure, panels = figures.new_figure(_title(rows, words), 7.8, 1.6 + 0.34 * len(rows), len(titles))
     several = len({row.label for row in rows}) > 1
-    told = [axes_words({axis: row.axes[axis] for axis in names}) for row in rows]
-    for axes, (key, what) in zip(panels, shown.items()):
-        draw.bars(axes, range(len(rows)), [row.values[key] for row in rows], 0.7, draw.COLOURS[0], "")
-        draw.named(axes, [f"{row.label} {words}" if several else words for row, words in zip(rows, told)])
+    settings = [axes_words({axis: row.axes[axis] for axis in names}) for row in rows]
+    for axes, (key, what) in zip(panels, titles.items()):
+        figures.bars(axes, range(len(rows)), [row.values[key] for row in rows], 0.7, figures.COLOURS[0], "")
+        figures.name_bars(axes, [f"{row.label} {words}" if several else words for row, words in zip(rows, settings)])
         axes.set_xlabel(_wrapped(what))
-    return rendered(f"ablation-{'-'.join(names)}", _caption(rows, words), made)
+    return rendered(f"ablation-{'-'.join(names)}", _caption(rows, words), figure)
