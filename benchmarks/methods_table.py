@@ -61,7 +61,7 @@ def facts(name: str, model, base, counts) -> tuple[int, int, str, str, str]:
     if method.stored is None:
         return trainable, everything, "whole model", merges, "no"
     with tempfile.TemporaryDirectory() as folder:
-        peft_jax.save_adapter(folder, method, params, model)
+        peft_jax.save_adapter(folder, method, model, params)
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
     theirs = "yes" if method.stored.kind in PeftType.__members__ else "own"
     return trainable, everything, f"{size:,}", merges, theirs

@@ -29,6 +29,15 @@ CONTENTS = {
     "QuantizedArray": "quant",
     "dequantize": "quant",
     "quantize_array": "quant",
+    # a training loop of your own, on many devices too
+    "TrainState": "train.step",
+    "init_state": "train.step",
+    "make_step": "train.step",
+    "state_shardings": "train.step",
+    "value_and_grad": "quant.gradient",
+    "make_mesh": "parallel.mesh",
+    "place": "parallel.partitioning",
+    "shardings": "parallel.partitioning",
     # models, files
     "Head": "models",
     "untie": "models",
@@ -45,9 +54,7 @@ CONTENTS = {
     # decoding
     "Sampling": "evaluation.generation",
     "generate": "evaluation.generation",
-    # many devices, memory
-    "make_mesh": "parallel.mesh",
-    "shardings": "parallel.partitioning",
+    # memory, choice of a method
     "plan": "planner.plan",
     "recommend": "planner.recommend",
     "rule_of_thumb": "planner",

@@ -184,7 +184,7 @@ def _read_params(path: Path, config: Any, shapes: dict[str, tuple[int, ...]], dt
 
 def _where(mesh: Mesh, rules: partitioning.Rules, path: str, leaf: Any) -> Any:
     """The shardings of one leaf of the model."""
-    return tree.flatten(partitioning.shardings(tree.unflatten({path: leaf}), mesh, rules))[path]
+    return tree.flatten(partitioning.by_rules(tree.unflatten({path: leaf}), mesh, rules))[path]
 
 
 def _placed(place: hf_names.Place, tensor: Any) -> hf_names.Place:

@@ -131,7 +131,7 @@ def saved(config, path: str) -> bool:
 def labels(params: Mapping[str, Any], trained: Callable[[str, Mapping], bool]) -> tree.Tree:
     """``"trainable"`` where ``trained(path, flat params)``, else ``"frozen"``."""
     flat = tree.flatten(params)
-    return tree.unflatten({path: TRAINABLE if trained(path, flat) else FROZEN for path in flat})
+    return tree.map_paths(lambda path, _: TRAINABLE if trained(path, flat) else FROZEN, params)
 
 
 def folders(flat: Mapping[str, Any], leaf: str) -> list[str]:

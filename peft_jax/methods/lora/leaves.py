@@ -15,10 +15,10 @@ from peft_jax.methods.lora.peft_file import LEAVES, as_plain
 Leaves = dict[str, list[np.ndarray]]
 
 
-def check_pair(given: Any, what: str) -> None:
-    """Raise ``PeftJaxError``, about ``what``, where ``given`` is no (method, params)."""
-    pair = isinstance(given, tuple | list) and not isinstance(given, Method) and len(given) == 2
-    if not pair or not isinstance(given[0], Method) or not isinstance(given[1], Mapping):
+def check_pair(pair: Any, what: str) -> None:
+    """Raise ``PeftJaxError``, about ``what``, where ``pair`` is no (method, params)."""
+    two = isinstance(pair, tuple | list) and not isinstance(pair, Method) and len(pair) == 2
+    if not two or not isinstance(pair[0], Method) or not isinstance(pair[1], Mapping):
         raise PeftJaxError(f"{what} is no (method, params): give what load_adapter or method and method.init made.")
 
 
@@ -33,21 +33,21 @@ def on_base(method: Method, params: Mapping[str, Any], base: Mapping[str, Any], 
       PeftJaxError: another method, leaves of the base that train too, no or not all leaves of the method, a module
         that the base lacks, or one of another size there.
     """
-    held = tree.flatten(params)
-    absent = [folder + leaf for folder in kernel_adapter.folders(held, LEAVES[0]) for leaf in LEAVES
-              if folder + leaf not in held]
+    whole = tree.flatten(params)
+    absent = [folder + leaf for folder in kernel_adapter.folders(whole, LEAVES[0]) for leaf in LEAVES
+              if folder + leaf not in whole]
     if absent:
         raise PeftJaxError(f"{what} has params without '{absent[0]}': give the whole tree, combine(frozen, trainable).")
     config, flat = as_plain(method, params, what)
-    found = {folder: [np.asarray(flat[folder + leaf]) for leaf in LEAVES]
+    modules = {folder: [np.asarray(flat[folder + leaf]) for leaf in LEAVES]
              for folder in kernel_adapter.folders(flat, LEAVES[0])}
-    if not found:
+    if not modules:
         raise PeftJaxError(f"{what} has params without '{LEAVES[0]}' leaves: give the tree that method.init or "
                            "load_adapter made.")
     under = tree.flatten(base)
-    for folder, leaves in found.items():
+    for folder, leaves in modules.items():
         _check_size(what, folder, leaves, under)
-    return config, found
+    return config, modules
 
 
 def _check_size(what: str, folder: str, leaves: list[np.ndarray], under: Mapping[str, Any]) -> None:

@@ -100,9 +100,8 @@ def _intercept(next_fun, args, kwargs, context):
 
 
 def _labels(params):
-    flat = tree.flatten(own_weights.labels(NAME, params))
-    return tree.unflatten({path: TRAINABLE if path.rpartition("/")[2] in KEYS else label
-                           for path, label in flat.items()})
+    return tree.map_paths(lambda path, label: TRAINABLE if path.rpartition("/")[2] in KEYS else label,
+                          own_weights.labels(NAME, params))
 
 
 def _slots(config, flat, trained, naming) -> dict[str, Any]:
