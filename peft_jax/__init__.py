@@ -5,6 +5,7 @@ one of its names is first used, so that ``configs`` and ``run.py`` check a comma
 """
 
 from importlib import import_module
+from typing import Any
 
 from peft_jax.methods import METHODS
 
@@ -61,10 +62,10 @@ CONTENTS = {
     "suggest_hardware": "planner",
     "PeftJaxError": "errors",
 }
-__all__ = ["METHODS", *METHODS, *CONTENTS]
+__all__ = ["METHODS", *METHODS, *CONTENTS]  # pyright: ignore[reportUnsupportedDunderAll] (names are found at run time)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in METHODS:
         return METHODS[name]
     if name not in CONTENTS:

@@ -155,7 +155,7 @@ def _chain_optimizer(methods, optimizer, total_steps):
     return optimizer
 
 
-def _sum_penalties(methods, params) -> jax.Array:
+def _sum_penalties(methods, params) -> Any:
     return sum(method.penalty(params) for method in methods if method.penalty)
 
 

@@ -82,7 +82,8 @@ def _product(module, leaf, x):
 
 def _letters(module: nn.Einsum) -> tuple[str, str, str, str]:
     """Letters of (x, kernel's inputs, kernel's outputs, result); axes of an ellipsis are left out."""
-    sides, result = module.einsum_str.replace(" ", "").replace("...", "").split("->")
+    formula = (module.einsum_str or "").replace(" ", "").replace("...", "")  # _check has seen that there is one
+    sides, result = formula.split("->")
     x, kernel = sides.split(",")
     inputs = "".join(letter for letter in kernel if letter not in result)
     return x, inputs, kernel.removeprefix(inputs), result

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from peft_jax.errors import PeftJaxError
@@ -50,7 +51,7 @@ def is_path(value: Any) -> bool:
 def is_key(value: Any) -> bool:
     """Whether ``value`` is a random key, typed or of the old kind, uint32 (2,)."""
     dtype = getattr(value, "dtype", None)
-    return dtype is not None and (jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) or dtype == "uint32")
+    return dtype is not None and (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == "uint32")
 
 
 _PARAMS = (is_params, "the whole parameter tree, such as method.init(rng, params) makes")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from peft_jax.core import arguments
 from peft_jax.errors import PeftJaxError
@@ -181,6 +182,6 @@ def _check_arrays(function: str, tree: Any, leaves: Sequence[Any]) -> None:
 def _bytes(leaf) -> int:
     if not hasattr(leaf, "dtype"):
         return 0
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
     return math.prod(leaf.shape) * leaf.dtype.itemsize

@@ -122,7 +122,7 @@ def _conversion(method: Method | None) -> Any:
 
 def _check_method(method: Method | None, shapes: dict[str, tuple[int, ...]], dtype: jnp.dtype) -> None:
     """Raise at once what ``init`` of a method that converts would, on shapes."""
-    if not _conversion(method):
+    if method is None or not _conversion(method):
         return
     leaves = tree.unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()})
     for part in itertools.takewhile(lambda one: one.convert, method.parts or (method,)):

@@ -162,7 +162,7 @@ class CausalLM(nn.Module):
             layer,
             variable_axes={"params": 0, "cache": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, *[nn.broadcast] * 5),
+            in_axes=(0, *[nn.broadcast] * 5),  # pyright: ignore[reportArgumentType] (flax leaves it out of the type)
             length=c.num_hidden_layers,
         )
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, **kinds)

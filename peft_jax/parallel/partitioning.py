@@ -166,7 +166,7 @@ def _sharding(flat, mesh, rules, method, axes, large, path: str, leaf) -> Any:
         return _of_quantised(leaf, spec or (), mesh, fit, path)
     if big and own and "fsdp" not in (spec or ()):
         spec = spec or (None,) * (leaf.ndim - 1)  # the first axis may be a stack, which a scan slices
-        spec = _cut(mesh, leaf.shape[leaf.ndim - len(spec):], _names(spec), "fsdp")
+        spec = tuple(_cut(mesh, leaf.shape[leaf.ndim - len(spec):], _names(spec), "fsdp"))
     spec = fit(leaf.shape[leaf.ndim - len(spec or ()):], spec or ())
     return NamedSharding(mesh, PartitionSpec(*[None] * (leaf.ndim - len(spec)), *spec))
 

@@ -186,7 +186,7 @@ def check_types(method: Any, optimizer: Any, mesh: Any, target: Any = None) -> N
                                "plan(method, model, optimizer, batch, seq, mesh).")
 
 
-def check_sizes(what: str = "plan", **sizes: int) -> None:
+def check_sizes(what: str = "plan", /, **sizes: int) -> None:
     """Raise ``PeftJaxError`` where one is no whole number of at least 1."""
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -5,10 +5,12 @@ QLoRA, arXiv:2305.14314, equations 1 to 6. What each code stands for is in ``cod
 
 from functools import partial
 from numbers import Integral
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from peft_jax.core import validation
 from peft_jax.errors import PeftJaxError, nearest
@@ -54,7 +56,7 @@ def quantize_array(array, quant_type: str = "nf4", *, block_size: int | None = 6
     block_size = int(block_size or 0)
     children = _encode(array, quant_type, block_size, bool(double_quant), stack, inputs, outputs, bool(by_rows))
     finite = children.pop("finite")
-    if not isinstance(finite, jax.core.Tracer) and not finite:
+    if not isinstance(finite, Tracer) and not finite:
         _raise_not_finite(array)
     return QuantizedArray(**children, quant_type=quant_type, block_size=block_size, inputs=inputs, outputs=outputs,
                           by_rows=bool(by_rows), plain_dtype=str(_float_dtype(array)))
@@ -194,7 +196,7 @@ def _check(array) -> None:
         raise PeftJaxError(f"an array of shape {array.shape} has nothing to quantise.")
 
 
-def _sizes(array, stack, inputs, outputs):
+def _sizes(array, stack, inputs, outputs) -> Any:
     """The plain rule where nothing is given; otherwise what is given, checked."""
     shape = tuple(array.shape)
     if stack is inputs is outputs is None and len(shape) in (2, 3):

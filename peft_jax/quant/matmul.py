@@ -5,6 +5,7 @@ QLoRA, arXiv:2305.14314, equations 5 and 6. A quantised leaf is frozen: its cota
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +104,7 @@ def _without_stack(leaf: QuantizedArray) -> QuantizedArray:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x, leaf, transposed: bool):
+def _product(x, leaf, transposed: bool) -> Any:
     """x (tokens, columns) times the leaf's matrix (rows, columns) transposed, or x (tokens, rows) times it as it is.
 
     By hand, since plain autodiff would keep every decoded matrix for the backward pass.

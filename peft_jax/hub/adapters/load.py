@@ -55,7 +55,7 @@ def load_adapter(source: str | os.PathLike, base_params: Mapping[str, Any],
     family, params = family_with(base_params, tensors), base_params
     if _unties(family, parts, tensors):
         params = base_params = untie(base_params)
-    methods, slots = [], {}
+    methods, slots, flat = [], {}, tree.flatten(params)
     for part in parts:
         flat = tree.flatten(params)
         naming = naming_of(flat, axes, family)

@@ -49,14 +49,14 @@ def save_adapter(folder: str | os.PathLike, method: Method, model: Any, params: 
     _check_stored(method, parts, params)
     _check_own(method, params, family)
     configs, tensors = [], {}
-    for part in [part for part in parts if part.stored is not None]:
-        config, flat = part.stored.plain(part.config, tree.flatten(params))
+    for part, form in [(part, part.stored) for part in parts if part.stored is not None]:
+        config, flat = form.plain(part.config, tree.flatten(params))
         naming = naming_of(flat, None, family)._replace(heads=family and model.config.num_attention_heads)
-        slots = part.stored.slots(config, flat, trained_leaves(part, params, flat), naming)
+        slots = form.slots(config, flat, trained_leaves(part, params, flat), naming)
         if double := slots.keys() & tensors.keys():
             raise PeftJaxError(f"save_adapter: two methods of the chain both store '{min(double)}'.")
         tensors |= _tensors(slots, flat)
-        configs.append(adapter_config.write(part.stored, config, flat, naming, tied=_tied(slots, naming),
+        configs.append(adapter_config.write(form, config, flat, naming, tied=_tied(slots, naming),
                                             base_model=base_model, task_type=_task_type(family, model, config, slots)))
     if not configs:
         raise PeftJaxError("save_adapter: no method of the chain has an adapter file, and none of its leaves trains: "
@@ -77,9 +77,9 @@ def _check_stored(method: Method, parts, params) -> None:
 def _check_own(method: Method, params, family: Family | None) -> None:
     """Of a model whose leaves are known, the error for a leaf that is neither one of them nor the method's own."""
     flat = tree.flatten(params)
-    table = family and table_of(family, flat)
+    modules = () if family is None else table_of(family, flat)
     odd = [path for path in flat if family and not owns(method.leaves, path) and
-           not (path.rpartition("/")[0] in table and path.rpartition("/")[2] in PLAIN_LEAVES)]
+           not (path.rpartition("/")[0] in modules and path.rpartition("/")[2] in PLAIN_LEAVES)]
     if odd:
         raise PeftJaxError(f"save_adapter: '{odd[0]}' (of {len(odd)} such leaves) is neither the model's nor of "
                            f"{method.config['peft_type']}, and would be lost: save with the method that made the "
