@@ -136,7 +136,7 @@ def test_a_tree_without_the_methods_leaves_is_an_error(call, things):
     (lambda p: peft_jax.bind(METHOD, MODEL)(p, jnp.zeros((1, 4), jnp.int32)), "give {'params': params} first"),
     (lambda p: peft_jax.bind(METHOD, MODEL)(jnp.zeros((1, 4)), p), "give {'params': params} first"),
     (lambda p: peft_jax.bind(peft_jax.lora, MODEL), "method is of type function: give a method, such as"),
-    (lambda p: peft_jax.bind(METHOD, CausalLM), "model is of type ModelMetaclass: give the model itself"),
+    (lambda p: peft_jax.bind(METHOD, CausalLM), "model is the class CausalLM: give the model itself"),
     (lambda p: peft_jax.value_and_grad(lambda q: 0.0)(jnp.ones(3)), "params is of type ArrayImpl"),
     (lambda p: peft_jax.save_adapter("out", METHOD, p, MODEL),
      "save_adapter: model is a parameter tree: give the model itself, such as load_pretrained gives. The order is "

@@ -105,4 +105,6 @@ def described(value: Any) -> str:
              "a tree with 'params' inside": is_variables, "a parameter tree": is_params}
     if value is None or isinstance(value, str | bool | int | float):
         return repr(value)
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
     return next((words for words, fits in known.items() if fits(value)), f"of type {type(value).__name__}")

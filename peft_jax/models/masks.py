@@ -1,6 +1,5 @@
 """Which token may see which. Boolean masks, ``True`` is visible. B batch, T query tokens, S key slots."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer

@@ -67,7 +67,8 @@ def use_adapters(method: Method, params: Mapping[str, Any], names: str | Sequenc
     ``mix_adapters``'s.
     """
     if not arguments.is_method(method) or method.config["peft_type"] != "MIXED":
-        raise PeftJaxError("use_adapters: this method was not made by mix_adapters().")
+        raise PeftJaxError("use_adapters: this method was not made by mix_adapters(): give (method, params) as it made "
+                           "them.")
     if not isinstance(params, Mapping) or ROWS not in params:
         raise PeftJaxError(f"use_adapters: the params have no '{ROWS}': give those that mix_adapters() made.")
     every = method.config["adapters"]
