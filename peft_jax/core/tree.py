@@ -60,11 +60,12 @@ def map_paths(function: Callable[[str, Any], Any], tree: Mapping[str, Any], pref
     >>> map_paths(lambda path, leaf: f"{path} is {leaf}", {"a": {"b": 1}})
     {'a': {'b': 'a/b is 1'}}
     """
-    mapped = {}
+    mapped: Tree = {}
+    kind: Any = type(tree)
     for key, value in tree.items():
         path = f"{prefix}/{key}" if prefix else key
         mapped[key] = map_paths(function, value, path) if isinstance(value, Mapping) else function(path, value)
-    return mapped if isinstance(tree, dict) else type(tree)(mapped)
+    return mapped if isinstance(tree, dict) else kind(mapped)
 
 
 def first_match(rules: Iterable[tuple[str, Any]], path: str, default: Any) -> Any:

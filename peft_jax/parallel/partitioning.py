@@ -239,7 +239,7 @@ def _of_quantised(leaf, spec, mesh, fit, path: str) -> Any:
                    gathered=NamedSharding(mesh, PartitionSpec(*together)))
 
 
-def _matrix_sides(leaf, spec) -> tuple[tuple[int, int], tuple[Axis, Axis]]:
+def _matrix_sides(leaf, spec) -> tuple[tuple[int, ...], tuple[Axis, ...]]:
     """Of a quantised leaf's matrix, as it is stored: (rows and blocks, how ``spec`` cuts them)."""
     inputs = len(leaf.inputs)
     spec = (*spec, *[None] * (inputs + len(leaf.outputs) - len(spec)))

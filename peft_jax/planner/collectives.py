@@ -71,7 +71,7 @@ def _within(parts: dict[str, list[str]], name: str, times: int) -> list[Collecti
     found = []
     for line in parts.get(name, ()):
         if match := _RESULT.match(line):
-            found += [one._replace(times=times) for one in _arrays(*match.groups(), line)]
+            found += [one._replace(times=times) for one in _arrays(match[1], match[2], match[3], line)]
         turns = int(asked[1]) if (asked := _TURNS.search(line)) else 1
         branches = _BRANCHES.search(line)
         inner = [] if match else _CALLED.findall(line) + (re.findall(r"[\w.-]+", branches[1]) if branches else [])

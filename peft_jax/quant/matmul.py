@@ -37,7 +37,7 @@ def dot(x, kernel, dtype=None, axes: int = 1):
         raise PeftJaxError(f"x of shape {x.shape} does not end in the kernel's inputs {inputs}.")
     rows = x.astype(dtype).reshape(-1, matrix(inputs, outputs, by_rows=True)[0])
     if quantised:
-        y = _product(rows, _without_stack(kernel), not kernel.by_rows)
+        y: Any = _product(rows, _without_stack(kernel), not kernel.by_rows)
     else:
         y = rows @ kernel.astype(dtype).reshape(rows.shape[-1], -1)
     return y.reshape(*front, *outputs)
@@ -50,7 +50,7 @@ def attend(x, embedding, dtype=None):
         raise PeftJaxError(f"x of shape {x.shape} does not fit an embedding of shape {embedding.shape}.")
     rows = x.astype(dtype).reshape(-1, x.shape[-1])
     if isinstance(embedding, QuantizedArray):
-        y = _product(rows, embedding, embedding.by_rows)
+        y: Any = _product(rows, embedding, embedding.by_rows)
     else:
         y = rows @ embedding.astype(dtype).T
     return y.reshape(*x.shape[:-1], embedding.shape[0])
