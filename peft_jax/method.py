@@ -145,7 +145,7 @@ def _merge_chain(methods, params) -> tree.Tree:
     for method in methods:
         check_method_leaves(method, params)
     for method in methods:  # the first is nearest to the weights, the next changes what it made of them
-        params = method.merge(params)
+        params = method.merge(params)  # pyright: ignore[reportOptionalCall] (chain has seen that there is one)
     return params
 
 

@@ -24,7 +24,8 @@ def is_model(value: Any) -> bool:
 
 
 def is_optimizer(value: Any) -> bool:
-    return isinstance(value, tuple) and hasattr(value, "init") and hasattr(value, "update")
+    """Whether ``value`` is an optax transformation; one of a user's own need be no tuple."""
+    return hasattr(value, "init") and hasattr(value, "update") and not isinstance(value, type | Mapping)
 
 
 def is_function(value: Any) -> bool:
