@@ -53,7 +53,7 @@ def facts(method: Any, model: Any, base: Any, counts: Any) -> tuple[int, int, st
     if method.stored is None:
         return trainable, everything, "whole model", merges, "no"
     with tempfile.TemporaryDirectory() as folder:
-        peft_jax.save_adapter(folder, method, params, model)
+        peft_jax.save_adapter(folder, method, model, params)
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
     theirs = "yes" if method.stored.kind in PeftType.__members__ else "own"
     return trainable, everything, f"{size:,}", merges, theirs

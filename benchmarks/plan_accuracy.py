@@ -50,7 +50,7 @@ ON_H100 = [*((method, remat, attention) for method in ("lora", "qlora") for rema
 
 def found(model: str, method: str, remat: bool):
     """The plan of one case."""
-    return plan(MODELS[model], METHODS[method](model), optax.adamw(1e-4), batch=8, seq=128, remat=remat,
+    return plan(METHODS[method](model), MODELS[model], optax.adamw(1e-4), batch=8, seq=128, remat=remat,
                 answers=1 if model == "bert" else None)
 
 
@@ -62,7 +62,7 @@ def on_h100() -> None:
     print("| method | remat | attention | sum of parts, GB | compiled, GB | ratio |\n|---|---|---|---|---|---|")
     for method, remat, attention in ON_H100:
         sizes = dataclasses.replace(LARGE, attn_implementation=attention)
-        one = plan(sizes, METHODS[method]("llama"), optax.adamw(1e-4), 4, 2048, None, remat, dtype="bfloat16",
+        one = plan(METHODS[method]("llama"), sizes, optax.adamw(1e-4), 4, 2048, None, remat, dtype="bfloat16",
                    param_dtype="bfloat16", target=target)
         total = one.program.memory.total
         print(f"| {method} | {'yes' if remat else 'no'} | {one.assumed['attention']} | {one.sum / 1e9:.2f} | "
@@ -75,7 +75,7 @@ def on_meshes() -> None:
     print("|---" * 5 + "|")
     for method in ("full", "qlora"):
         for sizes in ((2, 1, 1), (1, 4, 1), (1, 1, 2)):
-            one = plan(MODELS["llama"], METHODS[method]("llama"), optax.adamw(1e-4), 8, 128, make_mesh(*sizes), True)
+            one = plan(METHODS[method]("llama"), MODELS["llama"], optax.adamw(1e-4), 8, 128, make_mesh(*sizes), True)
             total = one.program.memory.total
             print(f"| {method} | {' x '.join(map(str, sizes))} | {one.sum / 1e6:.1f} | {total / 1e6:.1f} | "
                   f"{one.sum / total:.3f} |", flush=True)

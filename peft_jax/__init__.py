@@ -5,6 +5,7 @@ one of its names is first used, so that ``configs`` and ``run.py`` check a comma
 """
 
 from importlib import import_module
+from typing import Any
 
 from peft_jax.methods import METHODS
 
@@ -29,6 +30,15 @@ CONTENTS = {
     "QuantizedArray": "quant",
     "dequantize": "quant",
     "quantize_array": "quant",
+    # a training loop of your own, on many devices too
+    "TrainState": "train.step",
+    "init_state": "train.step",
+    "make_step": "train.step",
+    "state_shardings": "train.step",
+    "value_and_grad": "quant.gradient",
+    "make_mesh": "parallel.mesh",
+    "place": "parallel.partitioning",
+    "shardings": "parallel.partitioning",
     # models, files
     "Head": "models",
     "untie": "models",
@@ -45,19 +55,17 @@ CONTENTS = {
     # decoding
     "Sampling": "evaluation.generation",
     "generate": "evaluation.generation",
-    # many devices, memory
-    "make_mesh": "parallel.mesh",
-    "shardings": "parallel.partitioning",
+    # memory, choice of a method
     "plan": "planner.plan",
     "recommend": "planner.recommend",
     "rule_of_thumb": "planner",
     "suggest_hardware": "planner",
     "PeftJaxError": "errors",
 }
-__all__ = ["METHODS", *METHODS, *CONTENTS]
+__all__ = ["METHODS", *METHODS, *CONTENTS]  # pyright: ignore[reportUnsupportedDunderAll] (names are found at run time)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in METHODS:
         return METHODS[name]
     if name not in CONTENTS:

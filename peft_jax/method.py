@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import jax
 
 from peft_jax import quant
-from peft_jax.core import tree
+from peft_jax.core import arguments, tree
 from peft_jax.core.peft_format import Format
+from peft_jax.core.tree import check_leaves as check_leaves
+from peft_jax.core.tree import check_method_leaves, owns
 from peft_jax.errors import PeftJaxError
 
 TRAINABLE, FROZEN = "trainable", "frozen"
@@ -121,54 +123,66 @@ def chain(*methods: Method) -> Method:
     if not methods:
         raise PeftJaxError("chain() was given no method: name at least one.")
     if odd := [one for one in methods if not isinstance(one, Method)]:
-        raise PeftJaxError(f"chain() was given a {type(odd[0]).__name__}: give methods, one by one, chain(lora(), "
+        raise PeftJaxError(f"chain() was given {arguments.described(odd[0])}: give methods, one by one, chain(lora(), "
                            "ia3()).")
+    return Method(
+        init=partial(_init_chain, methods),
+        intercept=partial(_intercept_chain, methods),
+        labels=partial(_label_chain, methods),
+        fold=partial(_fold_chain, methods) if all(method.mergeable for method in methods) else None,
+        config={"peft_type": "CHAIN", "methods": tuple(method.config for method in methods)},
+        padding=lambda params: sum(method.padding(params) for method in methods),
+        optimizer=partial(_chain_optimizer, methods),
+        penalty=partial(_sum_penalties, methods) if any(method.penalty for method in methods) else None,
+        parts=methods,
+        prepare=partial(_prepare_chain, methods) if any(method.prepare for method in methods) else None,
+        leaves=tuple(dict.fromkeys(name for method in methods for name in method.leaves)),
+        convert=_conversion(methods),
+        along={name: axes for method in methods for name, axes in method.along.items()},
+    )
 
-    def init(rng, params, axes=None):
-        for key, method in zip(jax.random.split(rng, len(methods)), methods, strict=True):
-            params = method.init(key, params, axes=axes)
-        labels(params)
-        return params
 
-    def intercept(next_fun, args, kwargs, context):
-        for method in methods:
-            next_fun = partial(with_interceptor, method.intercept, next_fun, context)
-        return next_fun(*args, **kwargs)
+def _init_chain(methods, rng, params, axes=None) -> tree.Tree:
+    for key, method in zip(jax.random.split(rng, len(methods)), methods, strict=True):
+        params = method.init(key, params, axes=axes)
+    _label_chain(methods, params)
+    return params
 
-    def labels(params):
-        groups = _agree(methods, [tree.flatten(m.labels(params)) for m in methods])
-        for path, leaf in tree.flatten(params).items():
-            if groups[path] != FROZEN and quant.is_leaf(leaf):
-                raise quant.cannot_train(path, leaf)
-        return tree.unflatten(groups)
 
-    def fold(params):
-        check_held(chained, params)
-        for method in methods:  # the first is nearest to the weights, the next changes what it made of them
-            params = method.merge(params)
-        return params
+def _intercept_chain(methods, next_fun, args, kwargs, context):
+    for method in methods:
+        next_fun = partial(with_interceptor, method.intercept, next_fun, context)
+    return next_fun(*args, **kwargs)
 
-    def optimizer(inner, total_steps):
-        for method in methods:
-            inner = method.optimizer(inner, total_steps)
-        return inner
 
-    def penalty(params) -> Any:
-        return sum(method.penalty(params) for method in methods if method.penalty)
+def _label_chain(methods, params) -> tree.Tree:
+    labels = _agree(methods, [tree.flatten(method.labels(params)) for method in methods])
+    for path, leaf in tree.flatten(params).items():
+        if labels[path] != FROZEN and quant.is_leaf(leaf):
+            raise quant.cannot_train(path, leaf)
+    return tree.map_paths(lambda path, _: labels[path], params)
 
-    def prepare(model, params, batches):
-        return chain(*[m.prepare(model, params, batches) if m.prepare else m for m in methods])
 
-    chained = Method(
-        init=init, intercept=intercept, labels=labels,
-        fold=fold if all(method.mergeable for method in methods) else None,
-        config={"peft_type": "CHAIN", "methods": tuple(m.config for m in methods)},
-        padding=lambda params: sum(m.padding(params) for m in methods),
-        optimizer=optimizer, penalty=penalty if any(m.penalty for m in methods) else None,
-        parts=methods, prepare=prepare if any(m.prepare for m in methods) else None,
-        leaves=tuple(dict.fromkeys(name for m in methods for name in m.leaves)),
-        convert=_conversion(methods), along={name: axes for m in methods for name, axes in m.along.items()})
-    return chained
+def _fold_chain(methods, params) -> tree.Tree:
+    for method in methods:
+        check_method_leaves(method, params)
+    for method in methods:  # the first is nearest to the weights, the next changes what it made of them
+        params = method.merge(params)
+    return params
+
+
+def _chain_optimizer(methods, optimizer, total_steps):
+    for method in methods:
+        optimizer = method.optimizer(optimizer, total_steps)
+    return optimizer
+
+
+def _sum_penalties(methods, params) -> Any:
+    return sum(method.penalty(params) for method in methods if method.penalty)
+
+
+def _prepare_chain(methods, model, params, batches) -> Method:
+    return chain(*[method.prepare(model, params, batches) if method.prepare else method for method in methods])
 
 
 def _conversion(methods: Sequence[Method]) -> Callable[..., Any] | None:
@@ -187,34 +201,6 @@ def _conversion(methods: Sequence[Method]) -> Callable[..., Any] | None:
 def with_interceptor(intercept, next_fun, context, *args, **kwargs):
     """A module's call ``next_fun`` with ``intercept`` around it."""
     return intercept(next_fun, args, kwargs, context)
-
-
-def owns(leaves: Sequence[str], path: str) -> bool:
-    """Whether the leaf at ``path`` is one of a method's ``leaves``, or in one of its folders.
-
-    >>> owns(("lora_a", "full/"), "q_proj/lora_a"), owns(("full/",), "full/norm.scale"), owns(("lora_a",), "lora_a/b")
-    (True, True, False)
-    """
-    folders = [f"/{name}" for name in leaves if name.endswith("/")]
-    return path.rpartition("/")[2] in leaves or any(folder in f"/{path}" for folder in folders)
-
-
-def check_leaves(leaves: Sequence[str], params: Mapping, whose: str = "the method") -> None:
-    """Raise ``PeftJaxError`` where ``params`` hold none of ``leaves``, if there are such."""
-    if leaves and not any(owns(leaves, path) for path in tree.flatten(params)):
-        raise PeftJaxError(f"the parameters hold none of {whose}'s leaves ({', '.join(leaves)}): "
-                           "params = method.init(rng, params) first; what was merged holds none either.")
-
-
-def check_held(method: Method, params: Mapping) -> None:
-    """Raise ``PeftJaxError`` where ``params`` lack all leaves of the method, or of one part of a chain.
-
-    Without them the forward pass is the base model's, and nothing would say so.
-    """
-    for part in method.parts:
-        check_held(part, params)
-    if not method.parts:
-        check_leaves(method.leaves, params, method.config["peft_type"])
 
 
 def _agree(methods: Sequence[Method], labels: list[dict[str, str]]) -> dict[str, str]:

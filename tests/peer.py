@@ -140,7 +140,7 @@ def check_opens_in_peft(base, method, folder, relative=1e-4, change=moved):
     tuned = change(method, before)
     ours = bound_logits(method, model, tuned)
     assert np.abs(ours - forward(model, params)).max() > 1e-2 * np.abs(ours).max()  # else nothing would be tested
-    save_adapter(folder, method, tuned, model)
+    save_adapter(folder, method, model, tuned)
     theirs = peft.PeftModel.from_pretrained(fresh(), folder)
     assert_close(ours, torch_logits(theirs), relative)
     if method.mergeable:
@@ -162,7 +162,7 @@ def check_same_bits(model, params, method, tuned, folder):
         for path, leaf in kept.items():
             np.testing.assert_array_equal(leaf, flatten(loaded)[path], err_msg=path)
     with tempfile.TemporaryDirectory() as other:
-        save_adapter(other, again, loaded, model)
+        save_adapter(other, again, model, loaded)
         tensors, stated = ([(Path(at) / name).read_bytes() for at in (folder, other)]
                            for name in ("adapter_model.safetensors", "adapter_config.json"))
         assert tensors[0] == tensors[1]
@@ -212,7 +212,7 @@ def check_generates_as_peft(base, method, folder, new=6):
     fresh, model, params = base
     tuned = moved(method, method.init(jax.random.key(0), params))
     fresh().save_pretrained(folder / "base")
-    save_adapter(folder / "adapter", method, tuned, model)
+    save_adapter(folder / "adapter", method, model, tuned)
     run = subprocess.run([sys.executable, "-c", GENERATE, str(folder), json.dumps(IDS.tolist()), str(new)],
                          check=True, stdout=subprocess.PIPE, text=True)
     theirs = json.loads(run.stdout.splitlines()[-1])
@@ -231,7 +231,7 @@ def check_virtual_on_real(fresh, model, params, ids, method, config, folder):
             return theirs(torch.tensor(ids)).logits.numpy()[:, -ids.shape[1]:]
 
     tuned = moved(method, method.init(jax.random.key(0), params), by=0.1)
-    save_adapter(folder / "ours", method, tuned, model)
+    save_adapter(folder / "ours", method, model, tuned)
     assert_close(jax.jit(bind(method, model))({"params": tuned}, ids),
                  logits(peft.PeftModel.from_pretrained(fresh(), folder / "ours")))
     theirs = peft.get_peft_model(fresh(), config).eval()

@@ -102,7 +102,7 @@ def test_what_starts_from_the_kernel_must_come_first(other, first, tmp_path):
         started(chain(other, ON_Q[first]()), BASE)
     method = chain(ON_Q[first](), other)
     tuned = moved(method, started(method, BASE))
-    save_adapter(tmp_path, method, tuned, NET)
+    save_adapter(tmp_path, method, NET, tuned)
     again, loaded = load_adapter(tmp_path, BASE)
     ours = bind(method, NET)({"params": tuned}, X)
     np.testing.assert_allclose(bind(again, NET)({"params": loaded}, X), ours, atol=1e-4 * np.abs(ours).max())
@@ -214,7 +214,7 @@ def test_chains_train_and_are_stored_bit_for_bit(peer_bases, make, tmp_path):
     _, model, params = peer_bases["llama"]
     method = make()
     tuned = check_training(method, model, params, IDS)
-    save_adapter(tmp_path, method, tuned, model)
+    save_adapter(tmp_path, method, model, tuned)
     check_same_bits(model, params, method, tuned, tmp_path)
 
 

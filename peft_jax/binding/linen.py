@@ -10,10 +10,11 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from peft_jax.binding import linen_quantised
-from peft_jax.core import kernel_axes, tree
+from peft_jax.core import arguments, kernel_axes, tree
 from peft_jax.core._compat import InterceptorContext, dce_jaxpr
+from peft_jax.core.tree import check_method_leaves
 from peft_jax.errors import PeftJaxError
-from peft_jax.method import FROZEN, Method, check_held, with_interceptor
+from peft_jax.method import FROZEN, Method, with_interceptor
 from peft_jax.parallel.mesh import output_apart
 
 
@@ -37,31 +38,39 @@ def bind(method: Method, model: nn.Module, mesh: Mesh | None = None) -> Callable
     The first call of the whole model (no ``method=`` argument) on a new tree structure also checks that the output
     depends on every trainable leaf that the method added, and raises ``PeftJaxError`` naming those it does not; not
     with a ``cache``, which may hold what was computed from them. It raises, too, where the parameters hold none of the
-    method's leaves.
+    method's leaves. Arguments of another kind are a ``PeftJaxError`` at once.
     Dropout of a method is active where a ``dropout`` key is in ``rngs``, and only there. Quantised leaves are read
     under any method. On a ``mesh`` (:func:`peft_jax.make_mesh`) every module's output, an array with rows in front, has
     its rows split over it: so weights travel to the rows.
     """
-    checked = set()
+    arguments.check("bind", {"method": method, "model": model, "mesh": mesh}, optional=("mesh",))
+    sound: set[Any] = set()  # (name of the model's method, structure of the variables) of calls that were checked
 
     def apply(variables, *args, rngs=None, **kwargs):
         kwargs |= {} if rngs is None else {"rngs": rngs}
 
         def run(params):
-            entered = partial(_in_context, mesh, method.intercept, _streams(rngs), params, {})
-            with nn.intercept_methods(entered):
+            interceptor = partial(_in_context, mesh, method.intercept, _streams(rngs), params, {})
+            with nn.intercept_methods(interceptor):
                 return model.apply({**variables, "params": params}, *args, **kwargs)
 
-        params = variables.get("params", {})
-        named = kwargs.get("method")
-        if named in (None, "hidden") and (shape := (named, jax.tree.structure(variables))) not in checked:
-            check_held(method, params)
-            if named is None and "cache" not in variables:
+        params = _params_of(method, variables)
+        name = kwargs.get("method")
+        if name in (None, "hidden") and (call := (name, jax.tree.structure(variables))) not in sound:
+            check_method_leaves(method, params)
+            if name is None and "cache" not in variables:
                 check_read(method, run, params)
-            checked.add(shape)
+            sound.add(call)
         return run(params)
 
     return apply
+
+
+def _params_of(method: Method, variables: Any) -> Mapping[str, Any]:
+    if not isinstance(variables, Mapping) or (method.leaves and "params" not in variables):
+        raise PeftJaxError(f"a bound apply was given {arguments.described(variables)}: give {{'params': params}} "
+                           "first, then the model's inputs, as of model.apply.")
+    return variables.get("params", {})
 
 
 def _streams(rngs) -> frozenset[str]:
@@ -80,6 +89,8 @@ def _in_context(mesh, intercept, rngs, params, notes, next_fun, args, kwargs, co
 
 def check_read(method: Method, forward: Callable[[Mapping], Any], params: Mapping) -> None:
     """Raise ``PeftJaxError`` naming trainable leaves without influence on ``forward(params)``; only traces."""
+    arguments.check("check_read", {"method": method, "forward": forward, "params": params})
+    check_method_leaves(method, params)
     flat = tree.flatten(params)
     closed = jax.make_jaxpr(lambda leaves: forward(tree.unflatten(leaves)))(flat)
     _, used = dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals))

@@ -19,7 +19,7 @@ from peft_jax.quant.qarray import QuantizedArray
 def read(mesh, next_fun, args, kwargs, context) -> Any:
     """The module's output from its quantised weight, or of an embedding on a mesh; others are called as they are."""
     module, name = context.module, context.method_name
-    leaf = _held(module)
+    leaf = _quantised(module)
     if leaf is None and mesh and isinstance(module, nn.Embed) and name == "__call__":
         return _rows_of(mesh, module, next_fun, *args)
     if leaf is None or name not in ("__call__", "attend", "setup"):
@@ -44,7 +44,7 @@ def _rows_of(mesh, module: nn.Embed, next_fun, ids) -> Any:
     return take(features_together(mesh, table), ids, module.dtype or table.dtype)
 
 
-def _held(module: nn.Module) -> QuantizedArray | None:
+def _quantised(module: nn.Module) -> QuantizedArray | None:
     for name in kernel_axes.HOLDERS:
         if module.has_variable("params", name):
             leaf = module.get_variable("params", name)
@@ -71,8 +71,8 @@ def _check(module, name) -> None:
 
 def _product(module, leaf, x):
     bias = module.get_variable("params", "bias") if module.use_bias else None
-    given = [array.dtype for array in (x, bias) if array is not None]
-    dtype = module.dtype or jnp.result_type(leaf.dtype, *given)  # as flax promotes
+    dtypes = [array.dtype for array in (x, bias) if array is not None]
+    dtype = module.dtype or jnp.result_type(leaf.dtype, *dtypes)  # as flax promotes
     einsum = isinstance(module, nn.Einsum)
     y = dot(_contracted_last(module, x) if einsum else kernel_axes.inputs_last(module, x), leaf, dtype)
     if einsum:
@@ -82,7 +82,8 @@ def _product(module, leaf, x):
 
 def _letters(module: nn.Einsum) -> tuple[str, str, str, str]:
     """Letters of (x, kernel's inputs, kernel's outputs, result); axes of an ellipsis are left out."""
-    sides, result = module.einsum_str.replace(" ", "").replace("...", "").split("->")
+    formula = (module.einsum_str or "").replace(" ", "").replace("...", "")  # _check has seen that there is one
+    sides, result = formula.split("->")
     x, kernel = sides.split(",")
     inputs = "".join(letter for letter in kernel if letter not in result)
     return x, inputs, kernel.removeprefix(inputs), result

@@ -58,7 +58,7 @@ def plan_config(config, target: Target | None = None) -> Plan:
     source = f"{config.model.source}{', quantised as its config.json says, in blocks of 64' if held else ''}"
     kind = " + ".join(part.config["peft_type"] for part in method.parts or (method,))
     assumed = {"model": source, "method": kind, "rows are": words, "optimiser": "AdamW"}
-    return plan(model, method, optimizer, batch, seq, mesh, answers=None if objective.writes else 1,
+    return plan(method, model, optimizer, batch, seq, mesh, answers=None if objective.writes else 1,
                 accumulate_steps=config.optim.accumulate_steps, loss_chunk=config.optim.loss_chunk,
                 error=objective.error, base=base, target=None if several(mesh) else target, assumed=assumed,
                 packed=config.data.collate == "pack")

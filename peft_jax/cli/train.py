@@ -137,7 +137,7 @@ def _start(config, method: Method, apply, params, total: int, mesh) -> tuple[Cal
 def _save(folder: Path, method: Method, params: tree.Tree, ready: Session, config) -> Path:
     """Write what was trained: the adapter, or the whole model where the method has no adapter file."""
     if is_stored(method, params):
-        save_adapter(folder / "adapter", method, params, ready.model, config.model.source)
+        save_adapter(folder / "adapter", method, ready.model, params, config.model.source)
         return folder / "adapter"
     save_pretrained(folder / "model", ready.model, method.merge(params), ready.tokenizer)
     return folder / "model"

@@ -52,5 +52,5 @@ def adapter(source: str | Path, model, base: tree.Tree, mesh: Mesh) -> Tuned:
     """An adapter, of a folder or the Hub, on ``base``."""
     method, params = load_adapter(source, base)
     if several(mesh):
-        params = partitioning.place(params, partitioning.shardings(params, mesh, model.sharding, method))
+        params = partitioning.place(method, model, params, mesh)
     return Tuned("adapter", bind(method, model, mesh), params, method.merge if method.mergeable else None)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from peft_jax.core import tree
+from peft_jax.core import arguments, tree
 from peft_jax.errors import PeftJaxError
 
 HOLDERS = ("kernel", "embedding")  # leaves that are a matrix from inputs to outputs; an embedding's inputs are ids
@@ -31,21 +31,22 @@ def kernel_axes(model: nn.Module, params: Mapping[str, Any], *inputs, **kwargs) 
     Dense and DenseGeneral kernels are understood; others are noted by their type. Modules that the pass with these
     ``inputs`` never calls are not listed. Raises ``PeftJaxError`` where a leaf is no stack of its module's kernel.
     """
-    seen: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    arguments.check("kernel_axes", {"model": model, "params": params})
+    layouts: dict[str, tuple[str, tuple[int, ...], int]] = {}
 
     def note(next_fun, args, keywords, context):
         module = context.module
         for leaf in HOLDERS if context.method_name == "__call__" else ():
             if module.has_variable("params", leaf):
                 shape = module.get_variable("params", leaf).shape
-                seen["/".join((*module.path, leaf))] = (type(module).__name__, shape, input_count(module))
+                layouts["/".join((*module.path, leaf))] = (type(module).__name__, shape, input_count(module))
         return next_fun(*args, **keywords)
 
     shapes = tree.map_paths(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)  # quantised ones too
     with nn.intercept_methods(note):
         jax.eval_shape(lambda p: model.apply({"params": p}, *inputs, **kwargs), shapes)
     flat = tree.flatten(params)
-    return {path: _layout(path, flat[path].shape, *found) for path, found in seen.items()}
+    return {path: _layout(path, flat[path].shape, *layout) for path, layout in layouts.items()}
 
 
 def _layout(path, leaf, kind, kernel, inputs) -> KernelAxes:

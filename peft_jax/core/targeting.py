@@ -159,21 +159,22 @@ def find(params: Mapping[str, Any], axes: Mapping[str, KernelAxes] | None, selec
     _check_patterns(selection["target_modules"], everything)
     _check_layers(selection["layers_to_transform"], selection["layers_pattern"], everything)
     chosen = chooser(**selection)
-    found = [_understood(target) for target in everything if any(map(chosen, target.names))]
-    if not found:
-        given = ", ".join(f"{name}={value!r}" for name, value in selection.items() if value is not None)
-        given = given or "target_modules=None"
-        raise PeftJaxError(f"{given} leaves no module to adapt.")
-    return found
+    targets = [_understood(target) for target in everything if any(map(chosen, target.names))]
+    if not targets:
+        limits = ", ".join(f"{name}={value!r}" for name, value in selection.items() if value is not None)
+        limits = limits or "target_modules=None"
+        raise PeftJaxError(f"{limits} leaves no module to adapt.")
+    return targets
 
 
 def _check_layers(layers, layers_pattern, everything) -> None:
-    numbers = {layer_index(name, layers_pattern) for target in everything for name in target.names} - {None}
+    indices = [layer_index(name, layers_pattern) for target in everything for name in target.names]
+    numbers = {index for index in indices if index is not None}
     for layer in (layers,) if isinstance(layers, int) else layers or ():
         if layer not in numbers:
-            told = f"are numbered from {min(numbers)} to {max(numbers)}" if numbers else (
+            there = f"are numbered from {min(numbers)} to {max(numbers)}" if numbers else (
                 f"have no numbers behind layers_pattern={layers_pattern!r}")
-            raise PeftJaxError(f"layers_to_transform has {layer}, which is no layer of this model: they {told}.")
+            raise PeftJaxError(f"layers_to_transform has {layer}, which is no layer of this model: they {there}.")
 
 
 def _target(path, leaf, axes) -> Target:

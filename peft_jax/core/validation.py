@@ -9,20 +9,21 @@ from typing import Any
 from peft_jax.errors import PeftJaxError, nearest
 
 
-def check_modules(name: str, given: Any) -> None:
-    """Raise ``PeftJaxError`` where ``given`` is no list of names, regex or ``None``."""
-    if not all(one is None or isinstance(one, str) for one in (given if isinstance(given, list | tuple) else (given,))):
-        raise PeftJaxError(f"{name}={given!r}: give names or None.")
-    check_regexes([given] if isinstance(given, str) else [])
+def check_modules(name: str, modules: Any) -> None:
+    """Raise ``PeftJaxError`` where ``modules`` is no list of names, regex or ``None``."""
+    entries = modules if isinstance(modules, list | tuple) else (modules,)
+    if not all(one is None or isinstance(one, str) for one in entries):
+        raise PeftJaxError(f"{name}={modules!r}: give names or None.")
+    check_regexes([modules] if isinstance(modules, str) else [])
 
 
-def as_names(given: Any) -> Any:
+def as_names(names: Any) -> Any:
     """One name as a tuple of it; a list of names, or ``None``, as it is."""
-    return (given,) if isinstance(given, str) else given
+    return (names,) if isinstance(names, str) else names
 
 
-def check_regexes(given: Sequence[str]) -> None:
-    for regex in given:
+def check_regexes(regexes: Sequence[str]) -> None:
+    for regex in regexes:
         try:
             re.compile(regex)
         except re.error as error:
@@ -41,14 +42,14 @@ def check_whole(name: str, value: Any, least: int = 1) -> None:
 
 def is_id(one: Any) -> bool:
     """Whether ``one`` can be a token id: True and False, which Python counts as integers, cannot."""
-    return isinstance(one, Integral) and not isinstance(one, bool) and one >= 0
+    return isinstance(one, Integral) and not isinstance(one, bool) and int(one) >= 0
 
 
 def check_ids(name: str, ids: Any) -> None:
     """Raise ``PeftJaxError`` where ``ids`` is neither ``None`` nor token ids, at least one."""
-    found = ids.tolist() if hasattr(ids, "tolist") else ids  # arrays, whose numbers are no Integral in jax
-    several = isinstance(found, Collection) and len(found)
-    if ids is not None and not (several and all(map(is_id, found))):
+    numbers = ids.tolist() if hasattr(ids, "tolist") else ids  # arrays, whose numbers are no Integral in jax
+    several = isinstance(numbers, Collection) and len(numbers)
+    if ids is not None and not (several and all(map(is_id, numbers))):
         raise PeftJaxError(f"{name}={ids!r}: give token ids, at least one, such as (504, 3216).")
 
 
@@ -79,21 +80,24 @@ def check_patterns(config: Mapping[str, Any], rank: str, alpha: str) -> None:
             check(f"{pattern}['{key}']", value)
 
 
-def check_pattern(name: str, given: Any) -> None:
-    """Raise ``PeftJaxError`` where ``given`` is no ``{regex: value}`` or ``None``."""
-    if not isinstance(given, Mapping | None) or not all(isinstance(key, str) for key in given or ()):
-        raise PeftJaxError(f"{name}={given!r}: give a dict, such as {{'layers.0.self_attn.q_proj': 4}}.")
-    check_regexes(list(given or ()))
+def check_pattern(name: str, pattern: Any) -> None:
+    """Raise ``PeftJaxError`` where ``pattern`` is no ``{regex: value}`` or ``None``."""
+    if not isinstance(pattern, Mapping | None) or not all(isinstance(key, str) for key in pattern or ()):
+        raise PeftJaxError(f"{name}={pattern!r}: give a dict, such as {{'layers.0.self_attn.q_proj': 4}}.")
+    check_regexes(list(pattern or ()))
 
 
-def check_settings(name: str, given: Any, defaults: Mapping[str, Any], example: str) -> dict[str, Any]:
-    """``defaults`` with the dict ``given`` in their place. Raises where it is none, or has a key that there is not."""
-    if not isinstance(given, Mapping | None):
-        raise PeftJaxError(f"{name}={given!r}: give a dict, such as {example}.")
-    for key in given or {}:
+def check_settings(name: str, settings: Any, defaults: Mapping[str, Any], example: str) -> dict[str, Any]:
+    """``defaults`` with those of the dict ``settings`` in their place.
+
+    Raises ``PeftJaxError`` where ``settings`` is no dict, or has a key that ``defaults`` lack.
+    """
+    if not isinstance(settings, Mapping | None):
+        raise PeftJaxError(f"{name}={settings!r}: give a dict, such as {example}.")
+    for key in settings or {}:
         if key not in defaults:
             raise PeftJaxError(f"{name}['{key}']: {nearest(key, defaults)}")
-    return {**defaults, **(given or {})}
+    return {**defaults, **(settings or {})}
 
 
 def check_switches(config: Mapping[str, Any], *names: str) -> None:

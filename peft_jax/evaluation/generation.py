@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from peft_jax.core import validation
+from peft_jax.core import arguments, validation
 from peft_jax.errors import PeftJaxError
 from peft_jax.parallel.mesh import feed, fetch
 
@@ -57,8 +57,8 @@ def decode(apply: Callable, params, input_ids, attention_mask, stop_ids, rng, *,
     """
 
     def forward(cache, ids, mask):
-        hidden, held = apply({"params": params, "cache": cache}, ids, mask, method="hidden", mutable=["cache"])
-        return held["cache"], apply({"params": params}, hidden[:, -1], method="head")
+        hidden, changed = apply({"params": params, "cache": cache}, ids, mask, method="hidden", mutable=["cache"])
+        return changed["cache"], apply({"params": params}, hidden[:, -1], method="head")
 
     def write(tokens, done, logits, at):
         token = jnp.where(done, stop_ids[0], draw(logits, jax.random.fold_in(rng, at), sampling))
@@ -96,6 +96,9 @@ def generate(apply: Callable, model, params, input_ids, attention_mask, *, max_n
     vocabulary, padding on the right, no stop token, a draw without ``rng``, a ``sampling`` out of range, more tokens
     than the model has positions, or a model that has no cache.
     """
+    arguments.check("generate", {"apply": apply, "model": model, "params": params})
+    arguments.check("generate", {"rng": rng, "mesh": mesh}, optional=("rng", "mesh"))
+    _check_arrays(input_ids, attention_mask)
     ids, mask = np.asarray(input_ids), np.asarray(attention_mask)
     _check_inputs(model, ids, mask)
     _check_length(model, mask.shape[1], max_new_tokens)
@@ -108,6 +111,12 @@ def generate(apply: Callable, model, params, input_ids, attention_mask, *, max_n
     tokens = decode(apply, params, **rows, stop_ids=np.asarray(stop_ids), rng=rng, max_new_tokens=max_new_tokens,
                     sampling=sampling)
     return fetch(tokens)
+
+
+def _check_arrays(input_ids, attention_mask) -> None:
+    for name, value in {"input_ids": input_ids, "attention_mask": attention_mask}.items():
+        if not isinstance(value, list | tuple) and not hasattr(value, "shape"):
+            raise PeftJaxError(f"generate: {name} is {arguments.described(value)}: give integers (batch, seq).")
 
 
 def _check_inputs(model, ids: np.ndarray, mask: np.ndarray) -> None:
@@ -135,6 +144,9 @@ def _check_length(model, length: int, new) -> None:
 
 
 def _check_sampling(sampling: Sampling, rng) -> None:
+    if not isinstance(sampling, Sampling):
+        raise PeftJaxError(f"generate: sampling is {arguments.described(sampling)}: give "
+                           "peft_jax.Sampling(temperature=0.7).")
     if sampling.temperature < 0 or sampling.top_k < 0 or not 0 < sampling.top_p <= 1:
         raise PeftJaxError(f"generate: {sampling}: temperature and top_k are at least 0, top_p above 0 and at most 1.")
     if sampling.temperature and rng is None:

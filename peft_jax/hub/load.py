@@ -122,7 +122,7 @@ def _conversion(method: Method | None) -> Any:
 
 def _check_method(method: Method | None, shapes: dict[str, tuple[int, ...]], dtype: jnp.dtype) -> None:
     """Raise at once what ``init`` of a method that converts would, on shapes."""
-    if not _conversion(method):
+    if method is None or not _conversion(method):
         return
     leaves = tree.unflatten({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()})
     for part in itertools.takewhile(lambda one: one.convert, method.parts or (method,)):
@@ -184,7 +184,7 @@ def _read_params(path: Path, config: Any, shapes: dict[str, tuple[int, ...]], dt
 
 def _where(mesh: Mesh, rules: partitioning.Rules, path: str, leaf: Any) -> Any:
     """The shardings of one leaf of the model."""
-    return tree.flatten(partitioning.shardings(tree.unflatten({path: leaf}), mesh, rules))[path]
+    return tree.flatten(partitioning.by_rules(tree.unflatten({path: leaf}), mesh, rules))[path]
 
 
 def _placed(place: hf_names.Place, tensor: Any) -> hf_names.Place:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax import quant
-from peft_jax.core import files, tree
+from peft_jax.core import arguments, files, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub import families, model_config
 from peft_jax.hub.families import hf_names
@@ -46,8 +46,8 @@ def save_pretrained(
       PeftJaxError: leaves of a fine-tuning method (merge first), quantised ones that bitsandbytes cannot hold,
         missing leaves, shapes that are not the model's, or a folder that cannot be written.
     """
-    flat, folder = tree.flatten(params), Path(folder)
-    config = model.config
+    arguments.check("save_pretrained", {"folder": folder, "model": model, "params": params})
+    flat, folder, config = tree.flatten(params), Path(folder), _config_of(model)
     if families.of(config).tied and "lm_head/kernel" in flat:
         config = dataclasses.replace(config, tie_word_embeddings=False)
     places = _checked_places(flat, config)
@@ -57,8 +57,16 @@ def save_pretrained(
         _write_weights(scratch, flat, places, max_shard_bytes)
         if tokenizer is not None:
             _write_tokenizer(scratch, tokenizer)
-        given = model_config.to_hf(config, _torch_dtype(flat), _token_ids(tokenizer)) | described
-        Path(scratch, "config.json").write_text(json.dumps(given, indent=2) + "\n", encoding="utf-8")
+        stated = model_config.to_hf(config, _torch_dtype(flat), _token_ids(tokenizer)) | described
+        Path(scratch, "config.json").write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
+
+
+def _config_of(model: Any) -> Any:
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) not in families.KINDS:
+        raise PeftJaxError(f"save_pretrained: a {type(model).__name__} is no model of peft_jax.models, of which alone "
+                           f"Hugging Face's names are known: {', '.join(families.KINDS)}.")
+    return config
 
 
 def _left_out(config: Any, places: dict[str, hf_names.Place], packed: Mapping[str, Any]) -> set[str]:
@@ -66,13 +74,13 @@ def _left_out(config: Any, places: dict[str, hf_names.Place], packed: Mapping[st
     so, or where one of those is quantised by its whole name; where one ends in that, too, by a regex."""
     modules = {name.rpartition(".")[0]: place.path in packed for name, place in places.items()
                if place.path.endswith("/kernel")}
-    quantised = tuple(name for name, held in modules.items() if held)
+    quantised = tuple(name for name, is_packed in modules.items() if is_packed)
     theirs = {"lm_head", "pooler.dense"} if families.of(config).heads else {"lm_head"}  # there even if in no file
-    found = {name for name in theirs if not any(other.endswith(name) for other in quantised)}
+    left = {name for name in theirs if not any(other.endswith(name) for other in quantised)}
     for name in modules.keys() - set(quantised):
         forms = (name.rpartition(".")[2], name, f"^{name}$")
-        found.add(next(form for form in forms if not any(other.endswith(form) for other in quantised)))
-    return found
+        left.add(next(form for form in forms if not any(other.endswith(form) for other in quantised)))
+    return left
 
 
 def _write_tokenizer(folder: Path, tokenizer: Any) -> None:

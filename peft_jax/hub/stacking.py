@@ -52,7 +52,8 @@ class Parts:
     def __init__(self, shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding | None):
         self.shape, self.dtype, self.sharding = shape, dtype, sharding
         whole = {None: tuple(map(slice, shape))}
-        self.places = sharding.addressable_devices_indices_map(shape) if sharding else whole  # device: slices
+        self.places: Mapping[Any, Any] = (  # device: slices
+            sharding.addressable_devices_indices_map(shape) if sharding else whole)
         self.buffers = {str(index): _aligned(_extent(shape, index), dtype) for index in self.places.values()}
 
     def put(self, layer: int | None, entry: np.ndarray) -> None:

@@ -178,7 +178,7 @@ def saved(config: Mapping[str, Any], path: str) -> bool:
 def labels(params: Mapping[str, Any], trained: Trains) -> tree.Tree:
     """``"trainable"`` where ``trained(path, flat params)``, else ``"frozen"``."""
     flat = tree.flatten(params)
-    return tree.unflatten({path: TRAINABLE if trained(path, flat) else FROZEN for path in flat})
+    return tree.map_paths(lambda path, _: TRAINABLE if trained(path, flat) else FROZEN, params)
 
 
 def folders(flat: Mapping[str, Any], leaf: str) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from peft_jax import quant
-from peft_jax.core import kernel_axes, targeting, tree, validation
+from peft_jax.core import arguments, kernel_axes, targeting, tree, validation
 from peft_jax.core.targeting import Patterns, Target
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import BASE, Method
@@ -141,6 +141,10 @@ def requantize(params: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[tree
     >>> requantize({"up_proj": {"kernel": jnp.eye(64)}}, base)[1]
     {'up_proj/kernel': 0.0}
     """
+    arguments.check("requantize", {"params": params, "base": base})
+    if not any(map(quant.is_leaf, tree.flatten(base).values())):
+        raise PeftJaxError("requantize: base holds no quantised leaf: give first what was merged, then the quantised "
+                           "parameters that the merge began with.")
     flat, errors = dict(tree.flatten(params)), {}
     for path, leaf in tree.flatten(base).items():
         if not quant.is_leaf(leaf):

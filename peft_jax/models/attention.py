@@ -28,7 +28,7 @@ class AttentionCore(nn.Module):
         chosen = _checked(self.implementation)
         if chosen == "auto":
             chosen = "cudnn" if flash_fits(query, key) else "xla"
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=chosen)
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=chosen)  # pyright: ignore
 
 
 def flash_fits(query: Any, key: Any, device: Any = None) -> bool:

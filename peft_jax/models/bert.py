@@ -164,7 +164,7 @@ class Layers(Part):
             nn.remat(layer, prevent_cse=False, policy=None if self.remat else POLICY),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] (flax leaves it out of the type)
             length=self.config.num_hidden_layers,
         )
         return self._part(stack, "layer")(x, mask)[0]

@@ -108,7 +108,7 @@ class GPT2(nn.Module):
             nn.remat(Block, prevent_cse=False, policy=None if self.remat else POLICY),
             variable_axes={"params": 0, "cache": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] (flax leaves it out of the type)
             length=c.num_hidden_layers,
         )
         self.wte = nn.Embed(c.vocab_size, c.hidden_size, **kinds)

@@ -5,6 +5,7 @@ layers as its leading axis. B batch, T query tokens, S key slots, D hidden, N he
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -123,12 +124,14 @@ class DecoderLayer(nn.Module):
         return x + MLP(c, **kinds, name="mlp")(normed), None
 
 
-def untie(params: dict[str, Any]) -> dict[str, Any]:
+def untie(params: Mapping[str, Any]) -> Mapping[str, Any]:
     """``params`` with a head of its own, ``lm_head/kernel`` (D, V), equal to the embedding's transpose.
 
     :class:`CausalLM` then uses it, so that head and embedding can be trained, or frozen, one without the other. Params
     that have a head come back as they are. Raises ``PeftJaxError`` where there is no embedding to take it from.
     """
+    if not isinstance(params, Mapping):
+        raise PeftJaxError(f"untie: params are a {type(params).__name__}: give the whole parameter tree.")
     if "lm_head" in params:
         return params
     tied = next((name for name in ("embed_tokens", "wte") if name in params), None)
@@ -159,7 +162,7 @@ class CausalLM(nn.Module):
             layer,
             variable_axes={"params": 0, "cache": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, *[nn.broadcast] * 5),
+            in_axes=(0, *[nn.broadcast] * 5),  # pyright: ignore[reportArgumentType] (flax leaves it out of the type)
             length=c.num_hidden_layers,
         )
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, **kinds)

@@ -1,8 +1,8 @@
 """Which token may see which. Boolean masks, ``True`` is visible. B batch, T query tokens, S key slots."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from peft_jax.errors import PeftJaxError
 
@@ -26,7 +26,7 @@ def check_length(config, tokens: int) -> None:
 
 def longest(input_ids, attention_mask) -> int:
     """How many tokens, counted from 0, the longest row has; 0 where a traced mask does not tell."""
-    if attention_mask is None or isinstance(attention_mask, jax.core.Tracer):
+    if attention_mask is None or isinstance(attention_mask, Tracer):
         return input_ids.shape[1] if attention_mask is None else 0
     return int(np.sum(np.asarray(attention_mask) != 0, axis=1).max(initial=0))
 
@@ -37,7 +37,7 @@ def check_room(index, new: int, slots: int, segment_ids) -> None:
     A write past the end would overwrite the last slots silently. A traced ``index`` cannot be looked at: then only the
     sizes are compared, and the model gives NaN for what does not fit.
     """
-    used = 0 if isinstance(index, jax.core.Tracer) else int(index)
+    used = 0 if isinstance(index, Tracer) else int(index)
     if segment_ids is not None or used + new > slots:
         raise PeftJaxError(f"the cache holds {slots} tokens a row and no packed segments; {used} are in it and {new} "
                            "more came: make a longer cache, or run without one.")

@@ -33,7 +33,7 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: tuple[tuple[str, f
     options = dict(scaling or (("rope_type", "default"),))
     kind = options["rope_type"]
     if kind not in SCALINGS:
-        raise PeftJaxError(f"rope scaling '{kind}' is not supported: {nearest(kind, SCALINGS)}")
+        raise PeftJaxError(f"rope scaling '{kind}' is not supported: {nearest(str(kind), SCALINGS)}")
     return SCALINGS[kind](inverse, options).astype(np.float32)
 
 

@@ -33,7 +33,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    told = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    words = " x ".join(f"{name} {size}" for name, size in sizes.items())
     if odd := [name for name, size in sizes.items() if isinstance(size, bool) or not isinstance(size, int) or
                (size < 1 and size != -1)]:
         raise PeftJaxError(f"mesh.{odd[0]}={sizes[odd[0]]!r}: give a whole number of devices, or -1 for what is left.")
@@ -43,7 +43,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     fixed, count = math.prod(size for size in sizes.values() if size != -1), len(devices)
     if (free and count % fixed) or fixed > count or (fixed < count and not free and jax.process_count() > 1):
         fits = [size for size in range(1, count + 1) if count % size == 0]
-        raise PeftJaxError(f"mesh {told} does not fit {count} device{'s' * (count > 1)}: choose sizes of "
+        raise PeftJaxError(f"mesh {words} does not fit {count} device{'s' * (count > 1)}: choose sizes of "
                            f"{', '.join(map(str, fits))} whose product is {count}; one may be -1, for what is left.")
     devices = devices if free else devices[:fixed]
     shape = [count // fixed if size == -1 else size for size in sizes.values()]
@@ -76,7 +76,7 @@ def rows_apart(mesh: Mesh | None, x: Any, axis: int = 0) -> Any:
 
     Left as it is where the rows cannot be split evenly.
     """
-    if not several(mesh) or x.ndim <= axis or x.shape[axis] % row_shards(mesh):
+    if mesh is None or not several(mesh) or x.ndim <= axis or x.shape[axis] % row_shards(mesh):
         return x
     free = [PartitionSpec.UNCONSTRAINED] * x.ndim
     free[axis] = ROWS
@@ -99,7 +99,7 @@ def feed(mesh: Mesh | None, batch: Mapping[str, Any], axis: int = 0) -> Mapping[
 
     Without a mesh they go to the default device. Rows that cannot be split evenly are on every device.
     """
-    if not several(mesh):
+    if mesh is None or not several(mesh):
         return jax.device_put(batch)
 
     def put(array):

@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from peft_jax import quant
-from peft_jax.core import tree
+from peft_jax.core import arguments, tree
 from peft_jax.core.kernel_axes import HOLDERS, KernelAxes
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method, owns
@@ -26,28 +26,66 @@ Rules = Sequence[tuple[str, tuple[Axis, ...]]]
 LARGE = 1 << 20  # bytes; what is smaller may lie whole on every device
 
 
-def shardings(params: Mapping[str, Any], mesh: Mesh, rules: Rules, method: Method | None = None,
+def shardings(method: Method | None, model: Any, params: Mapping[str, Any], mesh: Mesh,
               axes: Mapping[str, KernelAxes] | None = None, large: int = LARGE) -> tree.Tree:
     """A ``NamedSharding`` for each leaf of ``params``, of a quantised one a leaf of its type that holds them.
 
     Args:
+      method: whose leaves are among ``params``, ``None`` for the base's alone. A leaf beside a kernel lies as
+        ``method.along`` says. If it is large and that does not cut it over "fsdp", its widest axis is cut so, the first
+        left out.
+      model: its ``sharding`` are the rules.
       params: arrays or their shapes.
-      rules: of the model, ``model.sharding``.
-      method: whose leaves are among ``params``. One beside a kernel lies as ``method.along`` says; a large one that is
-        not cut over "fsdp" by that has its widest axis, the first left out, cut so.
+      mesh: of :func:`peft_jax.make_mesh`.
       axes: of :func:`peft_jax.kernel_axes`, where kernels have more than two axes besides their stack.
       large: bytes from which a leaf must be covered.
 
     An axis of the mesh that does not divide an axis of the leaf, in a quantised one its blocks, moves to another axis
     of that leaf; small leaves stay whole. Raises ``PeftJaxError`` for a large leaf that no rule covers or that cannot
-    be divided so, and for quantised leaves with a fused product.
+    be divided so, for quantised leaves with a fused product, for ``params`` without the method's leaves, and for a
+    model without ``sharding``.
     """
+    _check("shardings", method, model, params, mesh)
+    return by_rules(params, mesh, model.sharding, method, axes, large)
+
+
+def place(method: Method | None, model: Any, params: Mapping[str, Any], mesh: Mesh,
+          axes: Mapping[str, KernelAxes] | None = None) -> tree.Tree:
+    """``params`` on the mesh, each leaf, quantised or not, where :func:`shardings` says.
+
+    What lies there already is not copied. Arguments and errors as of :func:`shardings`.
+
+    >>> from peft_jax import lora, make_mesh
+    >>> from peft_jax.models import CausalLM, LlamaConfig
+    >>> model = CausalLM(LlamaConfig(99, 32, 48, 2, 4, 2, 8, 1e-5, 1e4, 256, True))
+    >>> base = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    >>> method, mesh = lora(r=4), make_mesh(devices=jax.devices()[:1])
+    >>> params = place(method, model, method.init(jax.random.key(1), base), mesh)
+    >>> params["norm"]["scale"].sharding.mesh == mesh
+    True
+    """
+    _check("place", method, model, params, mesh)
+    return put(params, by_rules(params, mesh, model.sharding, method, axes))
+
+
+def _check(function: str, method, model, params, mesh) -> None:
+    arguments.check(function, {"method": method, "model": model, "params": params, "mesh": mesh}, optional=("method",))
+    if method is not None:
+        tree.check_method_leaves(method, params)
+    if not hasattr(model, "sharding"):
+        raise PeftJaxError(f"{function}: a {type(model).__name__} has no rules: give its class a field sharding, such "
+                           "as ((\".*/kernel\", (\"fsdp\", \"tensor\")),).")
+
+
+def by_rules(params: Mapping[str, Any], mesh: Mesh, rules: Rules, method: Method | None = None,
+             axes: Mapping[str, KernelAxes] | None = None, large: int = LARGE) -> tree.Tree:
+    """As :func:`shardings`, of ``rules`` in place of a model; ``params`` may be a part of a tree."""
     flat = tree.flatten(params)
     lie = partial(_sharding, flat, mesh, rules, method, axes or {}, large)
     return tree.unflatten({path: lie(path, leaf) for path, leaf in flat.items()})
 
 
-def place(params: Mapping[str, Any], where: Mapping[str, Any]) -> tree.Tree:
+def put(params: Mapping[str, Any], where: Mapping[str, Any]) -> tree.Tree:
     """``params`` on their ``where``, of :func:`shardings`; what lies there already is not copied."""
     targets = tree.flatten(where)
     return tree.map_paths(lambda path, leaf: jax.device_put(_lying(leaf, targets[path]), targets[path]), params)
@@ -68,17 +106,18 @@ def init(method: Method, rng: jax.Array, base: Mapping[str, Any], mesh: Mesh, ru
     if mesh.size == 1:
         return method.init(rng, base, axes=axes)
 
-    def made(rng, base):
-        held = tree.flatten(base)
-        new = tree.flatten(method.init(rng, base, axes=axes))
-        return {path: leaf for path, leaf in new.items() if leaf is not held.get(path)}
+    def new_leaves(rng, base):
+        before = tree.flatten(base)
+        after = tree.flatten(method.init(rng, base, axes=axes))
+        return {path: leaf for path, leaf in after.items() if leaf is not before.get(path)}
 
-    found = jax.eval_shape(made, rng, base)
-    where = tree.flatten(shardings(tree.combine(base, tree.unflatten(found)), mesh, rules, method, axes))
-    where = {path: where[path] for path in found}
+    shapes = jax.eval_shape(new_leaves, rng, base)
+    whole = tree.combine(base, tree.unflatten(shapes))
+    everywhere = tree.flatten(by_rules(whole, mesh, rules, method, axes))
+    where = {path: everywhere[path] for path in shapes}
 
     def lying(rng, base):
-        return {path: _lying(leaf, where[path]) for path, leaf in made(rng, base).items()}
+        return {path: _lying(leaf, where[path]) for path, leaf in new_leaves(rng, base).items()}
 
     return tree.combine(base, tree.unflatten(jax.jit(lying, out_shardings=where)(rng, base)))
 
@@ -102,14 +141,14 @@ def like(state: Any, leaves: Mapping[str, Any], mesh: Mesh) -> Any:
       state: a pytree of arrays or shapes in which trees like ``leaves`` occur.
       leaves: arrays that lie on the mesh, or shapes with their shardings.
     """
-    known = tree.flatten(leaves)
+    flat = tree.flatten(leaves)
 
     def of(path, leaf):
         keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
         for start in range(len(keys)):
             name = "/".join(keys[start:])
-            if name in known and known[name].shape == leaf.shape:
-                return known[name].sharding
+            if name in flat and flat[name].shape == leaf.shape:
+                return flat[name].sharding
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(of, state)
@@ -127,7 +166,7 @@ def _sharding(flat, mesh, rules, method, axes, large, path: str, leaf) -> Any:
         return _of_quantised(leaf, spec or (), mesh, fit, path)
     if big and own and "fsdp" not in (spec or ()):
         spec = spec or (None,) * (leaf.ndim - 1)  # the first axis may be a stack, which a scan slices
-        spec = _cut(mesh, leaf.shape[leaf.ndim - len(spec):], _names(spec), "fsdp")
+        spec = tuple(_cut(mesh, leaf.shape[leaf.ndim - len(spec):], _names(spec), "fsdp"))
     spec = fit(leaf.shape[leaf.ndim - len(spec or ()):], spec or ())
     return NamedSharding(mesh, PartitionSpec(*[None] * (leaf.ndim - len(spec)), *spec))
 
@@ -159,15 +198,15 @@ def _fitted(mesh: Mesh, large: str | None, sizes: Sequence[int], spec: tuple[Axi
     (('fsdp',), ())
     """
     names = _names(spec)
-    kept = [axes if _divides(mesh, size, axes) else () for size, axes in zip(sizes, names, strict=True)]
-    for name in [name for before, after in zip(names, kept, strict=True) if before != after for name in before]:
-        placed = _cut(mesh, sizes, kept, name)
-        if placed == kept and large:
+    cuts = [axes if _divides(mesh, size, axes) else () for size, axes in zip(sizes, names, strict=True)]
+    for name in [name for before, after in zip(names, cuts, strict=True) if before != after for name in before]:
+        more = _cut(mesh, sizes, cuts, name)
+        if more == cuts and large:
             raise PeftJaxError(f"'{large}' cannot be split over {name}={mesh.shape[name]}: neither of its axes, which "
                                f"are {' and '.join(map(str, sizes))} values or blocks wide, is a multiple; choose "
                                f"another --config.mesh.{name}.")
-        kept = placed
-    return tuple(kept)
+        cuts = more
+    return tuple(cuts)
 
 
 def _names(spec: tuple[Axis, ...]) -> list[tuple[str, ...]]:
@@ -190,6 +229,18 @@ def _of_quantised(leaf, spec, mesh, fit, path: str) -> Any:
     if leaf.product != "plain" and mesh.size > 1:
         raise PeftJaxError(f"'{path}' is multiplied by a fused kernel, which knows one device: use "
                            "quantize(product=\"plain\") on a mesh.")
+    rows, columns = fit(*_matrix_sides(leaf, spec))
+    whole = NamedSharding(mesh, PartitionSpec())
+    matrix = NamedSharding(mesh, PartitionSpec(*[None] * len(leaf.stack), rows, columns))
+    together = [tuple(name for name in names if name != "fsdp") for names in (rows, columns)]
+    return replace(leaf, codes=matrix, scales=matrix, nested=leaf.nested if leaf.nested is None else whole,
+                   mean=leaf.mean if leaf.mean is None else whole,
+                   offsets=leaf.offsets if leaf.offsets is None else matrix,
+                   gathered=NamedSharding(mesh, PartitionSpec(*together)))
+
+
+def _matrix_sides(leaf, spec) -> tuple[tuple[int, ...], tuple[Axis, ...]]:
+    """Of a quantised leaf's matrix, as it is stored: (rows and blocks, how ``spec`` cuts them)."""
     inputs = len(leaf.inputs)
     spec = (*spec, *[None] * (inputs + len(leaf.outputs) - len(spec)))
     # Of several axes that are one here only the first, the slowest, can be cut.
@@ -198,17 +249,7 @@ def _of_quantised(leaf, spec, mesh, fit, path: str) -> Any:
     if not leaf.by_rows:
         sides, sizes = sides[::-1], sizes[::-1]
     blocks = leaf.scales.shape[-1]
-    if leaf.flat:  # rows run on into each other: (1, everything)
-        sides, sizes = (None, "fsdp" if "fsdp" in sides else None), (1, blocks if leaf.codes.shape[-1] % blocks == 0
-                                                                    else 1)
-    else:
-        sizes = sizes[0], blocks
-    rows, columns = fit(sizes, sides)
-    front = [None] * len(leaf.stack)
-    whole = NamedSharding(mesh, PartitionSpec())
-    matrix = NamedSharding(mesh, PartitionSpec(*front, rows, columns))
-    kept = [tuple(name for name in names if name != "fsdp") for names in (rows, columns)]
-    return replace(leaf, codes=matrix, scales=matrix, nested=leaf.nested if leaf.nested is None else whole,
-                   mean=leaf.mean if leaf.mean is None else whole,
-                   offsets=leaf.offsets if leaf.offsets is None else matrix,
-                   gathered=NamedSharding(mesh, PartitionSpec(*kept)))
+    if not leaf.flat:
+        return (sizes[0], blocks), sides
+    even = leaf.codes.shape[-1] % blocks == 0  # rows run on into each other: (1, everything)
+    return (1, blocks if even else 1), (None, "fsdp" if "fsdp" in sides else None)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -45,7 +46,7 @@ def collectives(text: str) -> list[Collective]:
     return _within(parts, entry, 1)
 
 
-def moved(found: list[Collective], devices: int) -> int:
+def moved(found: Iterable[Collective], devices: int) -> int:
     """Bytes that each device receives, if all ``devices`` take part in rings: a gathered array but for its own part, a
     summed one twice that (https://docs.nvidia.com/deeplearning/nccl, arXiv:1802.05799, section 3)."""
     share = (devices - 1) / devices
@@ -70,7 +71,7 @@ def _within(parts: dict[str, list[str]], name: str, times: int) -> list[Collecti
     found = []
     for line in parts.get(name, ()):
         if match := _RESULT.match(line):
-            found += [one._replace(times=times) for one in _arrays(*match.groups(), line)]
+            found += [one._replace(times=times) for one in _arrays(match[1], match[2], match[3], line)]
         turns = int(asked[1]) if (asked := _TURNS.search(line)) else 1
         branches = _BRANCHES.search(line)
         inner = [] if match else _CALLED.findall(line) + (re.findall(r"[\w.-]+", branches[1]) if branches else [])

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +42,7 @@ class Program(NamedTuple):
     flops: int = 0
 
 
-def compile_step(step: Callable, state: Any, frozen: tree.Tree, batch: Any, target: Target | None = None,
+def compile_step(step: Any, state: Any, frozen: tree.Tree, batch: Any, target: Target | None = None,
                  devices: int = 1) -> Program:
     """``step(state, frozen, batch)``, jitted, compiled for shapes: nothing is allocated, nothing runs.
 

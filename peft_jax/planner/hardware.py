@@ -43,7 +43,7 @@ class Suggestion(NamedTuple):
     ``words`` what is left out of that."""
 
     device: Device
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride] (a tuple's method, which nobody calls)
     share: int
     words: str
 
@@ -72,12 +72,13 @@ def suggest_hardware(need: Any, devices: Sequence[Device] = DEVICES) -> list[Sug
     return sorted(found, key=lambda one: (one.count or math.inf, one.device.bytes))
 
 
-def _need(need) -> tuple[int, int, int]:
+def _need(need: Any) -> tuple[int, int, int]:
     """(bytes that more devices share, bytes that each has, number of devices that it was planned for or 0)."""
-    if isinstance(need, int | float) and not isinstance(need, bool):
-        return math.ceil(need) if 0 < need < math.inf else 0, 0, 0
     if not hasattr(need, "program"):
-        raise PeftJaxError(f"suggest_hardware: a {type(need).__name__}: give bytes, or what peft_jax.plan returned.")
+        if not isinstance(need, int | float) or isinstance(need, bool):
+            raise PeftJaxError(f"suggest_hardware: a {type(need).__name__}: give bytes, or what peft_jax.plan "
+                               "returned.")
+        return math.ceil(need) if 0 < need < math.inf else 0, 0, 0
     total, devices = need.need, need.program.devices
     if devices > 1:
         return 0, total, devices

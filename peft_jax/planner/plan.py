@@ -16,7 +16,7 @@ from peft_jax.planner.breakdown import sum_of_parts
 from peft_jax.planner.compiled import compile_step
 from peft_jax.planner.plan_result import Plan
 from peft_jax.planner.rule_of_thumb import rules
-from peft_jax.planner.shapes import Shapes, as_model, check_sizes, shapes
+from peft_jax.planner.shapes import Shapes, as_model, check_sizes, check_types, shapes
 from peft_jax.planner.target_device import Target
 from peft_jax.train.loss import cross_entropy, squared_error
 from peft_jax.train.step import init_state, make_step, state_shardings
@@ -24,7 +24,7 @@ from peft_jax.train.step import init_state, make_step, state_shardings
 LENGTH = 1024  # tokens of a row, where neither rows nor examples have a limit
 
 
-def plan(model: Any, method: Method, optimizer: optax.GradientTransformation, batch: int = 1, seq: int = LENGTH,
+def plan(method: Method, model: Any, optimizer: optax.GradientTransformation, batch: int = 1, seq: int = LENGTH,
          mesh: Mesh | None = None, remat: bool | None = None, *, dtype: Any = None, param_dtype: Any = None,
          answers: int | None = None, accumulate_steps: int = 1, loss_chunk: int = 512, error: Callable = cross_entropy,
          base: Mapping[str, Any] | None = None, target: Target | None = None,
@@ -34,6 +34,7 @@ def plan(model: Any, method: Method, optimizer: optax.GradientTransformation, ba
     The step is that of training, lowered and compiled; beside it stand a sum of parts and the article's rule of thumb.
 
     Args:
+      method: what trains, such as ``peft_jax.lora(r=8)``.
       model: a config, such as ``peft_jax.load_config(source)`` or a ``LlamaConfig``; or a model, with methods
         ``hidden`` and ``head``, such as ``CausalLM(config, dtype, param_dtype, remat)``.
       optimizer: over the trained leaves, such as ``optax.adamw(1e-4)``.
@@ -59,10 +60,11 @@ def plan(model: Any, method: Method, optimizer: optax.GradientTransformation, ba
     >>> from peft_jax import lora
     >>> from peft_jax.models.llama import LlamaConfig
     >>> sizes = LlamaConfig(99, 32, 48, 2, 4, 2, 8, 1e-5, 1e4, 256, True)
-    >>> found = plan(sizes, lora(r=4), optax.adamw(1e-4), batch=2, seq=16)
+    >>> found = plan(lora(r=4), sizes, optax.adamw(1e-4), batch=2, seq=16)
     >>> {name: found.groups[name] for name in ("weights", "gradients", "optimiser", "batch")}
     {'weights': 78352, 'gradients': 3584, 'optimiser': 7172, 'batch': 756}
     """
+    check_types(method, optimizer, mesh, target)
     if target is not None and several(mesh):
         raise PeftJaxError("plan: a target is one device: leave target out, or the mesh.")
     check_sizes(loss_chunk=loss_chunk)

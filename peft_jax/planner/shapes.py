@@ -87,7 +87,6 @@ def shapes(model: Any, method: Method, optimizer: optax.GradientTransformation, 
 
     Raises ``PeftJaxError`` as ``peft_jax.plan`` does.
     """
-    check_types(method, optimizer, mesh, target)
     answers = _answers(model, seq) if answers is None else answers
     check_attention(getattr(model, "config", None), getattr(model, "dtype", None), target)
     _check(model, mesh, packed, batch=batch, seq=seq, answers=answers, accumulate_steps=accumulate_steps)
@@ -98,7 +97,7 @@ def shapes(model: Any, method: Method, optimizer: optax.GradientTransformation, 
     plain = jax.eval_shape(method.init, jax.random.key(0), base)
     mesh = several(mesh)
     found = batch_shapes(batch, seq, answers, accumulate_steps, kind, mesh)
-    params = partitioning.shapes(plain, partitioning.shardings(plain, mesh, model.sharding, method)) if mesh else plain
+    params = partitioning.shapes(plain, partitioning.shardings(method, model, plain, mesh)) if mesh else plain
     jax.eval_shape(bind(method, model, mesh), {"params": params}, jnp.zeros((1, 8), jnp.int32))  # leaves nothing reads
     model = attending(model, method, plain, found, target)
     labels = method.labels(params)
@@ -177,16 +176,17 @@ def attending(model: Any, method: Method, params: tree.Tree, batch: Mapping[str,
 
 def check_types(method: Any, optimizer: Any, mesh: Any, target: Any = None) -> None:
     """Raise ``PeftJaxError`` where one is something else, such as its name."""
-    for name, given, kind, instead in (
+    for name, value, kind, instead in (
             ("method", method, Method, "lora() or chain(quantize(), lora())"),
             ("optimizer", optimizer, optax.GradientTransformation, "optax.adamw(1e-4)"),
             ("mesh", mesh, Mesh | None, "peft_jax.make_mesh(fsdp=-1)"),
             ("target", target, Target | None, "peft_jax.planner.h100()")):
-        if not isinstance(given, kind):
-            raise PeftJaxError(f"plan: {name} is a {type(given).__name__}: give one such as {instead}.")
+        if not isinstance(value, kind):
+            raise PeftJaxError(f"plan: {name} is a {type(value).__name__}: give one such as {instead}. The order is "
+                               "plan(method, model, optimizer, batch, seq, mesh).")
 
 
-def check_sizes(what: str = "plan", **sizes: int) -> None:
+def check_sizes(what: str = "plan", /, **sizes: int) -> None:
     """Raise ``PeftJaxError`` where one is no whole number of at least 1."""
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -5,10 +5,12 @@ QLoRA, arXiv:2305.14314, equations 1 to 6. What each code stands for is in ``cod
 
 from functools import partial
 from numbers import Integral
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from peft_jax.core import validation
 from peft_jax.errors import PeftJaxError, nearest
@@ -54,7 +56,7 @@ def quantize_array(array, quant_type: str = "nf4", *, block_size: int | None = 6
     block_size = int(block_size or 0)
     children = _encode(array, quant_type, block_size, bool(double_quant), stack, inputs, outputs, bool(by_rows))
     finite = children.pop("finite")
-    if not isinstance(finite, jax.core.Tracer) and not finite:
+    if not isinstance(finite, Tracer) and not finite:
         _raise_not_finite(array)
     return QuantizedArray(**children, quant_type=quant_type, block_size=block_size, inputs=inputs, outputs=outputs,
                           by_rows=bool(by_rows), plain_dtype=str(_float_dtype(array)))
@@ -176,8 +178,9 @@ def _float_dtype(array):
 
 def check(quant_type: str, block_size: int | None, double_quant: bool) -> None:
     """Raise ``PeftJaxError`` for what is no codec; see :func:`quantize_array`."""
-    if quant_type not in QUANT_TYPES:
-        raise PeftJaxError(f"quant_type={quant_type!r} is no data type: {nearest(str(quant_type), QUANT_TYPES)}")
+    if not isinstance(quant_type, str) or quant_type not in QUANT_TYPES:
+        words = repr(quant_type).partition("\n")[0]  # an array that was given in its place has many lines
+        raise PeftJaxError(f"quant_type={words} is no data type: {nearest(words, QUANT_TYPES)}")
     whole = isinstance(block_size, Integral) and not isinstance(block_size, bool)
     if block_size is not None and not (whole and block_size in BLOCK_SIZES):
         raise PeftJaxError(f"block_size={block_size!r} is none of {', '.join(map(str, BLOCK_SIZES))}, or None, which "
@@ -194,7 +197,7 @@ def _check(array) -> None:
         raise PeftJaxError(f"an array of shape {array.shape} has nothing to quantise.")
 
 
-def _sizes(array, stack, inputs, outputs):
+def _sizes(array, stack, inputs, outputs) -> Any:
     """The plain rule where nothing is given; otherwise what is given, checked."""
     shape = tuple(array.shape)
     if stack is inputs is outputs is None and len(shape) in (2, 3):

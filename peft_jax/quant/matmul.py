@@ -5,6 +5,7 @@ QLoRA, arXiv:2305.14314, equations 5 and 6. A quantised leaf is frozen: its cota
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def dot(x, kernel, dtype=None, axes: int = 1):
         raise PeftJaxError(f"x of shape {x.shape} does not end in the kernel's inputs {inputs}.")
     rows = x.astype(dtype).reshape(-1, matrix(inputs, outputs, by_rows=True)[0])
     if quantised:
-        y = _product(rows, _without_stack(kernel), not kernel.by_rows)
+        y: Any = _product(rows, _without_stack(kernel), not kernel.by_rows)
     else:
         y = rows @ kernel.astype(dtype).reshape(rows.shape[-1], -1)
     return y.reshape(*front, *outputs)
@@ -49,7 +50,7 @@ def attend(x, embedding, dtype=None):
         raise PeftJaxError(f"x of shape {x.shape} does not fit an embedding of shape {embedding.shape}.")
     rows = x.astype(dtype).reshape(-1, x.shape[-1])
     if isinstance(embedding, QuantizedArray):
-        y = _product(rows, embedding, embedding.by_rows)
+        y: Any = _product(rows, embedding, embedding.by_rows)
     else:
         y = rows @ embedding.astype(dtype).T
     return y.reshape(*x.shape[:-1], embedding.shape[0])
@@ -103,7 +104,7 @@ def _without_stack(leaf: QuantizedArray) -> QuantizedArray:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x, leaf, transposed: bool):
+def _product(x, leaf, transposed: bool) -> Any:
     """x (tokens, columns) times the leaf's matrix (rows, columns) transposed, or x (tokens, rows) times it as it is.
 
     By hand, since plain autodiff would keep every decoded matrix for the backward pass.

@@ -137,8 +137,8 @@ def matrix(inputs: tuple[int, ...], outputs: tuple[int, ...], by_rows: bool) -> 
     >>> matrix((4, 8), (3,), by_rows=False)
     (3, 32)
     """
-    sizes = math.prod(inputs), math.prod(outputs)
-    return sizes if by_rows else sizes[::-1]
+    rows, columns = (inputs, outputs) if by_rows else (outputs, inputs)
+    return math.prod(rows), math.prod(columns)
 
 
 def is_flat(quant_type: str, columns: int, block: int) -> bool:

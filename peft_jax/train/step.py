@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from peft_jax.core import tree
+from peft_jax.core import arguments, tree
 from peft_jax.parallel import partitioning
 from peft_jax.train.loss import batch_loss, cross_entropy
 
@@ -28,6 +28,8 @@ def init_state(trainable: tree.Tree, tx: optax.GradientTransformation, rng: jax.
 
     On a mesh, ``where`` are its shardings, of :func:`state_shardings`.
     """
+    arguments.check("init_state", {"trainable": trainable, "tx": tx, "rng": rng})
+
     def make(trainable, rng):
         trainable = jax.tree.map(jnp.copy, trainable)
         return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable), rng)
@@ -37,6 +39,7 @@ def init_state(trainable: tree.Tree, tx: optax.GradientTransformation, rng: jax.
 
 def state_shardings(trainable: tree.Tree, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Where the state of ``trainable``, arrays on the mesh or shapes with their shardings, lies on it."""
+    arguments.check("state_shardings", {"trainable": trainable, "tx": tx, "mesh": mesh})
     shapes = jax.eval_shape(lambda leaves, rng: init_state(leaves, tx, rng), trainable, jax.random.key(0))
     return partitioning.like(shapes, trainable, mesh)
 
@@ -54,6 +57,7 @@ def make_step(apply: Callable, tx: optax.GradientTransformation, loss_chunk: int
 
     On a ``mesh``, ``where`` are the shardings of the state, which the new one has too.
     """
+    arguments.check("make_step", {"apply": apply, "tx": tx, "mesh": mesh}, optional=("mesh",))
 
     def micro_gradient(trainable, frozen, micro, rng):
         def loss(leaves):

@@ -16,7 +16,7 @@ def adapters(tiny_model, tmp_path_factory):
     for name, r in (("one", 2), ("two", 3)):
         method = lora(r=r)
         save_adapter(folder / name / "adapter", method,
-                     properties.moved(method, method.init(jax.random.key(r), base), seed=r, by=1.0), model)
+                     model, properties.moved(method, method.init(jax.random.key(r), base), seed=r, by=1.0))
     return folder
 
 

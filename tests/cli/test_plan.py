@@ -48,7 +48,7 @@ def test_it_is_the_memory_of_the_program_that_training_runs(asked, experiment, o
     real = memory_of(step.lower(state, frozen, batch).compile())
 
     _, rows, length = batch["input_ids"].shape
-    found = plan(ready.model, method, make_optimizer(config.optim, total, method.labels(params)),
+    found = plan(method, ready.model, make_optimizer(config.optim, total, method.labels(params)),
                  rows, length, answers=batch["loss_index"].shape[-1],
                  accumulate_steps=config.optim.accumulate_steps)
     assert found.program.memory == real
@@ -134,18 +134,18 @@ def test_what_is_assumed_of_the_batch_is_said(asked, tiny_model, options, shape,
     ({"loss_chunk": 1.5}, "loss_chunk=1.5"), ({"answers": -1}, "answers=-1")])
 def test_sizes_that_cannot_be_meant(tiny_model, change, words):
     with pytest.raises(PeftJaxError, match=words):
-        plan(tiny_model[0], lora(), optax.adamw(1e-4), **change)
+        plan(lora(), tiny_model[0], optax.adamw(1e-4), **change)
 
 
 def test_a_method_that_needs_data_cannot_be_planned(tiny_model):
     with pytest.raises(PeftJaxError, match="depend on data"):
-        plan(tiny_model[0], lora(init_lora_weights="eva"), optax.adamw(1e-4), seq=32)
+        plan(lora(init_lora_weights="eva"), tiny_model[0], optax.adamw(1e-4), seq=32)
 
 
 def test_a_plan_grows_with_rows_and_layers(tiny_model):
     model = tiny_model[0]
     deeper = model.clone(config=dataclasses.replace(model.config, num_hidden_layers=4))
-    small, wide, deep = (plan(one, lora(), optax.adamw(1e-4), rows, 32).program.memory
+    small, wide, deep = (plan(lora(), one, optax.adamw(1e-4), rows, 32).program.memory
                          for one, rows in ((model, 1), (model, 4), (deeper, 1)))
     assert wide.temporaries > small.temporaries and deep.arguments > small.arguments
 

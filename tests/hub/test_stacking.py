@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peft_jax import chain, load_pretrained, lora, make_mesh, quant, quantize, save_pretrained, shardings
+from peft_jax import chain, load_pretrained, lora, make_mesh, quant, quantize, save_pretrained
 from peft_jax.core import tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub.families.gpt2 import FAMILY as GPT2
@@ -16,6 +16,7 @@ from peft_jax.hub.formats import safetensors_files
 from peft_jax.hub.model_config import param_shapes
 from peft_jax.models.heads import Head
 from peft_jax.models.llama import CausalLM, LlamaConfig
+from peft_jax.parallel import partitioning
 from tests.conftest import REAL
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -170,7 +171,7 @@ def test_weights_go_from_the_file_to_the_devices_that_hold_them(tmp_path, method
     folder = saved(tmp_path / "even", LlamaConfig(**{**vars(WIDE), "vocab_size": 64, "intermediate_size": 128}))
     whole, spread = (tree.flatten(load_pretrained(folder, method=method, mesh=mesh)[1])
                      for mesh in (None, make_mesh(2, 2, 2)))
-    lies = tree.flatten(shardings(tree.unflatten(whole), make_mesh(2, 2, 2), CausalLM.sharding))
+    lies = tree.flatten(partitioning.by_rules(tree.unflatten(whole), make_mesh(2, 2, 2), CausalLM.sharding))
     cut = 0
     for path, leaf in whole.items():
         parts = zip(*(jax.tree.leaves(one[path]) for one in (whole, spread, lies)), strict=True)

@@ -167,7 +167,7 @@ def test_plain_names_there_and_back(encoder, tmp_path):
     model, base, axes = encoder
     method = method_of(rank_pattern={"layers.0.attention.query": 4}, bias="all", modules_to_save=("norm",))
     params = method.init(jax.random.key(2), base, axes=axes)
-    save_adapter(tmp_path, method, params, model)
+    save_adapter(tmp_path, method, model, params)
     again, loaded = load_adapter(tmp_path, base, axes=axes)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     assert flatten(again.labels(loaded)) == flatten(method.labels(params))

@@ -43,7 +43,7 @@ def test_smollm2_exchanges_adapters_with_peft(smollm2, smollm2_peer, kind, tmp_p
 
     method = getattr(peft_jax, kind)(**options)
     params = properties.moved(method, method.init(jax.random.key(0), base), by=by)
-    save_adapter(tmp_path / "ours", method, params, model)
+    save_adapter(tmp_path / "ours", method, model, params)
     ours = own_logits(method, params)
     peer.assert_close(ours, logits(peft.PeftModel.from_pretrained(smollm2_peer(), tmp_path / "ours")))
     assert np.abs(ours - np.asarray(model.apply({"params": base}, ids))).max() > 1e-2 * np.abs(ours).max()

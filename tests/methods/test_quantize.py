@@ -120,7 +120,7 @@ def test_a_saved_adapter_is_the_lora_alone_and_loads_on_a_quantised_base(tied, t
     model, base, held, _ = tied
     method = chain(quantize(**SMALL), lora(r=2))
     tuned = moved(method, method.init(jax.random.key(0), base))
-    peft_jax.save_adapter(tmp_path, method, tuned, model)
+    peft_jax.save_adapter(tmp_path, method, model, tuned)
     loaded, params = peft_jax.load_adapter(tmp_path, held)
     assert loaded.config["peft_type"] == "LORA"
     ours, expected = (jax.jit(bind(one, model))({"params": p}, IDS) for one, p in ((loaded, params), (method, tuned)))
@@ -140,13 +140,13 @@ def test_loftq_starts_nearer_to_the_base(tied, rounds, tmp_path):
             error, alone = (np.square(flatten(tree)[path] - leaf).mean((1, 2)) for tree in (method.merge(tuned), plain))
             assert (error < 0.9 * alone).all()
     if rounds == 1:  # the base is what quantize makes of it, so the adapter is a plain one on that
-        peft_jax.save_adapter(tmp_path, method, tuned, model)
+        peft_jax.save_adapter(tmp_path, method, model, tuned)
         loaded, params = peft_jax.load_adapter(tmp_path, held)
         np.testing.assert_allclose(bind(loaded, model)({"params": params}, IDS), bind(method, model)(
             {"params": tuned}, IDS), atol=1e-5)
     else:
         with pytest.raises(PeftJaxError, match="save the whole model"):
-            peft_jax.save_adapter(tmp_path, start, tuned, model)
+            peft_jax.save_adapter(tmp_path, start, model, tuned)
 
 
 def test_pissa_in_front_leaves_its_rest_to_be_quantised(tied):

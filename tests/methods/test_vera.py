@@ -108,7 +108,7 @@ def test_dropout_needs_a_stream_and_changes_the_branch(peer_bases):
 def test_a_file_without_projections_says_what_to_do(peer_bases, tmp_path):
     _, model, base = peer_bases["llama"]
     method = vera(r=4)
-    save_adapter(tmp_path, method, method.init(jax.random.key(0), base), model)
+    save_adapter(tmp_path, method, model, method.init(jax.random.key(0), base))
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     save_file({key: value for key, value in tensors.items() if key != "base_model.vera_A"},
               tmp_path / "adapter_model.safetensors")
@@ -124,7 +124,7 @@ def test_beside_lora_in_a_chain(peer_bases, tmp_path):
     _, model, base = peer_bases["llama"]
     method = chain(lora(r=2, target_modules=("up_proj",)), vera(r=4))
     params = properties.moved(method, method.init(jax.random.key(0), base))
-    save_adapter(tmp_path, method, params, model)
+    save_adapter(tmp_path, method, model, params)
     _, again = load_adapter(tmp_path, base)
     jax.tree.map(np.testing.assert_array_equal, flatten(again), flatten(params))
     merged = model.apply({"params": method.merge(params)}, peer.IDS)

@@ -118,7 +118,7 @@ def test_ia3_is_exchanged_with_peft(base, tmp_path):
 def test_a_llama_adapter_says_no_fan_in_fan_out(peer_bases, tmp_path):
     _, model, params = peer_bases["llama"]
     method = lora(r=2)
-    save_adapter(tmp_path, method, method.init(jax.random.key(0), params), model)
+    save_adapter(tmp_path, method, model, method.init(jax.random.key(0), params))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"] is False
 
 
@@ -134,7 +134,7 @@ def test_loaded_leaves_are_where_they_were_saved_from(base, tmp_path):
     _, model, params = base
     method = lora(r=2, target_modules=("c_attn",), init_lora_weights=False)
     tuned = method.init(jax.random.key(0), params)
-    save_adapter(tmp_path, method, tuned, model)
+    save_adapter(tmp_path, method, model, tuned)
     for path, leaf in flatten(load_adapter(tmp_path, params)[1]).items():
         assert jnp.array_equal(leaf, flatten(tuned)[path]), path
     assert peft_jax.count(tuned["h"]["attn"]["c_attn"]["lora_b"]) == 3 * 2 * 48

@@ -53,7 +53,7 @@ def batch_of(step):
 
 def started(method, base, mesh):
     """(params on the mesh, step, state, frozen)."""
-    base = partitioning.place(base, partitioning.shardings(base, mesh, MODEL.sharding)) if mesh.size > 1 else base
+    base = partitioning.put(base, partitioning.by_rules(base, mesh, MODEL.sharding)) if mesh.size > 1 else base
     params = partitioning.init(method, jax.random.key(1), base, mesh, MODEL.sharding)
     tx = optax.adam(LEARNING_RATE)
     trainable, frozen = tree.partition(params, method.labels(params))
@@ -131,25 +131,25 @@ def check_bytes(name, mesh, base, held):
 def test_every_large_leaf_is_covered(base):
     mesh = make_mesh(1, 8, 1)
     with pytest.raises(PeftJaxError, match=r"no rule says how 'embed_tokens/embedding' .*\(\"fsdp\", None\)"):
-        partitioning.shardings(base, mesh, MODEL.sharding[:1], large=1 << 12)
-    lies = tree.flatten(partitioning.shardings(base, mesh, MODEL.sharding, large=0))
+        partitioning.by_rules(base, mesh, MODEL.sharding[:1], large=1 << 12)
+    lies = tree.flatten(partitioning.by_rules(base, mesh, MODEL.sharding, large=0))
     assert lies["layers/mlp/down_proj/kernel"].spec == P(None, ("tensor",), ("fsdp",))
 
 
 def test_what_does_not_divide_moves_or_is_said(base):
     leaf = {"x": {"kernel": jax.ShapeDtypeStruct((2, 9, 64), jnp.float32)}}
     rules = (("x/kernel", ("fsdp", "tensor")),)
-    lies = partitioning.shardings(leaf, make_mesh(1, 4, 2), rules)["x"]["kernel"]
+    lies = partitioning.by_rules(leaf, make_mesh(1, 4, 2), rules)["x"]["kernel"]
     assert lies.spec == P(None, (), ("tensor", "fsdp"))
     odd = {"x": {"kernel": jax.ShapeDtypeStruct((2, 9, 63), jnp.float32)}}
-    assert partitioning.shardings(odd, make_mesh(1, 4, 2), rules)["x"]["kernel"].spec == P(None, (), ())  # small
+    assert partitioning.by_rules(odd, make_mesh(1, 4, 2), rules)["x"]["kernel"].spec == P(None, (), ())  # small
     with pytest.raises(PeftJaxError, match=r"'x/kernel' cannot be split over fsdp=4.*9 and 63.*--config.mesh.fsdp"):
-        partitioning.shardings(odd, make_mesh(1, 4, 2), rules, large=0)
+        partitioning.by_rules(odd, make_mesh(1, 4, 2), rules, large=0)
 
 
 def test_quantised_leaves_are_cut_between_blocks(base):
     params = jax.eval_shape(quantize("nf4", block_size=64, double_quant=True).init, jax.random.key(0), base)
-    lies = tree.flatten(partitioning.shardings(params, make_mesh(1, 4, 2), MODEL.sharding, large=0))
+    lies = tree.flatten(partitioning.by_rules(params, make_mesh(1, 4, 2), MODEL.sharding, large=0))
     one = lies["layers/mlp/up_proj/kernel"]  # 128 inputs are two blocks: four parts would cut them, so outputs are
     assert one.codes.spec == one.scales.spec == P(None, ("tensor", "fsdp"), ())
     assert one.gathered.spec == P(("tensor",), ()) and one.nested.spec == P()
@@ -160,12 +160,12 @@ def test_quantised_leaves_are_cut_between_blocks(base):
 def test_leaves_beside_a_kernel_lie_as_it_does(base):
     method = lora(r=4, target_modules="all-linear")
     params = jax.eval_shape(method.init, jax.random.key(0), base)
-    lies = tree.flatten(partitioning.shardings(params, make_mesh(1, 4, 2), MODEL.sharding, method))
+    lies = tree.flatten(partitioning.by_rules(params, make_mesh(1, 4, 2), MODEL.sharding, method))
     assert lies["layers/mlp/up_proj/lora_a"].spec == P(None, ("fsdp",), ())
     assert lies["layers/mlp/up_proj/lora_b"].spec == P(None, (), ("tensor",))
     assert lies["layers/mlp/down_proj/lora_a"].spec == P(None, ("tensor",), ())
     assert lies["layers/mlp/down_proj/lora_b"].spec == P(None, (), ("fsdp",))
-    large = tree.flatten(partitioning.shardings(params, make_mesh(1, 4, 2), MODEL.sharding, method, large=1 << 10))
+    large = tree.flatten(partitioning.by_rules(params, make_mesh(1, 4, 2), MODEL.sharding, method, large=1 << 10))
     assert large["layers/mlp/up_proj/lora_b"].spec == P(None, (), ("tensor", "fsdp"))
 
 
@@ -184,6 +184,6 @@ def test_a_mesh_that_does_not_fit_is_an_error(sizes, words):
 def test_fused_products_know_one_device(base):
     params = jax.eval_shape(quantize("nf4", product="fused").init, jax.random.key(0), base)
     with pytest.raises(PeftJaxError, match="fused kernel"):
-        partitioning.shardings(params, make_mesh(), MODEL.sharding)
-    assert quant.is_leaf(partitioning.shardings(params, make_mesh(1, 1, 1), MODEL.sharding)["layers"]["mlp"]["up_proj"]
+        partitioning.by_rules(params, make_mesh(), MODEL.sharding)
+    assert quant.is_leaf(partitioning.by_rules(params, make_mesh(1, 1, 1), MODEL.sharding)["layers"]["mlp"]["up_proj"]
                          ["kernel"])

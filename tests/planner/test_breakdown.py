@@ -22,7 +22,7 @@ TARGET = Target("a device", None, {})
 # the parts, and the compiler orders as it likes.
 @pytest.mark.parametrize("name", METHODS)
 def test_arguments_are_exact_and_the_sum_is_within_15_percent(tiny_model, name):
-    found = plan(tiny_model[0].clone(remat=name == "qlora"), METHODS[name], optax.adamw(1e-4), batch=2, seq=64)
+    found = plan(METHODS[name], tiny_model[0].clone(remat=name == "qlora"), optax.adamw(1e-4), batch=2, seq=64)
     memory, parts = found.program.memory, {part.name: part.bytes for part in found.parts}
     assert sum(parts.get(part, 0) for part in (*GIVEN, "optimiser state", "batch")) == memory.arguments
     assert found.sum == pytest.approx(memory.total, rel=0.15)
@@ -35,7 +35,7 @@ def test_arguments_are_exact_and_the_sum_is_within_15_percent(tiny_model, name):
     ("full", (1, 4, 1), 0.8, 1.1), ("lora", (2, 1, 1), 0.8, 1.1), ("qlora", (1, 2, 2), 1, 2)])
 def test_on_a_mesh_arguments_are_those_of_a_device_as_it_holds_them(tiny_model, name, sizes, low, high):
     mesh = make_mesh(*sizes, devices=jax.devices()[:4])
-    found = plan(tiny_model[0], (METHODS | {"full": full()})[name], optax.adamw(1e-4), 4, 64, mesh, True)
+    found = plan((METHODS | {"full": full()})[name], tiny_model[0], optax.adamw(1e-4), 4, 64, mesh, True)
     parts = {part.name: part for part in found.parts}
     held = sum(part.bytes for part in found.parts if part.name in (*GIVEN, "optimiser state", "batch"))
     assert held == pytest.approx(found.program.memory.arguments, abs=64)
@@ -46,7 +46,7 @@ def test_on_a_mesh_arguments_are_those_of_a_device_as_it_holds_them(tiny_model, 
 
 def test_a_config_gives_the_plan_of_its_model(tiny_model):
     model = tiny_model[0]
-    found = plan(model.config, METHODS["lora"], optax.adamw(1e-4), 2, 32, None, True, dtype="bfloat16")
+    found = plan(METHODS["lora"], model.config, optax.adamw(1e-4), 2, 32, None, True, dtype="bfloat16")
     given = shapes(CausalLM(model.config, "bfloat16", remat=True), METHODS["lora"], optax.adamw(1e-4), 2, 32)
     assert found.parts == sum_of_parts(given, 512, cross_entropy)
     assert found.assumed["remat"] and found.assumed["computing in"] == "bfloat16"
@@ -66,7 +66,7 @@ def test_the_optimiser_behind_its_bytes_is_named(tiny_model, optimizer, words):
 @pytest.mark.parametrize("model", ["llama3_8b", {"hidden_size": 3}, None, LlamaConfig])
 def test_what_is_no_model_is_said(model):
     with pytest.raises(PeftJaxError, match="neither a model nor a model's config"):
-        plan(model, METHODS["lora"], optax.adamw(1e-4))
+        plan(METHODS["lora"], model, optax.adamw(1e-4))
 
 
 @pytest.mark.parametrize("change, words", [
@@ -91,7 +91,7 @@ class Other(nn.Module):
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_what_a_model_of_ones_own_lacks_is_said(dtype):
     with pytest.raises(PeftJaxError, match="no method 'hidden'"):
-        plan(Other(), METHODS["lora"], optax.adamw(1e-4), dtype=dtype)
+        plan(METHODS["lora"], Other(), optax.adamw(1e-4), dtype=dtype)
 
 
 @pytest.mark.parametrize("head, seq, answers", [(Head("SEQ_CLS", 3), 16, 1), (Head("TOKEN_CLS", 3), 16, 15),
@@ -104,4 +104,4 @@ def test_a_classifier_of_texts_learns_one_answer_a_row(head, seq, answers):
 
 def test_a_target_is_one_device(tiny_model):
     with pytest.raises(PeftJaxError, match="target is one device"):
-        plan(tiny_model[0], METHODS["lora"], optax.adamw(1e-4), mesh=make_mesh(), target=TARGET)
+        plan(METHODS["lora"], tiny_model[0], optax.adamw(1e-4), mesh=make_mesh(), target=TARGET)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from peft_jax.core import kernel_axes, targeting, tree
+from peft_jax.core import arguments, kernel_axes, targeting, tree
 from peft_jax.core.peft_format import PREFIX
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub import download
@@ -48,13 +48,14 @@ def load_adapter(source: str | os.PathLike, base_params: Mapping[str, Any],
       PeftJaxError: no such adapter, a pickle, a field of the config that is not supported, or tensors that are
         missing, unexpected or of another shape; all of them are listed.
     """
+    arguments.check("load_adapter", {"source": source, "base_params": base_params})
     folder = _folder(source)
     parts = adapter_config.read(folder / CONFIG, formats())
     tensors = safetensors_files.read_all(folder / WEIGHTS)
     family, params = family_with(base_params, tensors), base_params
     if _unties(family, parts, tensors):
         params = base_params = untie(base_params)
-    methods, slots = [], {}
+    methods, slots, flat = [], {}, tree.flatten(params)
     for part in parts:
         flat = tree.flatten(params)
         naming = naming_of(flat, axes, family)

@@ -25,8 +25,9 @@ def trained_leaves(method: Method, params, flat) -> list[str]:
 def family_of(model: Any) -> Family | None:
     """The family of one of our own models, ``None`` of any other."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    family = families.KINDS.get(kind)
-    return family if family and isinstance(model, family.model) else None
+    family = families.KINDS.get(kind) if isinstance(kind, str) else None
+    own = family is not None and isinstance(family.model, type) and isinstance(model, family.model)
+    return family if own else None
 
 
 def family_with(params, tensors) -> Family | None:
@@ -47,7 +48,7 @@ def naming_of(flat, axes, family: Family | None) -> Naming:
     owners = [pair for module, stack in targeting.stacks(flat, axes).items() if table is None or module in table
               for pair in zip(targeting.module_names(module, stack), _module_names(table, module, stack))]
     sideways = any(module.leaf == "kernel" and not module.transposed for module in (table or {}).values())
-    tied = {family.tied.rpartition("/")[0]: "lm_head"} if family and _follows(family, flat) else {}
+    tied = {family.tied.rpartition("/")[0]: "lm_head"} if family and family.tied and _follows(family, flat) else {}
     return Naming(partial(_module_names, table), partial(_whole, family, table, flat), pairs["kernel"],
                   family is not None, sideways, owners, pairs["embedding"], tied)
 
@@ -65,13 +66,13 @@ def _module_names(table: hf_names.Table | None, module: str, stack: tuple[int, .
 
 def _whole(family: Family | None, table: hf_names.Table | None, flat, path: str) -> dict[str, Slot]:
     """The tensors of a leaf that trains as a whole, by name."""
-    if table is None:
+    if family is None or table is None:
         return {path.replace("/", "."): Slot(path)}
-    placed = hf_names.tensors(table, [path], flat[path].shape[0])
-    found = {name: Slot(path, partial(_part, place)) for name, place in placed.items()}
+    places = hf_names.tensors(table, [path], flat[path].shape[0])
+    slots = {name: Slot(path, partial(_part, place)) for name, place in places.items()}
     if path == family.tied and _follows(family, flat):  # tied: peft stores it under both names
-        found["lm_head.weight"] = Slot(path)
-    return found
+        slots["lm_head.weight"] = Slot(path)
+    return slots
 
 
 def _part(place: hf_names.Place, leaf: np.ndarray) -> np.ndarray:

@@ -11,19 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from peft_jax.core import files, targeting, tree
+from peft_jax.core import arguments, files, targeting, tree
 from peft_jax.core.peft_format import Naming, Slot
+from peft_jax.core.tree import check_method_leaves
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub.adapters import config as adapter_config
 from peft_jax.hub.adapters.naming import CONFIG, PLAIN_LEAVES, WEIGHTS, family_of, naming_of, trained_leaves
 from peft_jax.hub.families.family import Family, table_of
-from peft_jax.method import Method, check_held, owns
+from peft_jax.method import Method, owns
 from peft_jax.methods.soft_prompt import virtual_tokens
 
 _OF_HEADS = ("embedding", "lora_a", "lora_b")  # which change a tied head with the embedding
 
 
-def save_adapter(folder: str | os.PathLike, method: Method, params: Mapping[str, Any], model: Any,
+def save_adapter(folder: str | os.PathLike, method: Method, model: Any, params: Mapping[str, Any],
                  base_model: str | None = None) -> None:
     """Write the trained part of ``params`` as the two files of a peft adapter.
 
@@ -31,8 +32,9 @@ def save_adapter(folder: str | os.PathLike, method: Method, params: Mapping[str,
       folder: made where missing; files are written aside and then renamed.
       method: any method but a plain full one; a chain is one file that lists its methods, which only this library
         reads, unless one alone of them is stored.
+      model: the model the parameters are of, ``None`` counts as one that is not ours. Real peft reads the files of a
+        model of :mod:`peft_jax.models`.
       params: the whole tree; leaves are stored in their own dtype.
-      model: the model the parameters are of. For a model of :mod:`peft_jax.models` real peft reads the files.
       base_model: Hub id or path of the base model, which peft's AutoPeftModel and others look for.
 
     Raises:
@@ -40,38 +42,44 @@ def save_adapter(folder: str | os.PathLike, method: Method, params: Mapping[str,
         not ours nobody can tell, and other methods' frozen leaves are left out), trained leaves that the file has no
         place for, a tied embedding that peft would not keep tied, or a folder that cannot be written.
     """
-    check_held(method, params)
+    arguments.check("save_adapter", {"folder": folder, "method": method, "model": model, "params": params},
+                    optional=("model",))
+    check_method_leaves(method, params)
     parts, family = method.parts or (method,), family_of(model)
-    for part in parts:
-        if part.stored is None and (part is method or trained_leaves(part, params, tree.flatten(params))):
-            raise PeftJaxError(f"save_adapter: {part.config['peft_type']} has no adapter file: save the whole model "
-                               "with save_pretrained(folder, model, method.merge(params)) instead.")
-    if why := _refused(parts, params):
-        raise PeftJaxError(f"save_adapter: {why}: save the whole model with save_pretrained(folder, model, "
-                           "method.merge(params)) instead.")
+    _check_stored(method, parts, params)
     _check_own(method, params, family)
-    stated, tensors = [], {}
-    for part in [part for part in parts if part.stored is not None]:
-        config, flat = part.stored.plain(part.config, tree.flatten(params))
+    configs, tensors = [], {}
+    for part, form in [(part, part.stored) for part in parts if part.stored is not None]:
+        config, flat = form.plain(part.config, tree.flatten(params))
         naming = naming_of(flat, None, family)._replace(heads=family and model.config.num_attention_heads)
-        slots = part.stored.slots(config, flat, trained_leaves(part, params, flat), naming)
+        slots = form.slots(config, flat, trained_leaves(part, params, flat), naming)
         if double := slots.keys() & tensors.keys():
             raise PeftJaxError(f"save_adapter: two methods of the chain both store '{min(double)}'.")
         tensors |= _tensors(slots, flat)
-        stated.append(adapter_config.write(part.stored, config, flat, naming, tied=_tied(slots, naming),
-                                           base_model=base_model, task_type=_task_type(family, model, config, slots)))
-    if not stated:
+        configs.append(adapter_config.write(form, config, flat, naming, tied=_tied(slots, naming),
+                                            base_model=base_model, task_type=_task_type(family, model, config, slots)))
+    if not configs:
         raise PeftJaxError("save_adapter: no method of the chain has an adapter file, and none of its leaves trains: "
                            "there is nothing to save.")
-    _write(Path(folder), tensors, stated[0] if len(stated) == 1 else {"peft_type": "CHAIN", "methods": stated})
+    _write(Path(folder), tensors, configs[0] if len(configs) == 1 else {"peft_type": "CHAIN", "methods": configs})
+
+
+def _check_stored(method: Method, parts, params) -> None:
+    """Raise ``PeftJaxError`` where a part has no file, or its leaves are no adapter of a base that others have."""
+    instead = "save the whole model with save_pretrained(folder, model, method.merge(params)) instead."
+    for part in parts:
+        if part.stored is None and (part is method or trained_leaves(part, params, tree.flatten(params))):
+            raise PeftJaxError(f"save_adapter: {part.config['peft_type']} has no adapter file: {instead}")
+    if why := _refused(parts, params):
+        raise PeftJaxError(f"save_adapter: {why}: {instead}")
 
 
 def _check_own(method: Method, params, family: Family | None) -> None:
     """Of a model whose leaves are known, the error for a leaf that is neither one of them nor the method's own."""
     flat = tree.flatten(params)
-    table = family and table_of(family, flat)
+    modules = () if family is None else table_of(family, flat)
     odd = [path for path in flat if family and not owns(method.leaves, path) and
-           not (path.rpartition("/")[0] in table and path.rpartition("/")[2] in PLAIN_LEAVES)]
+           not (path.rpartition("/")[0] in modules and path.rpartition("/")[2] in PLAIN_LEAVES)]
     if odd:
         raise PeftJaxError(f"save_adapter: '{odd[0]}' (of {len(odd)} such leaves) is neither the model's nor of "
                            f"{method.config['peft_type']}, and would be lost: save with the method that made the "
@@ -113,9 +121,9 @@ def _task_type(family: Family | None, model: Any, config, slots) -> str | None:
     return model.config.head.task_type if whole or virtual_tokens.KEY in slots else None
 
 
-def _write(folder: Path, tensors: dict[str, np.ndarray], stated: dict[str, Any]) -> None:
+def _write(folder: Path, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
     from safetensors.numpy import save_file
 
     with files.written_aside(folder, "adapter", last=CONFIG) as scratch:
-        Path(scratch, CONFIG).write_text(json.dumps(stated, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        Path(scratch, CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_file(tensors, Path(scratch, WEIGHTS), metadata={"format": "pt"})

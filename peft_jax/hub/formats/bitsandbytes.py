@@ -7,7 +7,7 @@ quantised scales ``weight.nested_absmax`` and ``weight.nested_quant_map``, and `
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -172,7 +172,7 @@ def written(name: str, entry: quant.QuantizedArray) -> dict[str, np.ndarray]:
     return found | {f"{name}{_STATE}{entry.quant_type}": np.frombuffer(text, np.uint8)}
 
 
-def described(packed: Mapping[str, quant.QuantizedArray], plain: Sequence[str]) -> dict[str, Any]:
+def described(packed: Mapping[str, quant.QuantizedArray], plain: Collection[str]) -> dict[str, Any]:
     """What config.json says of quantised weights: ``{path: leaf}``, and of modules that are not, by name.
 
     Raises ``PeftJaxError`` for leaves that bitsandbytes cannot hold, or not beside each other.

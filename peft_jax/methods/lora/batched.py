@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.core import kernel_axes, tree
+from peft_jax.core import arguments, kernel_axes, tree
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.method import FROZEN, Method
 from peft_jax.methods.lora.leaves import Leaves, check_pair, on_base
@@ -38,6 +38,7 @@ def mix_adapters(adapters: Mapping[str, tuple[Method, Mapping[str, Any]]],
     Raises ``PeftJaxError`` where there is no adapter, where one is no LoRA, trains leaves of the base too, or does not
     fit the base.
     """
+    arguments.check("mix_adapters", {"base_params": base_params})
     if not adapters:
         raise PeftJaxError("mix_adapters() was given no adapter: name at least one.")
     if not isinstance(adapters, Mapping) or not all(isinstance(name, str) for name in adapters):
@@ -47,9 +48,9 @@ def mix_adapters(adapters: Mapping[str, tuple[Method, Mapping[str, Any]]],
     flat = dict(tree.flatten(base_params))
     if ROWS in flat:
         raise PeftJaxError("the parameters already hold mixed adapters: start from the base's.")
-    held = {name: _lora_leaves(name, method, params, base_params) for name, (method, params) in adapters.items()}
-    for folder in dict.fromkeys(folder for leaves in held.values() for folder in leaves):
-        flat |= _stacked(folder, [leaves.get(folder) for leaves in held.values()])
+    leaves_of = {name: _lora_leaves(name, method, params, base_params) for name, (method, params) in adapters.items()}
+    for folder in dict.fromkeys(folder for leaves in leaves_of.values() for folder in leaves):
+        flat |= _stacked(folder, [leaves.get(folder) for leaves in leaves_of.values()])
     names = tuple(adapters)
     method = Method(init=_made_elsewhere, intercept=_intercept, labels=_all_frozen, fold=None,
                     config={"peft_type": "MIXED", "adapters": names})
@@ -65,39 +66,40 @@ def use_adapters(method: Method, params: Mapping[str, Any], names: str | Sequenc
     Raises ``PeftJaxError`` for an unknown name, naming the nearest, and for a method or params that are not
     ``mix_adapters``'s.
     """
-    if not isinstance(method, Method) or method.config["peft_type"] != "MIXED":
-        raise PeftJaxError("use_adapters: this method was not made by mix_adapters().")
+    if not arguments.is_method(method) or method.config["peft_type"] != "MIXED":
+        raise PeftJaxError("use_adapters: this method was not made by mix_adapters(): give (method, params) as it made "
+                           "them.")
     if not isinstance(params, Mapping) or ROWS not in params:
         raise PeftJaxError(f"use_adapters: the params have no '{ROWS}': give those that mix_adapters() made.")
-    known = method.config["adapters"]
+    every = method.config["adapters"]
     single = names is None or isinstance(names, str)
-    chosen = (names,) if single else tuple(names) if isinstance(names, Iterable) else ()
-    if not chosen or not all(name is None or isinstance(name, str) for name in chosen):
+    wishes = (names,) if single else tuple(names) if isinstance(names, Iterable) else ()
+    if not wishes or not all(name is None or isinstance(name, str) for name in wishes):
         raise PeftJaxError(f"use_adapters: names={names!r}: give the name of one adapter, or a list with one for each "
-                           f"row, None for the base: {', '.join(known)}.")
-    for name in chosen:
-        if name is not None and name not in known:
-            raise PeftJaxError(f"use_adapters: there is no adapter '{name}': {nearest(str(name), known)}")
-    numbers = np.array([0 if name is None else 1 + known.index(name) for name in chosen], np.int32)
+                           f"row, None for the base: {', '.join(every)}.")
+    for name in wishes:
+        if name is not None and name not in every:
+            raise PeftJaxError(f"use_adapters: there is no adapter '{name}': {nearest(str(name), every)}")
+    numbers = np.array([0 if name is None else 1 + every.index(name) for name in wishes], np.int32)
     return {**params, ROWS: jnp.asarray(numbers[0] if single else numbers)}
 
 
 def _lora_leaves(name, method, params, base_params) -> Leaves:
-    _, found = on_base(method, params, base_params, f"adapter '{name}'")
+    _, leaves = on_base(method, params, base_params, f"adapter '{name}'")
     flat = tree.flatten(base_params)
-    if embedded := [folder for folder in found if f"{folder}kernel" not in flat]:
+    if embedded := [folder for folder in leaves if f"{folder}kernel" not in flat]:
         raise PeftJaxError(f"adapter '{name}' changes the embedding '{embedded[0]}': rows of one batch can differ in "
                            "linear layers only; switch with peft_jax.combine(base, adapter) instead.")
-    return found
+    return leaves
 
 
-def _stacked(folder: str, held: Sequence[list[np.ndarray] | None]) -> dict[str, jax.Array]:
+def _stacked(folder: str, adapters: Sequence[list[np.ndarray] | None]) -> dict[str, jax.Array]:
     """The three mixed leaves of one module, in the order of the adapters, zeros first."""
-    a, b, scaling = next(leaves for leaves in held if leaves)
-    most, axis = max(leaves[0].shape[-1] for leaves in held if leaves), scaling.ndim
+    a, b, scaling = next(leaves for leaves in adapters if leaves)
+    most, axis = max(leaves[0].shape[-1] for leaves in adapters if leaves), scaling.ndim
     wide = (*a.shape[:-1], most), (*b.shape[:axis], most, *b.shape[axis + 1:])
     parts = [[np.zeros(shape, np.float32)] for shape in (*wide, scaling.shape)]
-    for leaves in held:
+    for leaves in adapters:
         for part, leaf in zip(parts, leaves or [part[0] for part in parts], strict=True):
             part.append(np.zeros_like(part[0]))
             part[-1][tuple(map(slice, leaf.shape))] = leaf
@@ -117,14 +119,14 @@ def _intercept(next_fun, args, kwargs, context):
     y = next_fun(*args, **kwargs)
     if context.method_name != "__call__" or not module.has_variable("params", MIXED[0]):
         return y
-    held = [module.get_variable("params", name) for name in MIXED]
+    mixed = [module.get_variable("params", name) for name in MIXED]
     rows, x = context.params[ROWS], kernel_axes.inputs_last(module, args[0]).astype(y.dtype)
     if rows.ndim == 0:
-        return y + branch(x, *(leaf[rows] for leaf in held)).reshape(y.shape)
+        return y + branch(x, *(leaf[rows] for leaf in mixed)).reshape(y.shape)
     if rows.shape[0] != x.shape[0]:
         raise PeftJaxError(f"use_adapters() named {rows.shape[0]} rows, the batch has {x.shape[0]}: name one adapter "
                            "for each row, or one for all.")
-    return y + jax.vmap(_row)(x, *(leaf[rows] for leaf in held)).reshape(y.shape)
+    return y + jax.vmap(_row)(x, *(leaf[rows] for leaf in mixed)).reshape(y.shape)
 
 
 def _row(x, a, b, scaling):

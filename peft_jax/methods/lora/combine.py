@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.core import targeting, tree, validation
+from peft_jax.core import arguments, targeting, tree, validation
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.method import Method
 from peft_jax.methods import _kernel_adapter as kernel_adapter
@@ -45,27 +45,28 @@ def weighted_adapter(adapters: Sequence[Adapter], weights: Sequence[float], base
     Raises ``PeftJaxError`` for unknown words, unequal ranks where they must be equal, numbers out of range, a missing
     density or rng, and adapters that are no plain LoRA or do not fit the base.
     """
-    _check_given(adapters, weights)
+    arguments.check("weighted_adapter", {"base_params": base_params})
+    _check_lists(adapters, weights)
     sizes = _finite(weights)
     if svd_rank is not None:
         validation.check_rank("svd_rank", svd_rank)
     combine = _combination(combination_type, density, majority_sign_method, rng)
-    held = [_layers(number, method, params, base_params) for number, (method, params) in enumerate(adapters)]
-    most = [max(a.shape[1] for a, _, _ in layers.values()) for layers in held]
+    trained = [_layers(number, method, params, base_params) for number, (method, params) in enumerate(adapters)]
+    most = [max(a.shape[1] for a, _, _ in layers.values()) for layers in trained]
     rank, join = _joiner(combination_type, combine, most, svd_rank)
-    names = list(dict.fromkeys(name for layers in held for name in layers))
+    names = list(dict.fromkeys(name for layers in trained for name in layers))
     joined = {}
     for name in names:
-        mine = [(layers[name], weight) for layers, weight in zip(held, sizes, strict=True) if name in layers]
+        mine = [(layers[name], weight) for layers, weight in zip(trained, sizes, strict=True) if name in layers]
         joined[name] = join([layer for layer, _ in mine], np.array([weight for _, weight in mine], np.float32))
     return _as_method(joined, rank, adapters, base_params)
 
 
-def _check_given(adapters, weights) -> None:
+def _check_lists(adapters, weights) -> None:
     """Raise ``PeftJaxError`` unless there is a list of pairs and one of as many weights."""
-    for name, given in {"adapters": adapters, "weights": weights}.items():
-        if not hasattr(given, "__len__") or isinstance(given, str | Mapping):
-            raise PeftJaxError(f"weighted_adapter: {name} is a {type(given).__name__}: give a list, one entry for each "
+    for name, value in {"adapters": adapters, "weights": weights}.items():
+        if not hasattr(value, "__len__") or isinstance(value, str | Mapping):
+            raise PeftJaxError(f"weighted_adapter: {name} is a {type(value).__name__}: give a list, one entry for each "
                                "adapter.")
     if not len(adapters) or len(adapters) != len(weights):
         raise PeftJaxError(f"weighted_adapter: {len(adapters)} adapters and {len(weights)} weights: one for each.")
@@ -101,8 +102,8 @@ def _combination(kind: str, density, sign_method: str, rng) -> Combine:
         raise PeftJaxError(f"combination_type='{kind}' drops at random: give rng=np.random.default_rng(seed).")
 
     def combine(tensors, weights):
-        kept = tensors if prune is None or density == 1 else np.stack([prune(t, density, rng) for t in tensors])
-        return join(kept, weights.reshape(-1, *[1] * (tensors.ndim - 1)), sign_method)
+        sparse = tensors if prune is None or density == 1 else np.stack([prune(t, density, rng) for t in tensors])
+        return join(sparse, weights.reshape(-1, *[1] * (tensors.ndim - 1)), sign_method)
 
     return combine
 
@@ -138,15 +139,15 @@ KINDS = ("svd", "cat", *STEPS, *(f"{name}_svd" for name in STEPS if name != "lin
 
 def _layers(number: int, method: Method, params, base_params) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
     """``{name of a module in a layer: (a (*in, r), b (r, *out), scale)}`` of the adapted ones."""
-    config, held = on_base(method, params, base_params, f"weighted_adapter: adapter {number}")
-    found = {}
-    for folder, leaves in held.items():
+    config, modules = on_base(method, params, base_params, f"weighted_adapter: adapter {number}")
+    by_name = {}
+    for folder, leaves in modules.items():
         a, b, scaling = (leaf.astype(np.float32) for leaf in leaves)
         names = targeting.module_names(folder.rstrip("/"), scaling.shape)
         own = zip(np.ndindex(*scaling.shape), names, ranks(config, names), scalings(config, names))
-        found |= {name: (a[entry][..., :r].reshape(-1, r), b[entry][:r].reshape(r, -1), float(scale))
+        by_name |= {name: (a[entry][..., :r].reshape(-1, r), b[entry][:r].reshape(r, -1), float(scale))
                   for entry, name, r, scale in own if r}
-    return found
+    return by_name
 
 
 def _joiner(kind: str, combine: Combine, most: list[int], svd_rank) -> tuple[int, Callable]:

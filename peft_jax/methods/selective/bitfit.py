@@ -106,9 +106,8 @@ def _intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: An
 
 
 def _labels(params: Mapping[str, Any]) -> tree.Tree:
-    flat = tree.flatten(own_weights.labels(NAME, params))
-    return tree.unflatten({path: TRAINABLE if path.rpartition("/")[2] in KEYS else label
-                           for path, label in flat.items()})
+    return tree.map_paths(lambda path, label: TRAINABLE if path.rpartition("/")[2] in KEYS else label,
+                          own_weights.labels(NAME, params))
 
 
 def _slots(config: Mapping[str, Any], flat: Mapping[str, Any], trained: Sequence[str], naming: Naming,

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.core import targeting, tree, validation
+from peft_jax.core import arguments, targeting, tree, validation
 from peft_jax.core.peft_format import Format, Naming, Slot
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
@@ -236,6 +236,9 @@ def prefix_from_ids(method: Method, model: Any, params: Mapping[str, Any], input
     Raises ``PeftJaxError`` for a projection, another number of tokens, ids beyond the vocabulary, an encoder, and for
     learned positions, of which there are none before the first, without ``shift_positions``.
     """
+    arguments.check("prefix_from_ids", {"method": method, "model": model, "params": params})
+    if not method.config["peft_type"].startswith("PREFIX"):
+        raise PeftJaxError(f"prefix_from_ids: the method is {method.config['peft_type']}: give prefix(...).")
     flat, ids, shifted = tree.flatten(params), jnp.asarray(input_ids), method.config["shift_positions"]
     path = f"{_attention(flat)[0]}core/prefix"
     if path not in flat:

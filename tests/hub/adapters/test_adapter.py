@@ -79,7 +79,7 @@ def test_trained_here_opens_in_peft(peer_bases, case, tmp_path):
     ours, base = apply({"params": params}, IDS), apply({"params": before}, IDS)
     assert np.abs(np.asarray(ours - base)).max() > 0.05 * np.abs(base).max()
 
-    save_adapter(tmp_path / "adapter", method, params, model)
+    save_adapter(tmp_path / "adapter", method, model, params)
     theirs = peft.PeftModel.from_pretrained(peer_bases[CASES[case][0]][0](), tmp_path / "adapter")
     assert_close(ours, torch_logits(theirs))
     assert_close(forward(model, method.merge(params)), torch_logits(theirs.merge_and_unload()))
@@ -88,7 +88,7 @@ def test_trained_here_opens_in_peft(peer_bases, case, tmp_path):
 @pytest.mark.parametrize("case", CASES)
 def test_saved_here_opens_in_peft(peer_bases, case, tmp_path):
     method, params, model = moved_here(peer_bases, case)
-    save_adapter(tmp_path / "adapter", method, params, model)
+    save_adapter(tmp_path / "adapter", method, model, params)
     theirs = peft.PeftModel.from_pretrained(peer_bases[CASES[case][0]][0](), tmp_path / "adapter")
     assert_close(forward(model, method.merge(params)), torch_logits(theirs))
 
@@ -96,7 +96,7 @@ def test_saved_here_opens_in_peft(peer_bases, case, tmp_path):
 @pytest.mark.parametrize("case", CASES)
 def test_saved_and_loaded_are_the_same_bits(peer_bases, case, tmp_path):
     method, params, model = moved_here(peer_bases, case)
-    save_adapter(tmp_path / "adapter", method, params, model)
+    save_adapter(tmp_path / "adapter", method, model, params)
     again, loaded = load_adapter(tmp_path / "adapter", peer_bases[CASES[case][0]][2])
     assert flatten(loaded).keys() == flatten(params).keys()
     for path, leaf in flatten(params).items():
@@ -128,7 +128,7 @@ def test_as_many_parameters_train_as_in_peft(peer_bases, case):
 
 def test_the_config_says_what_peft_says(peer_bases, tmp_path):
     method, params, model = moved_here(peer_bases, "defaults")
-    save_adapter(tmp_path, method, params, model, base_model="org/base")
+    save_adapter(tmp_path, method, model, params, base_model="org/base")
     ours = peft.PeftConfig.from_pretrained(tmp_path)
     theirs = peft_model(peer_bases["llama"][0], {"target_modules": ["q_proj", "v_proj"]}).peft_config["default"]
     assert (ours.base_model_name_or_path, ours.task_type, ours.inference_mode) == ("org/base", "CAUSAL_LM", True)
@@ -144,7 +144,7 @@ def test_patterns_that_peft_reads_otherwise_are_spelled_out(peer_bases, tmp_path
     method = lora(r=2, target_modules=r"layers\.[01]\.self_attn\.q_proj", init_lora_weights=False,
                   alpha_pattern={r"^layers\.1\.self_attn\.q_proj": 5}, rank_pattern={"^layers.0.self_attn.q_proj": 3})
     params = method.init(jax.random.key(0), base)
-    save_adapter(tmp_path, method, params, model)
+    save_adapter(tmp_path, method, model, params)
     assert_close(forward(model, method.merge(params)), torch_logits(peft.PeftModel.from_pretrained(fresh(), tmp_path)))
     again, loaded = load_adapter(tmp_path, base)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
@@ -169,7 +169,7 @@ def test_smollm2_exchanges_adapters_with_peft(smollm2, smollm2_peer, tmp_path):
 
     method = lora(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
     params = method.init(jax.random.key(0), base)
-    save_adapter(tmp_path / "ours", method, params, model, base_model="HuggingFaceTB/SmolLM2-135M-Instruct")
+    save_adapter(tmp_path / "ours", method, model, params, base_model="HuggingFaceTB/SmolLM2-135M-Instruct")
     theirs = peft.PeftModel.from_pretrained(smollm2_peer(), tmp_path / "ours")
     assert_close(own_logits(method, params), logits(theirs))
 

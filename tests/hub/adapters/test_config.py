@@ -21,7 +21,7 @@ def kept(tiny_model, tmp_path_factory):
     """The folder in which an adapter of each method lies, by name."""
     folder = tmp_path_factory.mktemp("adapters")
     for name, method in METHODS.items():
-        save_adapter(folder / name, method, method.init(jax.random.key(0), tiny_model[1]), tiny_model[0])
+        save_adapter(folder / name, method, tiny_model[0], method.init(jax.random.key(0), tiny_model[1]))
     return folder
 
 

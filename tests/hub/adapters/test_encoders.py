@@ -60,7 +60,7 @@ def test_made_here_opens_in_peft(encoder_bases, case, tmp_path):
     fresh, model, base = encoder_bases(name)
     method = make(**arguments, modules_to_save=saved)
     params = moved(method, method.init(jax.random.key(0), base))
-    save_adapter(tmp_path, method, params, model, base_model="org/base")
+    save_adapter(tmp_path, method, model, params, base_model="org/base")
     assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == task_type
     ours = output(method, model, params)
     assert np.abs(ours - model.apply({"params": base}, IDS)).max() > 1e-2 * np.abs(ours).max()
@@ -101,7 +101,7 @@ def test_trained_by_peft_loads_here(encoder_bases, case, tmp_path):
 def test_an_adapter_of_another_family_is_refused(encoder_bases, tmp_path):
     method = lora(target_modules=("q_lin",), modules_to_save=("classifier",))
     _, model, base = encoder_bases(f"DistilBert{SEQUENCE}")
-    save_adapter(tmp_path, method, method.init(jax.random.key(0), base), model)
+    save_adapter(tmp_path, method, model, method.init(jax.random.key(0), base))
     with pytest.raises(peft_jax.PeftJaxError, match="none of the adapter's target_modules"):
         load_adapter(tmp_path, encoder_bases(f"Bert{SEQUENCE}")[2])
 
@@ -109,7 +109,7 @@ def test_an_adapter_of_another_family_is_refused(encoder_bases, tmp_path):
 def test_an_adapter_with_another_number_of_labels_is_refused(encoder_bases, tmp_path):
     fresh, model, base = encoder_bases(f"Roberta{SEQUENCE}")
     method = lora(target_modules=("query",), modules_to_save=("classifier",))
-    save_adapter(tmp_path / "adapter", method, method.init(jax.random.key(0), base), model)
+    save_adapter(tmp_path / "adapter", method, model, method.init(jax.random.key(0), base))
     fresh().base_model.save_pretrained(tmp_path / "base")
     _, other = load_pretrained(tmp_path / "base", head=Head("SEQ_CLS", 7))
     with pytest.raises(peft_jax.PeftJaxError, match=r"classifier.out_proj.weight is \[3, 16\].* needs \[7, 16\]"):
@@ -134,7 +134,7 @@ def test_minilm_classifiers_are_exchanged_with_peft(tmp_path):
 
     method = lora(r=4, target_modules="all-linear", modules_to_save=("classifier",), init_lora_weights=False)
     params = method.init(jax.random.key(0), base)
-    save_adapter(tmp_path / "ours", method, params, model)
+    save_adapter(tmp_path / "ours", method, model, params)
     assert_close(bind(method, model)({"params": params}, ids, mask),
                  logits(peft.PeftModel.from_pretrained(fresh(), tmp_path / "ours")))
     theirs = peft.get_peft_model(fresh(), peft.LoraConfig(r=4, task_type="SEQ_CLS", init_lora_weights=False))

@@ -37,7 +37,7 @@ def tuned(tiny_model):
 @pytest.fixture
 def stored(tiny_model, tuned, tmp_path):
     """The folder of a plain adapter, and the base's params."""
-    save_adapter(tmp_path / "adapter", METHOD, tuned, tiny_model[0])
+    save_adapter(tmp_path / "adapter", METHOD, tiny_model[0], tuned)
     return tmp_path / "adapter", tiny_model[1]
 
 
@@ -160,7 +160,7 @@ def test_a_failed_save_leaves_the_older_adapter_whole(stored, tiny_model, tuned,
     _, before = load_adapter(folder, base)
     monkeypatch.setattr("safetensors.numpy.save_file", lambda *a, **k: (_ for _ in ()).throw(error))
     with pytest.raises(PeftJaxError, match=f"adapter cannot be written to .*{error}"):
-        save_adapter(folder, METHOD, tuned, tiny_model[0])
+        save_adapter(folder, METHOD, tiny_model[0], tuned)
     with pytest.raises(PeftJaxError, match=f"model cannot be written to .*{error}"):
         save_pretrained(folder.parent / "model", *tiny_model)
     jax.tree.map(np.testing.assert_array_equal, load_adapter(folder, base)[1], before)
@@ -198,7 +198,7 @@ def test_an_overwrite_that_fails_half_way_is_undone(stored, tiny_model, tuned, m
     new["layers"]["self_attn"]["q_proj"]["lora_b"] += 1
     with monkeypatch.context() as patch, pytest.raises(PeftJaxError, match="cannot be written"):
         patch.setattr(os, "replace", replaces_until(number, OSError("gone"))[0])
-        save_adapter(folder, METHOD, new, tiny_model[0])
+        save_adapter(folder, METHOD, tiny_model[0], new)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
 
@@ -208,8 +208,8 @@ def test_a_process_that_dies_within_an_overwrite_leaves_nothing_loadable(tiny_mo
                                                                          what):
     """Between any two moves the folder, as another process would find it, loads as the old, as the new, or not."""
     old, new = tiny_model[1], jax.tree.map(lambda leaf: leaf + 1, tiny_model[1])
-    save = {"adapter": lambda base, r: save_adapter(tmp_path, lora(r=r), lora(r=r).init(jax.random.key(0), base),
-                                                    tiny_model[0]),
+    save = {"adapter": lambda base, r: save_adapter(tmp_path, lora(r=r), tiny_model[0],
+                                                    lora(r=r).init(jax.random.key(0), base)),
             "model": lambda base, r: save_pretrained(tmp_path, tiny_model[0], base)}[what]
     read = {"adapter": lambda: load_adapter(tmp_path, old)[0].config["r"],
             "model": lambda: float(load_pretrained(tmp_path)[1]["norm"]["scale"][0])}[what]
@@ -232,9 +232,9 @@ def test_a_process_that_dies_within_an_overwrite_leaves_nothing_loadable(tiny_mo
 def test_what_a_file_cannot_hold_is_not_saved(tiny_model, tuned, tmp_path):
     model, other = tiny_model[0], lora(r=2, lora_alpha=99)
     with pytest.raises(PeftJaxError, match="lora_scaling' is not what this method's r and lora_alpha give"):
-        save_adapter(tmp_path / "a", other, tuned, model)
+        save_adapter(tmp_path / "a", other, model, tuned)
     with pytest.raises(PeftJaxError, match="two methods of the chain both store 'base_model"):
-        save_adapter(tmp_path / "a", chain(METHOD, METHOD), tuned, model)
+        save_adapter(tmp_path / "a", chain(METHOD, METHOD), model, tuned)
     assert not list(tmp_path.iterdir())
 
 
@@ -246,15 +246,15 @@ def test_leaves_of_another_method_are_not_dropped(tiny_model, tmp_path, made, le
     model, base = tiny_model
     params = made.init(jax.random.key(0), base)
     with pytest.raises(PeftJaxError, match=f"'{leaf}' .* is neither the model's nor of LORA, and would be lost"):
-        save_adapter(tmp_path / "a", METHOD, params, model)
+        save_adapter(tmp_path / "a", METHOD, model, params)
     assert not list(tmp_path.iterdir())
-    save_adapter(tmp_path / "a", made, params, model)
+    save_adapter(tmp_path / "a", made, model, params)
 
 
 def test_a_chain_of_which_nothing_is_stored_is_not_saved(tiny_model, tmp_path):
     method = chain(quantize(block_size=16), quantize(block_size=16))
     with pytest.raises(PeftJaxError, match="no method of the chain has an adapter file"):
-        save_adapter(tmp_path / "a", method, method.init(jax.random.key(0), tiny_model[1]), tiny_model[0])
+        save_adapter(tmp_path / "a", method, tiny_model[0], method.init(jax.random.key(0), tiny_model[1]))
     assert not list(tmp_path.iterdir())
 
 
@@ -286,7 +286,7 @@ def test_an_adapter_is_not_loaded_onto_another(stored, tuned):
 def test_params_without_the_adapter_are_not_saved(tiny_model, tuned, tmp_path):
     for params in (tiny_model[1], METHOD.merge(tuned)):
         with pytest.raises(PeftJaxError, match="hold none of LORA's leaves"):
-            save_adapter(tmp_path / "a", METHOD, params, tiny_model[0])
+            save_adapter(tmp_path / "a", METHOD, tiny_model[0], params)
     assert not list(tmp_path.iterdir())
 
 

@@ -224,7 +224,7 @@ def test_smollm2_as_bitsandbytes_quantises_it(smollm2, tmp_path):
     assert_logits(model, params, theirs, 1e-4, 49152)
     method = chain(quantize(double_quant=True), lora(r=4, target_modules="all-linear"))
     params, ids = moved(method, method.init(jax.random.key(0), params), by=0.01), np.arange(18).reshape(2, 9) * 999
-    save_adapter(tmp_path / "adapter", method, params, model)
+    save_adapter(tmp_path / "adapter", method, model, params)
     ours, base = (np.asarray(bind(one, model)({"params": p}, ids)) for one, p in ((method, params), (
         quantize(), load_pretrained(tmp_path / "packed")[1])))
     expected = peft_logits(theirs, tmp_path / "adapter", ids)
@@ -246,7 +246,7 @@ def test_an_adapter_trained_on_a_quantised_base_is_peft_s_on_bitsandbytes(plain,
     method = chain(quantize(double_quant=True), lora(r=4, target_modules="all-linear"))
     model, base = load_pretrained(plain, method=method)
     params = trained(method, model, method.init(jax.random.key(0), base), ids)
-    save_adapter(tmp_path, method, params, model)
+    save_adapter(tmp_path, method, model, params)
     ours = np.asarray(jax.jit(bind(method, model))({"params": params}, ids))
     expected = peft_logits(theirs, tmp_path, ids)
     assert np.abs(ours - expected).max() <= 1e-4 * np.abs(expected).max()

@@ -70,7 +70,7 @@ def test_logits_are_adapterhubs(golden, peer_bases, case, tmp_path):
         base[place.path][slice(None) if place.layer is None else place.layer] = value.T if place.transposed else value
     base = jax.tree.map(jnp.asarray, unflatten(base))
     method = CASES[case]
-    save_adapter(tmp_path, method, method.init(jax.random.key(0), base), model)
+    save_adapter(tmp_path, method, model, method.init(jax.random.key(0), base))
     held = {file_keys(case, key.removeprefix(f"{case}/")): value for key, value in golden.items()
             if key.startswith(f"{case}/") and not key.endswith("/logits")}
     save_file({key: np.ascontiguousarray(value) for key, value in held.items()}, tmp_path / "adapter_model.safetensors")
@@ -101,7 +101,7 @@ def test_smollm2_gives_adapterhubs_logits(smollm2, tmp_path):
     plain = model.apply({"params": base}, ids)[:, -4:, ::64]
     for case, method in SMOLLM2.items():
         folder = tmp_path / case
-        save_adapter(folder, method, method.init(jax.random.key(0), base), model)
+        save_adapter(folder, method, model, method.init(jax.random.key(0), base))
         file = folder / "adapter_model.safetensors"
         held = load_file(file)
         save_file({key: drawn(key.removeprefix("base_model.model.").removeprefix("model."), value.shape)
@@ -117,7 +117,7 @@ def test_saved_and_loaded_are_the_same_bits(peer_bases, case, tmp_path):
     _, model, base = peer_bases["qwen2"]
     method = CASES[case]
     tuned = properties.moved(method, method.init(jax.random.key(0), base))
-    save_adapter(tmp_path, method, tuned, model)
+    save_adapter(tmp_path, method, model, tuned)
     peer.check_same_bits(model, base, method, tuned, tmp_path)
     assert load_adapter(tmp_path, base)[0].config == method.config
 

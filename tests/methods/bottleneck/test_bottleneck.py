@@ -150,7 +150,7 @@ def test_what_the_file_says(peer_bases, tmp_path):
 
     _, model, base = peer_bases["llama"]
     method = houlsby(4, leave_out=(1,), modules_to_save=("norm",))
-    save_adapter(tmp_path, method, method.init(jax.random.key(0), base), model)
+    save_adapter(tmp_path, method, model, method.init(jax.random.key(0), base))
     held = load_file(tmp_path / "adapter_model.safetensors")
     assert held["base_model.model.model.layers.0.mlp.adapter_down.weight"].shape == (4, 16)
     assert "base_model.model.model.layers.2.self_attn.adapter_up.bias" in held
@@ -169,7 +169,7 @@ def test_foreign_models_save_and_load(tmp_path):
     method = pfeiffer(**FOREIGN, mh_adapter=True)
     axes = kernel_axes(Sublayers(), base, X)
     tuned = properties.moved(method, method.init(jax.random.key(0), base, axes))
-    save_adapter(tmp_path, method, tuned, Sublayers())
+    save_adapter(tmp_path, method, Sublayers(), tuned)
     _, loaded = load_adapter(tmp_path, base, axes)
     jax.tree.map(np.testing.assert_array_equal, loaded, tuned)
 
@@ -216,7 +216,7 @@ def test_chains(peer_bases, tmp_path):
         tuned = properties.moved(method, method.init(jax.random.key(0), base))
         ours = peer.bound_logits(method, model, tuned)
         assert np.array_equal(ours, peer.bound_logits(chain(other, houlsby(4)), model, tuned))
-        save_adapter(tmp_path / other.config["peft_type"], method, tuned, model)
+        save_adapter(tmp_path / other.config["peft_type"], method, model, tuned)
         peer.check_same_bits(model, base, method, tuned, tmp_path / other.config["peft_type"])
 
 

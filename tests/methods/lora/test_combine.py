@@ -34,7 +34,7 @@ def theirs(peer_bases, adapters, tmp_path_factory):
     fresh, model, _ = peer_bases["llama"]
     folder = tmp_path_factory.mktemp("adapters")
     for name, (method, params) in adapters.items():
-        save_adapter(folder / name, method, params, model)
+        save_adapter(folder / name, method, model, params)
     loaded = peft.PeftModel.from_pretrained(fresh(), folder / "one", adapter_name="one")
     for name in ("other", "wide"):
         loaded.load_adapter(folder / name, adapter_name=name)
@@ -111,7 +111,7 @@ def test_dare(peer_bases, adapters, kind):
 def test_the_combined_adapter_is_saved_as_any_other(peer_bases, adapters, tmp_path):
     fresh, model, base = peer_bases["llama"]
     method, params = weighted_adapter([adapters["one"], adapters["wide"]], [1, 1], base, "cat")
-    save_adapter(tmp_path / "sum", method, params, model)
+    save_adapter(tmp_path / "sum", method, model, params)
     opened = peft.PeftModel.from_pretrained(fresh(), tmp_path / "sum")
     peer.assert_close(peer.forward(model, method.merge(params)), peer.torch_logits(opened))
 

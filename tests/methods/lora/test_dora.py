@@ -164,7 +164,7 @@ def test_what_cannot_be_meant_is_an_error(peer_bases):
 def test_a_lora_file_that_says_dora_lacks_the_magnitudes(peer_bases, tmp_path):
     _, model, base = peer_bases["llama"]
     method = peft_jax.lora(r=2, target_modules=("q_proj",))
-    peft_jax.save_adapter(tmp_path, method, method.init(jax.random.key(0), base), model)
+    peft_jax.save_adapter(tmp_path, method, model, method.init(jax.random.key(0), base))
     config = tmp_path / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
     with pytest.raises(PeftJaxError, match=r"missing.*q_proj\.lora_magnitude_vector"):

@@ -77,7 +77,7 @@ def test_a_head_that_peft_leaves_alone_is_untied(gpt2_base, case, tmp_path):
     fresh, model, base = gpt2_base
     method = lora(r=2, **LEFT[case])
     with pytest.raises(PeftJaxError, match=r"LORA changes 'wte', .* would be the embedding alone: peft_jax.untie"):
-        save_adapter(tmp_path / "ours", method, method.init(jax.random.key(0), base), model)
+        save_adapter(tmp_path / "ours", method, model, method.init(jax.random.key(0), base))
     peer.check_opens_in_peft((fresh, model, untie(base)), method, tmp_path / "ours")
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, ensure_weight_tying=True, fan_in_fan_out=True, **LEFT[case])
     _, params = peer.check_loads_from_peft(gpt2_base, config, tmp_path / "theirs")
@@ -89,7 +89,7 @@ def test_methods_of_which_peft_keeps_no_tie(peer_bases, make, tmp_path):
     _, model, base = peer_bases["tied"]
     method = make(modules_to_save=("embed_tokens",))
     with pytest.raises(PeftJaxError, match=r"changes 'embed_tokens', .* would be the embedding alone: peft_jax.untie"):
-        save_adapter(tmp_path, method, method.init(jax.random.key(0), base), model)
+        save_adapter(tmp_path, method, model, method.init(jax.random.key(0), base))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -112,7 +112,7 @@ def test_all_linear_leaves_embeddings_alone(peer_bases, tmp_path):
     method = lora(r=2, target_modules="all-linear")
     params = method.init(jax.random.key(0), base)
     assert not any(path.startswith("embed_tokens/lora") for path in flatten(params))
-    save_adapter(tmp_path, method, params, model)
+    save_adapter(tmp_path, method, model, params)
     assert "embed_tokens" not in load_adapter(tmp_path, base)[0].config["target_modules"]
 
 

@@ -79,7 +79,7 @@ def test_the_file_fits_the_base_as_it_was(peer_bases, how, tmp_path):
     make, options = CONVERTED[how]
     method = make(init_lora_weights=how, **OPTIONS | options)
     params = peer.trained_here((fresh, model, base))(method, method.init(jax.random.key(0), base))
-    save_adapter(tmp_path, method, params, model)
+    save_adapter(tmp_path, method, model, params)
     ours = peer.bound_logits(method, model, params)
     assert np.abs(ours - peer.forward(model, base)).max() > 1e-2 * np.abs(ours).max()
     peer.assert_close(ours, peer.torch_logits(peft.PeftModel.from_pretrained(fresh(), tmp_path)))

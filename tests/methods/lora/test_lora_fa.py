@@ -26,7 +26,7 @@ def test_the_file_opens_in_peft_and_loads_as_a_lora(peer_bases, options, tmp_pat
     fresh, model, base = peer_bases["qwen2"]
     method = lorafa(r=2, **options)
     params = properties.moved(method, method.init(jax.random.key(0), base))
-    save_adapter(tmp_path, method, params, model)
+    save_adapter(tmp_path, method, model, params)
     theirs = peft.PeftModel.from_pretrained(fresh(), tmp_path)
     peer.assert_close(peer.forward(model, method.merge(params)), peer.torch_logits(theirs))
     again, loaded = load_adapter(tmp_path, base)

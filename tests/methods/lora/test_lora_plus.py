@@ -87,7 +87,7 @@ def test_the_file_is_a_lora_s(peer_bases, tmp_path):
     _, model, base = peer_bases["llama"]
     method = loraplus(r=2)
     params = properties.moved(method, method.init(jax.random.key(0), base))
-    save_adapter(tmp_path, method, params, model)
+    save_adapter(tmp_path, method, model, params)
     again, loaded = load_adapter(tmp_path, base)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     assert set(flatten(again.labels(loaded)).values()) == {"trainable", "frozen"}

@@ -61,7 +61,7 @@ def test_smollm2_moved_here_opens_in_peft(both, case, tmp_path):
     assert_close(start, np.asarray(jax.jit(model.apply)({"params": base}, ids)))
     rows = {"lora_a": np.s_[..., :1], "lora_b": np.s_[..., :1, :]} if case == "eva" else {}
     params = _moved(method, params, rows)
-    save_adapter(tmp_path, method, params, model)
+    save_adapter(tmp_path, method, model, params)
     theirs = peft.PeftModel.from_pretrained(fresh(), tmp_path)
     assert_close(own_logits(method, model, params, ids), logits(theirs, ids))
 

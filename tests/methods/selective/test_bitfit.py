@@ -72,7 +72,7 @@ def test_saved_and_loaded_are_the_same_bits_and_only_what_trains(peer_bases, cas
     _, model, base = peer_bases[name]
     method = bitfit(**options)
     tuned = properties.moved(method, method.init(jax.random.key(0), base))
-    save_adapter(tmp_path, method, tuned, model)
+    save_adapter(tmp_path, method, model, tuned)
     peer.check_same_bits(model, base, method, tuned, tmp_path)
     again, loaded = peft_jax.load_adapter(tmp_path, base)
     np.testing.assert_array_equal(peer.bound_logits(again, model, loaded), peer.bound_logits(method, model, tuned))

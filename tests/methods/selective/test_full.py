@@ -117,7 +117,7 @@ def test_a_part_is_stored_whole_and_loads_as_the_same_bits(peer_bases, name, opt
     _, model, base = peer_bases[name]
     method = full(**options)
     tuned = properties.moved(method, method.init(jax.random.key(0), base))
-    save_adapter(tmp_path, method, tuned, model)
+    save_adapter(tmp_path, method, model, tuned)
     peer.check_same_bits(model, base, method, tuned, tmp_path)
     from safetensors.numpy import load_file
 
@@ -129,7 +129,7 @@ def test_a_part_of_a_model_that_is_not_ours_is_stored_too(tmp_path):
     base = {"layers": {"up": {"kernel": np.ones((3, 4, 5), np.float32), "bias": np.ones((3, 5), np.float32)}}}
     method = full(last_n_layers=2)
     tuned = properties.moved(method, method.init(jax.random.key(0), base))
-    save_adapter(tmp_path, method, tuned, None)
+    save_adapter(tmp_path, method, None, tuned)
     peer.check_same_bits(None, base, method, tuned, tmp_path)
 
 
@@ -140,10 +140,10 @@ def test_the_whole_is_stored_as_a_model(peer_bases, tmp_path):
     method = full()
     tuned = properties.moved(method, method.init(jax.random.key(0), base))
     with pytest.raises(PeftJaxError, match="FULL has no adapter file: save the whole model"):
-        save_adapter(tmp_path, method, tuned, model)
+        save_adapter(tmp_path, method, model, tuned)
     both = peft_jax.chain(method, peft_jax.ia3())
     with pytest.raises(PeftJaxError, match="FULL has no adapter file"):
-        save_adapter(tmp_path, both, both.init(jax.random.key(0), base), model)
+        save_adapter(tmp_path, both, model, both.init(jax.random.key(0), base))
     merged = method.merge(tuned)
     assert {leaf.dtype.name for leaf in flatten(merged).values()} == {"bfloat16"}
     save_pretrained(tmp_path, model, merged)
@@ -174,6 +174,6 @@ def test_a_head_of_its_own_on_a_tied_model(peer_bases, tmp_path):
     _, model, base = peer_bases["tied"]
     method, base = full("lm_head/.*"), untie(base)
     tuned = properties.moved(method, method.init(jax.random.key(0), base))
-    save_adapter(tmp_path, method, tuned, model)
+    save_adapter(tmp_path, method, model, tuned)
     _, loaded = load_adapter(tmp_path, base)
     np.testing.assert_array_equal(loaded["lm_head"]["kernel"], tuned["lm_head"]["kernel"])

@@ -41,7 +41,7 @@ def test_an_embedding_that_is_the_head_is_untied_first(peer_bases, gpt2_base, tm
     for name, (_, model, base) in {"wte": gpt2_base, "embed_tokens": peer_bases["tied"]}.items():
         method = ln_tuning([name])
         with pytest.raises(PeftJaxError, match=f"LN_TUNING changes '{name}', .* would be the embedding alone"):
-            save_adapter(tmp_path, method, method.init(jax.random.key(0), base), model)
+            save_adapter(tmp_path, method, model, method.init(jax.random.key(0), base))
     fresh, model, base = gpt2_base
     peer.check_opens_in_peft((fresh, model, untie(base)), ln_tuning(["wte"]), tmp_path / "untied")
 
@@ -99,6 +99,6 @@ def test_what_cannot_be_meant_is_an_error(peer_bases, tmp_path):
         ln_tuning(modules_to_save=("norm",)).init(jax.random.key(0), base)
     method = ln_tuning(target_modules=("embed_tokens",))
     with pytest.raises(PeftJaxError, match=r"the head as well; .* peft_jax.untie\(params\) first"):
-        peft_jax.save_adapter(tmp_path, method, method.init(jax.random.key(0), base), model)
+        peft_jax.save_adapter(tmp_path, method, model, method.init(jax.random.key(0), base))
     with pytest.raises(PeftJaxError, match="already hold 'ln_tuning' leaves"):
         method.init(jax.random.key(0), method.init(jax.random.key(0), base))

@@ -100,7 +100,7 @@ def test_beside_lora_in_one_file(peer_bases, tmp_path):
     method = chain(lora(r=2, init_lora_weights=False), trainable_tokens(TOKENS))
     properties.check_merge(method, model, base, peer.IDS)
     tuned = properties.moved(method, method.init(jax.random.key(0), base))
-    peft_jax.save_adapter(tmp_path, method, tuned, model)
+    peft_jax.save_adapter(tmp_path, method, model, tuned)
     peer.check_same_bits(model, base, method, tuned, tmp_path)
 
 

@@ -62,7 +62,7 @@ def test_made_here_opens_in_peft(encoder_bases, name, case, tmp_path):
     (fresh, model, base), (make, options, _) = encoder_bases(name), METHODS[case]
     method = make(4, **options, modules_to_save=saved(name))
     params = moved(method, method.init(jax.random.key(0), base))
-    save_adapter(tmp_path, method, params, model)
+    save_adapter(tmp_path, method, model, params)
     ours = output(method, model, params)
     plain = np.asarray(model.apply({"params": base}, IDS, MASK))
     assert np.abs(ours - (plain[MASK] if plain.ndim == 3 else plain)).max() > 1e-2 * np.abs(ours).max()
@@ -101,7 +101,7 @@ def test_token_types_are_pefts(encoder_bases, case, tmp_path):
     (fresh, model, base), (make, _, _) = encoder_bases(f"Bert{SEQUENCE}"), METHODS[case]
     method, types = make(4, modules_to_save="classifier"), (np.arange(10) > 3).astype(int)[None].repeat(2, 0)
     params = moved(method, method.init(jax.random.key(0), base))
-    save_adapter(tmp_path, method, params, model)
+    save_adapter(tmp_path, method, model, params)
     theirs = torch_output(peft.PeftModel.from_pretrained(fresh(), tmp_path), token_type_ids=torch.tensor(types))
     assert_close(output(method, model, params, token_type_ids=types), theirs)
     assert np.abs(output(method, model, params) - theirs).max() > 1e-2 * np.abs(theirs).max()
@@ -229,7 +229,7 @@ def test_what_an_encoder_cannot_do_is_an_error(encoder_bases, tmp_path):
     params = method.init(jax.random.key(0), base)
     with pytest.raises(PeftJaxError, match=r"attention_mask has shape \(2, 9\), input_ids \(2, 10\)"):
         bind(method, model)({"params": params}, IDS, np.ones((2, 9), int))
-    save_adapter(tmp_path, method, params, model)
+    save_adapter(tmp_path, method, model, params)
     stated = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (stated["task_type"], stated["token_dim"], stated["num_attention_heads"]) == ("SEQ_CLS", 16, 4)
     wide = np.ones((1, 30), np.int32)

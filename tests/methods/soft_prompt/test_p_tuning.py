@@ -31,7 +31,7 @@ def test_moved_here_opens_in_peft(peer_bases, case, tmp_path):
 def test_trained_by_peft_loads_here(peer_bases, case, tmp_path):
     config = peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, **CASES[case])
     method, params = peer.check_loads_from_peft(peer_bases["tied"], config, tmp_path / "theirs", whole=False)
-    peft_jax.save_adapter(tmp_path / "again", method, params, peer_bases["tied"][1])
+    peft_jax.save_adapter(tmp_path / "again", method, peer_bases["tied"][1], params)
     peer.check_same_bits(*peer_bases["tied"][1:], method, params, tmp_path / "again")
 
 

@@ -136,7 +136,7 @@ def test_unshifted_it_is_no_file_of_pefts(peer_bases, tmp_path):
     fresh, model, base = peer_bases["llama"]
     method = prefix(4, shift_positions=False)
     params = properties.moved(method, method.init(jax.random.key(0), base))
-    save_adapter(tmp_path, method, params, model)
+    save_adapter(tmp_path, method, model, params)
     peer.check_same_bits(model, base, method, params, tmp_path)
     again, loaded = load_adapter(tmp_path, base)
     np.testing.assert_array_equal(peer.bound_logits(again, model, loaded), peer.bound_logits(method, model, params))
@@ -152,7 +152,7 @@ def test_padding_changes_nothing(peer_bases, tmp_path, side):
     fresh, model, base = peer_bases["llama"]
     method = prefix(4)
     params = properties.moved(method, method.init(jax.random.key(0), base))
-    save_adapter(tmp_path, method, params, model)
+    save_adapter(tmp_path, method, model, params)
     mask = np.arange(10)[None] >= np.array([[0], [4]])
     mask = mask if side == "left" else mask[:, ::-1]
     positions = np.maximum(mask.cumsum(1) - 1, 0)
@@ -172,7 +172,7 @@ def test_beside_lora_in_one_file(peer_bases, tmp_path):
     _, model, base = peer_bases["qwen2"]
     method = chain(lora(r=2, target_modules="all-linear"), prefix(4, prefix_projection=True))
     params = properties.moved(method, method.init(jax.random.key(0), base), by=0.1)
-    save_adapter(tmp_path, method, params, model)
+    save_adapter(tmp_path, method, model, params)
     again, loaded = load_adapter(tmp_path, base)
     peer.assert_close(peer.bound_logits(again, model, loaded), peer.bound_logits(method, model, params), 1e-5)
     names = {path.rpartition("/")[2] for path in flatten(loaded)} - {path.rpartition("/")[2] for path in flatten(base)}
@@ -231,7 +231,7 @@ def test_models_that_it_does_not_fit_are_errors(peer_bases, tmp_path):
     with pytest.raises(PeftJaxError, match="without prefix_projection"):
         prefix_from_ids(projected, model, projected.init(jax.random.key(0), base), [1, 2, 3, 4])
     with pytest.raises(PeftJaxError, match="holds 4 virtual tokens, the method says num_virtual_tokens=5"):
-        save_adapter(tmp_path / "a", prefix(5), params, model)
+        save_adapter(tmp_path / "a", prefix(5), model, params)
 
 
 @pytest.mark.real

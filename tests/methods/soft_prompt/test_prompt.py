@@ -74,7 +74,7 @@ def test_padding_as_in_peft(peer_bases, tmp_path, side):
     fresh, model, base = peer_bases["llama"]
     method = prompt(4)
     params = properties.moved(method, method.init(jax.random.key(0), base))
-    save_adapter(tmp_path, method, params, model)
+    save_adapter(tmp_path, method, model, params)
     mask = np.arange(10)[None] >= np.array([[0], [4]])
     mask = mask if side == "left" else mask[:, ::-1]
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_beside_lora_in_one_file(peer_bases, tmp_path, order):
     parts = [lora(r=2, target_modules="all-linear", init_lora_weights=False), prompt(4)]
     method = chain(*parts[::order])
     params = method.init(jax.random.key(0), base)
-    save_adapter(tmp_path, method, params, model)
+    save_adapter(tmp_path, method, model, params)
     again, loaded = load_adapter(tmp_path, base)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     merged = parts[0].merge(params)
@@ -138,7 +138,7 @@ def test_what_it_does_not_fit_is_an_error(peer_bases, tmp_path):
     with pytest.raises(PeftJaxError, match=r"attention_mask has shape \(2, 9\), input_ids \(2, 10\)"):
         apply({"params": params}, peer.IDS, np.ones((2, 9), int))
     with pytest.raises(PeftJaxError, match="method says num_virtual_tokens=5"):
-        save_adapter(tmp_path / "a", prompt(5), params, model)
+        save_adapter(tmp_path / "a", prompt(5), model, params)
 
 
 def test_other_models_are_an_error():
@@ -161,7 +161,7 @@ def test_adapters_of_two_decoders_are_refused_by_name(peer_bases, tmp_path):
 
     _, model, base = peer_bases["llama"]
     method = prompt(4)
-    save_adapter(tmp_path, method, method.init(jax.random.key(0), base), model)
+    save_adapter(tmp_path, method, model, method.init(jax.random.key(0), base))
     path = tmp_path / "adapter_config.json"
     stated = json.loads(path.read_text())
     assert (stated["num_virtual_tokens"], stated["token_dim"]) == (4, 16)

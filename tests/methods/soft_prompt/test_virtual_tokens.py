@@ -88,7 +88,7 @@ def test_padding_as_in_peft(gpt2, make, side, tmp_path):
     fresh, model, base = gpt2
     method = make(4)
     params = properties.moved(method, method.init(jax.random.key(0), base))
-    peft_jax.save_adapter(tmp_path, method, params, model)
+    peft_jax.save_adapter(tmp_path, method, model, params)
     mask = np.arange(10)[None] >= np.array([[0], [4]])
     mask = mask if side == "left" else mask[:, ::-1]
     counted = np.maximum(mask.cumsum(1) - 1, 0) if make is prefix else np.arange(10)[None].repeat(2, 0)
@@ -122,7 +122,7 @@ def test_beside_lora_in_one_file(gpt2, tmp_path):
     _, model, base = gpt2
     method = chain(lora(r=2, target_modules=("c_attn",)), prefix(4, modules_to_save="ln_f"))
     params = properties.moved(method, method.init(jax.random.key(0), base), by=0.1)
-    peft_jax.save_adapter(tmp_path, method, params, model)
+    peft_jax.save_adapter(tmp_path, method, model, params)
     again, loaded = load_adapter(tmp_path, base)
     peer.assert_close(peer.bound_logits(again, model, loaded), peer.bound_logits(method, model, params), 1e-5)
     properties.check_training(method, model, base, peer.IDS)
