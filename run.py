@@ -98,7 +98,7 @@ def parse_command(argv: list[str]) -> Command | None:
     if values.help:
         print_help(values)
         return None
-    config, name = load_config(values, overrides)
+    config, name = experiment_config(values, overrides)
     check_mode(values)
     check(tidy(config))
     check_runtime(values)
@@ -123,7 +123,7 @@ def parse_flags(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
         raise PeftJaxError(" ".join(str(error).split())) from error
 
 
-def load_config(values: flags.FlagValues, overrides: list[str]) -> tuple[ConfigDict, str]:
+def experiment_config(values: flags.FlagValues, overrides: list[str]) -> tuple[ConfigDict, str]:
     """The configuration with ``overrides``, and the name of the experiment."""
     if not values.config:
         raise PeftJaxError("say which experiment: --config=experiments/lora.py (--help shows all flags)")
@@ -139,7 +139,8 @@ def check_mode(values: flags.FlagValues) -> None:
     if values.mode not in MODES:
         raise PeftJaxError(f"--mode={values.mode}: {nearest(values.mode, MODES)}")
     for flag, readers in ONE_MODE.items():
-        if values[flag].value != values[flag].default and values.mode not in readers:
+        value = values[flag].value
+        if value and value != values[flag].default and values.mode not in readers:
             raise PeftJaxError(f"--{flag} is for --mode={' and '.join(readers)}; this is --mode={values.mode}")
 
 

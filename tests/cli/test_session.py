@@ -13,9 +13,11 @@ from peft_jax import bind, chain, lora, prefix, quantize
 from peft_jax.cli.build_method import build_method
 from peft_jax.cli.checks import check_codes, check_fits
 from peft_jax.cli.session import load_session
+from peft_jax.core import files
 from peft_jax.data import Encoded
 from peft_jax.data.labelled import Labelled
 from peft_jax.errors import PeftJaxError
+from peft_jax.hub import model_files
 from peft_jax.method import BASE
 from tests import properties
 
@@ -52,6 +54,16 @@ def test_a_session_stops_before_the_weights_are_read(tiny_folder, tmp_path, chan
         weights.unlink()
     with pytest.raises(PeftJaxError, match=words):
         load_session(configured(folder, tmp_path))
+
+
+def test_a_session_reads_the_model_s_config_once_and_gives_it_its_head_once(tiny_folder, tmp_path, monkeypatch):
+    """Besides the tokenizer, which looks whether config.json is one."""
+    reads, heads, read_json, with_head = [], [], files.read_json, model_files.with_head
+    monkeypatch.setattr(files, "read_json", lambda path, *more, **named: reads.append(path) or
+                        read_json(path, *more, **named))
+    monkeypatch.setattr(model_files, "with_head", lambda config, head: heads.append(head) or with_head(config, head))
+    load_session(configured(tiny_folder, tmp_path))
+    assert reads == [tiny_folder / "config.json"] * 2 and heads == [None]
 
 
 @pytest.mark.parametrize("content, words", [('{"vocab_size": ', "not readable"), ("[]", "not a JSON object")])
