@@ -25,11 +25,19 @@ from ml_collections.config_dict import ConfigDict
 
 from configs import base, parse
 from configs.check import check, check_cells, check_sweep, tidy
+from peft_jax.cli import modes
 from peft_jax.errors import PeftJaxError, nearest
 
 GUARDS = ("allow", "log", "disallow")
-MODES = ("train", "eval", "measure", "merge", "export", "generate", "plan", "recommend", "report", "cells")
+MODES = (*modes.JOBS, "report", "cells")
 OF_SWEEPS = ("train", "report", "cells")  # modes
+ONE_MODE = {  # flags that only some modes read
+    "output": ("merge", "export"),
+    "requantize": ("merge", "export"),
+    "profile": ("train",),
+    "transfer_guard": ("train",),
+    "adapters": ("generate",),
+}
 
 
 class Command(NamedTuple):
@@ -86,44 +94,58 @@ def define_flags() -> flags.FlagValues:
 
 def parse_command(argv: list[str]) -> Command | None:
     """The command, or ``None`` after ``--help`` was answered. Raises ``PeftJaxError`` for what cannot be meant."""
-    values = define_flags()
-    try:
-        rest = values([sys.argv[0], *argv], known_only=True)[1:]
-    except flags.Error as error:
-        raise PeftJaxError(" ".join(str(error).split())) from error
+    values, overrides = parse_flags(argv)
     if values.help:
         print_help(values)
         return None
+    config, name = experiment_config(values, overrides)
+    check_mode(values)
+    check(tidy(config))
+    check_runtime(values)
+    cells = sweep_cells(values, config, parse.given(overrides))
+    return Command(
+        config=config, workdir=values.workdir or f"runs/{name}", mode=values.mode, prompts=values.prompt,
+        adapters=[source for source in values.adapters if source.strip()], overwrite=values.overwrite,
+        output=values.output, requantize=values.requantize,
+        probe=base.task_config(config.eval.probe) if config.eval.probe else None,
+        tasks={task: base.task_config(task) for task in (*config.measure.neighbours, *config.measure.general)},
+        cells=cells, sweep_index=values.sweep_index, distributed=values.distributed, coordinator=values.coordinator,
+        num_processes=values.num_processes, process_id=values.process_id, debug_nans=values.debug_nans,
+        transfer_guard=values.transfer_guard, profile=values.profile)
+
+
+def parse_flags(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
+    """The flags, and the arguments that are none of them."""
+    values = define_flags()
+    try:
+        return values, values([sys.argv[0], *argv], known_only=True)[1:]
+    except flags.Error as error:
+        raise PeftJaxError(" ".join(str(error).split())) from error
+
+
+def experiment_config(values: flags.FlagValues, overrides: list[str]) -> tuple[ConfigDict, str]:
+    """The configuration with ``overrides``, and the name of the experiment."""
     if not values.config:
         raise PeftJaxError("say which experiment: --config=experiments/lora.py (--help shows all flags)")
     config, name = parse.load_experiment(values.config)
-    unknown = parse.override(config.lock(), rest)
+    unknown = parse.override(config.lock(), overrides)
     if unknown:
         raise PeftJaxError(f"unknown argument {unknown[0]}; {nearest(unknown[0].split('=')[0].lstrip('-'), values)}")
+    return config, name
+
+
+def check_mode(values: flags.FlagValues) -> None:
+    """Raise ``PeftJaxError`` for an unknown mode, and for flags that this mode does not read."""
     if values.mode not in MODES:
         raise PeftJaxError(f"--mode={values.mode}: {nearest(values.mode, MODES)}")
-    for flag in ("output", "requantize"):
-        if values[flag].value and values.mode not in ("merge", "export"):
-            raise PeftJaxError(f"--{flag} is for --mode=merge and export; this is --mode={values.mode}")
-    for flag in ("profile", "transfer_guard"):
-        if values[flag].value != values[flag].default and values.mode != "train":
-            raise PeftJaxError(f"--{flag} is for --mode=train; this is --mode={values.mode}")
-    check(tidy(config))
-    check_runtime(values)
-    cells = sweep_cells(values, config, parse.overridden_keys(rest))
-    probe = base.task_config(config.eval.probe) if config.eval.probe else None
-    tasks = {name: base.task_config(name) for name in (*config.measure.neighbours, *config.measure.general)}
-    if values.adapters and values.mode != "generate":
-        raise PeftJaxError(f"--adapters is for --mode=generate; this is --mode={values.mode}")
-    adapters = [source for source in values.adapters if source.strip()]
-    return Command(config, values.workdir or f"runs/{name}", values.mode, values.prompt, adapters, values.overwrite,
-                   values.output, values.requantize, probe, tasks, cells,
-                   values.sweep_index, values.distributed, values.coordinator,
-                   values.num_processes, values.process_id, values.debug_nans, values.transfer_guard, values.profile)
+    for flag, readers in ONE_MODE.items():
+        value = values[flag].value
+        if value and value != values[flag].default and values.mode not in readers:
+            raise PeftJaxError(f"--{flag} is for --mode={' and '.join(readers)}; this is --mode={values.mode}")
 
 
-def sweep_cells(values: flags.FlagValues, config: ConfigDict, given: list[str]) -> list:
-    """The checked cells of a sweep, [] of any other experiment; ``given`` are the keys of the command line. Raises
+def sweep_cells(values: flags.FlagValues, config: ConfigDict, keys: list[str]) -> list:
+    """The checked cells of a sweep, [] of any other experiment; ``keys`` are those of the command line. Raises
     ``PeftJaxError`` for flags that do not fit."""
     if "sweep" in config:
         check_sweep(config)
@@ -132,7 +154,13 @@ def sweep_cells(values: flags.FlagValues, config: ConfigDict, given: list[str]) 
         cell.config.unlock()
         check(tidy(cell.config))
         cell.config.lock()
-    check_cells(cells, config, given)
+    check_cells(cells, config, keys)
+    check_sweep_flags(values, cells)
+    return cells
+
+
+def check_sweep_flags(values: flags.FlagValues, cells: list) -> None:
+    """Raise ``PeftJaxError`` for flags that do not fit an experiment of these cells, none of a single run."""
     only = values.mode in OF_SWEEPS and values.mode != "train"
     if not cells and (only or values.sweep_index is not None):
         flag = f"--mode={values.mode}" if only else "--sweep_index"
@@ -146,7 +174,6 @@ def sweep_cells(values: flags.FlagValues, config: ConfigDict, given: list[str]) 
     if cells and values.mode not in OF_SWEEPS:
         raise PeftJaxError(f"--mode={values.mode}: a sweep is run (--mode=train, the default), reported on "
                            "(--mode=report) or listed (--mode=cells)")
-    return cells
 
 
 def check_runtime(values: flags.FlagValues) -> None:
@@ -155,14 +182,14 @@ def check_runtime(values: flags.FlagValues) -> None:
         raise PeftJaxError(f"--transfer_guard={values.transfer_guard}: {nearest(values.transfer_guard, GUARDS)}")
     if values.profile < 0:
         raise PeftJaxError(f"--profile={values.profile}: a number of training steps")
-    given = {name: values[name].value for name in ("coordinator", "num_processes", "process_id")}
-    named = [name for name, value in given.items() if value is not None]
+    place = ("coordinator", "num_processes", "process_id")
+    named = [name for name in place if values[name].value is not None]
     if values.distributed and values.mode != "train":
         raise PeftJaxError(f"--distributed is for --mode=train; this is --mode={values.mode}, which one process does")
     if named and not values.distributed:
         raise PeftJaxError(f"--{named[0]} is for several processes: add --distributed")
-    if named and len(named) < len(given):
-        missing = " and ".join(f"--{name}" for name in given if name not in named)
+    if named and len(named) < len(place):
+        missing = " and ".join(f"--{name}" for name in place if name not in named)
         raise PeftJaxError(f"--{named[0]} goes with {missing}")
     if named:
         check_place(values)
@@ -195,14 +222,14 @@ def start(command: Command, argv: list[str]) -> int:
         from peft_jax.cli import sweeps
 
         return sweeps.run(command, argv)
-    from peft_jax.cli import modes, runtime
+    from peft_jax.cli import runtime
 
     runtime.start(command)
     if command.cells:
         from peft_jax.cli import sweep_cell
 
         return sweep_cell.run(command)
-    return modes.JOBS[command.mode](command)
+    return modes.run(command)
 
 
 def main(argv: list[str] | None = None) -> int:

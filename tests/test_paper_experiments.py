@@ -10,11 +10,11 @@ from configs import parse
 from configs.check import check, tidy
 from peft_jax import bind
 from peft_jax.cli import console
-from peft_jax.cli.session import build_method
+from peft_jax.cli.build_method import build_method
 from peft_jax.core import tree
 from peft_jax.evaluation.objectives import objective_of
 from peft_jax.hub import families, model_config
-from peft_jax.hub.load import with_head
+from peft_jax.hub.model_files import with_head
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -41,8 +41,8 @@ def summary(results: Mapping[str, Any]) -> str:
         ("peak memory", " + ".join(f"{size(value)} {where}" for where, value in results["peak_memory"].items())),
         ("saved", f"{size(results['adapter_bytes'])}  {results['adapter']}"),
     ]
-    found = {name: results[name] for name in ("before", "after") if results[name]}
-    return "\n".join((metrics_table(found), "", *(f"{name:<34}{value}" for name, value in cost)))
+    columns = {name: results[name] for name in ("before", "after") if results[name]}
+    return "\n".join((metrics_table(columns), "", *(f"{name:<34}{value}" for name, value in cost)))
 
 
 # What evaluation may report, and what a person calls it.

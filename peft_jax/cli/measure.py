@@ -4,14 +4,17 @@ from pathlib import Path
 from typing import Any
 
 from peft_jax import quant
-from peft_jax.binding.linen import bind
-from peft_jax.cli import console, session, trained_run, workdir
-from peft_jax.cli.session import Session
+from peft_jax.cli import console, trained_run, workdir
+from peft_jax.cli.build_method import trained_on
+from peft_jax.cli.checks import check_fits
+from peft_jax.cli.load_model import load_model
+from peft_jax.cli.session import Session, load_session
+from peft_jax.cli.trained_run import Candidate
 from peft_jax.core import settings, tree
 from peft_jax.data import load_examples
 from peft_jax.data.sources import sample_by_hash
 from peft_jax.errors import PeftJaxError
-from peft_jax.evaluation.evaluate import hold_out, make_evaluator_of_any
+from peft_jax.evaluation.evaluate import HeldOut, hold_out, make_evaluator_of_any
 from peft_jax.evaluation.latency import latency
 from peft_jax.method import BASE
 
@@ -28,9 +31,8 @@ def job(command) -> int:
     asked = settings.plain({name: config[name].to_dict() for name in ASKED})
     path = folder / MEASURED
     if command.overwrite or not path.exists() or workdir.read_json(path, "asked")["asked"] != asked:
-        found = measured(command)
         folder.mkdir(parents=True, exist_ok=True)
-        workdir.write_json(path, {"asked": asked, **found})
+        workdir.write_json(path, {"asked": asked, **measured(command)})
     print(table(workdir.read_json(path, "test", "general", "neighbours", "latency")))
     return 0
 
@@ -40,51 +42,52 @@ def measured(command) -> dict[str, Any]:
     config = command.config.copy_and_resolve_references()
     config.eval.update(part="test", limit=config.measure.limit)
     alone = config.measure.of == "base"
-    ready = session.load(config, None, BASE if alone else session.trained_on(config))
-    if alone:
-        what = trained_run.Tuned("base", bind(BASE, ready.model, ready.mesh), ready.base, None)
-    else:
-        what = trained_run.load(trained_run.folder_of(command), config, ready.model, ready.base, ready.mesh)
-    evaluate = make_evaluator_of_any(what.apply, ready.model, ready.tokenizer, config, ready.mesh)
-    found = {"test": evaluate(what.params, ready.held, config.task)}
+    session = load_session(config, None, BASE if alone else trained_on(config))
+    candidate = _base(session) if alone else trained_run.load(
+        trained_run.folder_of(command), config, session.model, session.base, session.mesh)
+    evaluate = make_evaluator_of_any(candidate.apply, session.model, session.tokenizer, config, session.mesh)
+    metrics = {"test": evaluate(candidate.params, session.held_out, config.task)}
     for kind, limit in (("general", config.measure.general_limit), ("neighbours", config.measure.neighbour_limit)):
         tasks = {name: command.tasks[name] for name in config.measure[kind]}
-        found[kind] = {name: evaluate(what.params, _held(ready, config, task, limit), task)
-                       for name, task in tasks.items()}  # by the given name: all files are the task "file"
-    return {**found, "latency": _latency(config, ready, what) if hasattr(ready.model, "init_cache") else {}}
+        metrics[kind] = {name: evaluate(candidate.params, _held_out(session, task, limit), task)
+                         for name, task in tasks.items()}  # by the given name: all files are the task "file"
+    return {**metrics, "latency": _latency(session, candidate) if hasattr(session.model, "init_cache") else {}}
 
 
-def _held(ready: Session, config, task, limit: int):
+def _base(session: Session) -> Candidate:
+    return Candidate("base", session.bound(), session.base, None)
+
+
+def _held_out(session: Session, task, limit: int) -> HeldOut:
     """The held-out examples of another task, whichever half."""
+    config = session.config
     examples = sample_by_hash(load_examples(task)["validation"], limit)
     if task.answer != config.task.answer:
         raise PeftJaxError(f"measure: the task {task.name!r} is answered otherwise (task.answer={task.answer}) than "
                            f"{config.task.name!r} ({config.task.answer}): leave it out of config.measure")
-    held = hold_out(examples, [], ready.tokenizer, task, config.data)
-    session.check_fits(held.encoded, ready.model.config)
-    return held
+    held_out = hold_out(examples, [], session.tokenizer, task, config.data)
+    check_fits(held_out.encoded, session.model.config)
+    return held_out
 
 
-def _latency(config, ready: Session, what: trained_run.Tuned) -> dict[str, dict[str, float]]:
+def _latency(session: Session, candidate: Candidate) -> dict[str, dict[str, float]]:
     """Of the plain base, of what was trained as it is, and of it merged into plain weights, in turn."""
-    base = ready.base
+    base, plain, sizes = session.base, session.bound(), session.config.measure
     if any(quant.is_leaf(leaf) for leaf in tree.flatten(base).values()):
-        base = session.load_model(config, BASE, ready.mesh)[1]
-    plain = bind(BASE, ready.model, ready.mesh)
+        base = load_model(session.config, BASE, session.mesh)[1]
     variants = {"base": (plain, base)}
-    if what.params is not ready.base:
-        variants["unmerged"] = (what.apply, what.params)
-        if what.merge:
-            variants["merged"] = (plain, what.merged())
-    m = config.measure
-    return latency(variants, ready.model, prompt_tokens=m.prompt_tokens, new_tokens=m.new_tokens, rows=m.rows,
-                   repeats=m.repeats)
+    if candidate.params is not session.base:
+        variants["unmerged"] = (candidate.apply, candidate.params)
+        if candidate.merge:
+            variants["merged"] = (plain, candidate.merged())
+    return latency(variants, session.model, prompt_tokens=sizes.prompt_tokens, new_tokens=sizes.new_tokens,
+                   rows=sizes.rows, repeats=sizes.repeats)
 
 
-def table(found: dict[str, Any]) -> str:
+def table(measurement: dict[str, Any]) -> str:
     """What was measured, for people."""
-    columns = {"test": found["test"], **found["neighbours"], **found["general"]}
+    columns = {"test": measurement["test"], **measurement["neighbours"], **measurement["general"]}
     lines = [console.metrics_table(columns), ""]
     lines += [f"{name + ':':<10} {1e3 * one['prefill']:8.1f} ms until the first token, {1e3 * one['token']:7.2f} ms "
-              "for each after it" for name, one in found["latency"].items()]
+              "for each after it" for name, one in measurement["latency"].items()]
     return "\n".join(lines)

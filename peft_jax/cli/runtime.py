@@ -21,10 +21,10 @@ def start(command) -> None:
     jax.config.update("jax_debug_nans", command.debug_nans)
     if not command.distributed:
         return
-    given = {"coordinator_address": command.coordinator, "num_processes": command.num_processes,
+    place = {"coordinator_address": command.coordinator, "num_processes": command.num_processes,
              "process_id": command.process_id}
     try:
-        jax.distributed.initialize(**{name: value for name, value in given.items() if value is not None},
+        jax.distributed.initialize(**{name: value for name, value in place.items() if value is not None},
                                    shutdown_timeout_seconds=GRACE)
     except (ValueError, RuntimeError) as error:
         raise PeftJaxError(f"--distributed: {' '.join(str(error).split())[:200]}; under Slurm, on GKE and on TPU VMs "

@@ -5,8 +5,7 @@ import time
 import traceback
 from pathlib import Path
 
-from peft_jax.cli import measure, workdir
-from peft_jax.cli.train import train
+from peft_jax.cli import measure, train, workdir
 from peft_jax.core import files
 from peft_jax.errors import PeftJaxError
 from peft_jax.studies.comparison import record
@@ -47,7 +46,7 @@ def _run(folder: Path, command, cell, whole) -> int:
     try:
         if not command.overwrite:  # what evaluated otherwise when it ended is another result
             workdir.check_config(place, whole.config.to_dict(), (*workdir.MATTERS, "eval"))
-        if code := 0 if whole.config.measure.of == "base" else train(own):
+        if code := 0 if whole.config.measure.of == "base" else train.job(own):
             return code  # told to stop: the same command goes on from there
         if cell.measure:
             measure.job(own)

@@ -18,7 +18,7 @@ from peft_jax.parallel import partitioning
 from peft_jax.parallel.mesh import several
 
 
-class Tuned(NamedTuple):
+class Candidate(NamedTuple):
     """``"adapter"`` or a whole ``"model"``: how to apply it, and how to get plain weights."""
 
     name: str
@@ -40,17 +40,17 @@ def folder_of(command) -> Path:
     return folder
 
 
-def load(folder: Path, config, model, base: tree.Tree, mesh: Mesh) -> Tuned:
+def load(folder: Path, config, model, base: tree.Tree, mesh: Mesh) -> Candidate:
     """What the run in ``folder`` trained, on the mesh."""
     if (folder / "adapter").is_dir():
         return adapter(folder / "adapter", model, base, mesh)
     _, params = load_pretrained(folder / "model", dtype=config.model.param_dtype, mesh=several(mesh))
-    return Tuned("model", bind(BASE, model, mesh), params, lambda params: params)
+    return Candidate("model", bind(BASE, model, mesh), params, lambda params: params)
 
 
-def adapter(source: str | Path, model, base: tree.Tree, mesh: Mesh) -> Tuned:
+def adapter(source: str | Path, model, base: tree.Tree, mesh: Mesh) -> Candidate:
     """An adapter, of a folder or the Hub, on ``base``."""
     method, params = load_adapter(source, base)
     if several(mesh):
         params = partitioning.place(method, model, params, mesh)
-    return Tuned("adapter", bind(method, model, mesh), params, method.merge if method.mergeable else None)
+    return Candidate("adapter", bind(method, model, mesh), params, method.merge if method.mergeable else None)

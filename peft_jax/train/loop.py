@@ -37,7 +37,7 @@ class StopRequest:
     """While entered, Ctrl-C or SIGTERM asks the loop to stop after its step; a second one interrupts at once.
 
     ``asked`` is the signal's number, 0 before. Of several processes only all together can stop: there SIGTERM is left
-    to jax, which tells the others (``hosts.preempted``), and Ctrl-C interrupts.
+    to jax, which tells the others (``processes.preempted``), and Ctrl-C interrupts.
     """
 
     def __init__(self):
@@ -135,12 +135,7 @@ def fit(
     batch, stopping = at_step(batches, done) if done < total_steps else None, False
     with stop or StopRequest() as stop:
         while done < total_steps and not stopping:
-            with trace or contextlib.nullcontext():
-                laid = feed(mesh, batch, axis=1)
-                with jax.transfer_guard(guard):
-                    state, metrics = step(state, frozen, laid)
-                if trace:
-                    jax.block_until_ready(metrics)
+            state, metrics = _take(step, state, frozen, batch, mesh, guard, trace)
             tokens, done = int((batch["segment_ids"] > 0).sum()), done + 1
             batch = at_step(batches, done) if done < total_steps else None  # while the device works
             values = {name: float(value) for name, value in metrics.items()}  # waits for it
@@ -157,6 +152,18 @@ def fit(
                 checkpoints.save(state)
     progress.close()
     return state
+
+
+def _take(step: Callable, state: TrainState, frozen: Any, batch: Any, mesh: Mesh | None, guard: str,
+          trace: Trace | None) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step; the device may still be at work when this returns, but for a traced one."""
+    with trace or contextlib.nullcontext():
+        arrays = feed(mesh, batch, axis=1)
+        with jax.transfer_guard(guard):
+            state, metrics = step(state, frozen, arrays)
+        if trace:
+            jax.block_until_ready(metrics)
+    return state, metrics
 
 
 def due(every: int, also: Collection[int] = ()) -> Callable[[int], bool]:
@@ -177,7 +184,8 @@ def _check_finite(values: dict[str, float], step: int, checkpoints: Checkpoints)
         raise PeftJaxError(
             f"training broke at step {step}: {', '.join(broken)}; "
             f"{kept if checkpoints.latest is not None else 'no checkpoint was written yet'}. "
-            "Try a lower --config.optim.learning_rate, more --config.optim.warmup_ratio, or look at that step's data"
+            "Try a lower learning rate or a longer warm-up (run.py: --config.optim.learning_rate, "
+            "--config.optim.warmup_ratio), or look at that step's data"
         )
 
 

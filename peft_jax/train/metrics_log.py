@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON object per line, and TensorBoard."""
+"""Metrics of a training: one JSON object per line, and TensorBoard."""
 
 import json
 from pathlib import Path
@@ -8,19 +8,16 @@ from peft_jax.errors import PeftJaxError
 
 
 class MetricsLog:
-    """Appends to ``folder/metrics.jsonl``, and to ``folder/tensorboard`` where that is asked for.
+    """Appends to the file ``path``, one JSON object per line, and writes for TensorBoard into the folder ``board``.
 
     Lines beyond ``first_step`` are of steps that a resumed run does again; they are dropped. ``last`` is the last line
-    that was kept or written, ``{}`` at the start. Without a ``folder`` nothing is written.
+    that was kept or written, ``{}`` at the start. What is ``None`` is not written.
     """
 
-    def __init__(self, folder: Path | None, first_step: int, tensorboard: bool):
-        self.last, self.file, self.board = {}, None, None
-        if folder:
-            self.path = folder / "metrics.jsonl"
-            self.last = _keep_until(self.path, first_step)
-            self.file = self.path.open("a", encoding="utf-8")
-            self.board = _open_board(folder / "tensorboard", first_step) if tensorboard else None
+    def __init__(self, path: Path | None, first_step: int, board: Path | None = None):
+        self.last = _keep_until(path, first_step) if path else {}
+        self.file = path.open("a", encoding="utf-8") if path else None
+        self.board = _open_board(board, first_step) if board else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Record ``values`` of an optimiser step."""
@@ -53,7 +50,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
             rows.append(json.loads(line))
         except ValueError as error:
             if number < len(lines):
-                raise PeftJaxError(f"{path}:{number} is not JSON; remove the line, or --overwrite") from error
+                raise PeftJaxError(f"{path}:{number} is not JSON: remove the line, or start a new file") from error
     return rows
 
 

@@ -10,61 +10,93 @@ from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.method import FROZEN, TRAINABLE
 
 
-def _cosine(optim, steps, warmup):
-    return optax.warmup_cosine_decay_schedule(0.0, optim.learning_rate, warmup, steps)
+def _cosine(peak: float, warmup: int, total_steps: int) -> optax.Schedule:
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, total_steps)
 
 
-def _linear(optim, steps, warmup):
-    down = optax.linear_schedule(optim.learning_rate, 0.0, steps - warmup)
-    return optax.join_schedules([optax.linear_schedule(0.0, optim.learning_rate, warmup), down], [warmup])
+def _linear(peak: float, warmup: int, total_steps: int) -> optax.Schedule:
+    down = optax.linear_schedule(peak, 0.0, total_steps - warmup)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), down], [warmup])
 
 
-def _constant(optim, steps, warmup):
-    return optax.join_schedules([optax.linear_schedule(0.0, optim.learning_rate, warmup),
-                                 optax.constant_schedule(optim.learning_rate)], [warmup])
+def _constant(peak: float, warmup: int, total_steps: int) -> optax.Schedule:
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak)], [warmup])
 
 
 SCHEDULES = {"cosine": _cosine, "linear": _linear, "constant": _constant}
 
 
-def make_schedule(optim, total_steps: int) -> optax.Schedule:
-    """Learning rate per optimiser step: up over ``warmup_ratio`` of the run, then ``optim.schedule``.
+def make_schedule(total_steps: int, *, learning_rate: float, schedule: str = "cosine",
+                  warmup_ratio: float = 0.03) -> optax.Schedule:
+    """The learning rate of each optimiser step, counted from 0.
 
-    As in transformers, warm-up takes ``ceil(total_steps * warmup_ratio)`` steps. Raises ``PeftJaxError`` for an unknown
-    schedule.
+    Args:
+      total_steps: of the whole training, at least 1.
+      learning_rate: the highest, which the warm-up ends in.
+      schedule: what follows the warm-up, one of ``SCHEDULES``: ``"cosine"`` and ``"linear"`` fall to 0 at
+        ``total_steps``, ``"constant"`` stays.
+      warmup_ratio: share of the steps, from 0 to 1, in which the rate rises from 0. As in transformers these are
+        ``ceil(total_steps * warmup_ratio)`` steps; at least one step is left after them.
+
+    Raises:
+      PeftJaxError: an unknown schedule; the message names the nearest.
+
+    >>> rate = make_schedule(4, learning_rate=1.0, schedule="linear", warmup_ratio=0.5)
+    >>> [float(rate(step)) for step in range(5)]
+    [0.0, 0.5, 1.0, 0.5, 0.0]
     """
-    if optim.schedule not in SCHEDULES:
-        raise PeftJaxError(f"optim.schedule={optim.schedule!r}: {nearest(optim.schedule, SCHEDULES)}")
-    warmup = -int(-total_steps * optim.warmup_ratio // 1)
-    return SCHEDULES[optim.schedule](optim, total_steps, min(warmup, total_steps - 1))
+    if schedule not in SCHEDULES:
+        raise PeftJaxError(f"schedule={schedule!r}: {nearest(schedule, SCHEDULES)}")
+    warmup = -int(-total_steps * warmup_ratio // 1)
+    return SCHEDULES[schedule](learning_rate, min(warmup, total_steps - 1), total_steps)
 
 
-def make_optimizer(optim, total_steps: int, labels: Mapping[str, Any] | None = None) -> optax.GradientTransformation:
-    """AdamW for the trainable tree alone; moments take the leaves' dtype, so keep trainables in float32.
+def make_optimizer(total_steps: int, labels: Mapping[str, Any] | None = None, *, learning_rate: float,
+                   schedule: str = "cosine", warmup_ratio: float = 0.03, b1: float = 0.9, b2: float = 0.999,
+                   eps: float = 1e-8, weight_decay: float = 0.0, clip_norm: float = 1.0,
+                   rates: Mapping[str, float] | None = None) -> optax.GradientTransformation:
+    """AdamW for the trainable tree alone. Its moments have the leaves' dtype: keep trainable leaves in float32.
 
-    ``labels`` are ``method.labels(params)``; leaves of the group g train at ``optim.rates[g]`` times the learning rate,
-    weight decay included, the group "trainable" at the rate itself where it is not named. Raises ``PeftJaxError`` for
-    a group without a rate and a rate without its group.
+    Args:
+      total_steps, learning_rate, schedule, warmup_ratio: as of :func:`make_schedule`.
+      labels: ``method.labels(params)``; needed where the method has groups of leaves with rates of their own.
+      b1, b2, eps, weight_decay: as of ``optax.adamw``.
+      clip_norm: gradients whose global norm, over all trainable leaves, is larger are scaled down to it; 0: never.
+      rates: ``{group: factor}``: leaves with that label train at the factor times the learning rate, weight decay
+        included. The group "trainable" has the factor 1 where it is not named.
+
+    Raises:
+      PeftJaxError: an unknown schedule, a group without a rate, a rate without its group, a factor that is no finite
+        number of at least 0.
+
+    >>> import jax, jax.numpy as jnp
+    >>> tx = make_optimizer(10, learning_rate=0.1, schedule="constant", warmup_ratio=0.0)
+    >>> leaves = {"lora_a": jnp.ones(3)}
+    >>> updates, _ = tx.update({"lora_a": jnp.full(3, 0.5)}, tx.init(leaves), leaves)
+    >>> [round(float(one), 4) for one in updates["lora_a"]]  # Adam's first step has the size of the rate
+    [-0.1, -0.1, -0.1]
     """
-    clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
-    adam = optax.adamw(make_schedule(optim, total_steps), optim.b1, optim.b2, optim.eps,
-                       weight_decay=optim.weight_decay)
+    rate = make_schedule(total_steps, learning_rate=learning_rate, schedule=schedule, warmup_ratio=warmup_ratio)
+    clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
+    adam = optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay)
     groups = {path: label for path, label in tree.flatten(labels or {}).items() if label != FROZEN}
-    rates = _rates(dict(optim.rates or {}), set(groups.values()))
-    if set(rates.values()) <= {1.0}:
+    factors = _factors(dict(rates or {}), set(groups.values()))
+    if set(factors.values()) <= {1.0}:
         return optax.chain(clip, adam)
-    scales = {group: optax.scale(rate) for group, rate in rates.items()}
+    scales = {group: optax.scale(factor) for group, factor in factors.items()}
     return optax.chain(clip, adam, optax.multi_transform(scales, tree.unflatten(groups)))
 
 
-def _rates(given: dict[str, float], groups: set[str]) -> dict[str, float]:
-    for group in sorted(groups - given.keys() - {TRAINABLE}):
+def _factors(rates: dict[str, float], groups: set[str]) -> dict[str, float]:
+    """``rates``, checked, and the factor 1 of what has none."""
+    for group in sorted(groups - rates.keys() - {TRAINABLE}):
+        factor = f"{{'{group}': 16}}"
         raise PeftJaxError(f"the method trains the group '{group}' at a rate of its own: give its factor of the "
-                           f"learning rate, such as --config.optim.rates=\"{{'{group}': 16}}\".")
-    for group, rate in given.items():
+                           f"learning rate, such as rates={factor}, in a run --config.optim.rates=\"{factor}\".")
+    for group, factor in rates.items():
         if group not in groups:
-            raise PeftJaxError(f"optim.rates has '{group}', a group of leaves that the method does not have: "
+            raise PeftJaxError(f"rates has '{group}', a group of leaves that the method does not have: "
                                f"{nearest(group, groups)}")
-        if not isinstance(rate, int | float) or not 0 <= rate < float("inf"):
-            raise PeftJaxError(f"optim.rates['{group}']={rate!r}: a factor of the learning rate, at least 0.")
-    return {TRAINABLE: 1.0, **given}
+        if not isinstance(factor, int | float) or not 0 <= factor < float("inf"):
+            raise PeftJaxError(f"rates['{group}']={factor!r}: give a factor of the learning rate, at least 0.")
+    return {TRAINABLE: 1.0, **rates}

@@ -14,75 +14,127 @@ from peft_jax.train.loss import batch_loss, cross_entropy
 
 
 class TrainState(NamedTuple):
-    """What a training step changes, and what a checkpoint holds; the frozen base is not in it."""
+    """What a training step changes, and what a checkpoint holds; the frozen base is not in it.
 
-    step: jax.Array  # int32 scalar, optimiser steps done
+    step: int32 scalar, optimiser steps done. trainable: the leaves that train. opt_state: optax's. rng: a typed key;
+    step and micro-batch are folded in, it never changes itself.
+    """
+
+    step: jax.Array
     trainable: tree.Tree
     opt_state: Any
-    rng: jax.Array  # typed key; step and micro-batch are folded in, it never changes itself
+    rng: jax.Array
 
 
 def init_state(trainable: tree.Tree, tx: optax.GradientTransformation, rng: jax.Array,
                where: TrainState | None = None) -> TrainState:
-    """The state before the first step. It owns its leaves: steps donate them, and the base's may be among the given.
+    """The state before the first step.
 
-    On a mesh, ``where`` are its shardings, of :func:`state_shardings`.
+    It owns its leaves: steps donate them, and some of ``trainable`` may be the base's own.
+
+    Args:
+      trainable: nested dicts of the leaves that train, the first tree of :func:`peft_jax.partition`; float32, which the
+        optimiser's moments then are too.
+      tx: the optimiser, of trees like ``trainable``.
+      rng: a typed key, ``jax.random.key(seed)``; dropout is drawn from it.
+      where: on a mesh, the shardings of the state, of :func:`state_shardings`.
+
+    >>> state = init_state({"lora_a": jnp.ones((8, 2))}, optax.adam(1e-3), jax.random.key(0))
+    >>> int(state.step), state.trainable["lora_a"].shape
+    (0, (8, 2))
     """
     arguments.check("init_state", {"trainable": trainable, "tx": tx, "rng": rng})
 
     def make(trainable, rng):
         trainable = jax.tree.map(jnp.copy, trainable)
-        return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable), rng)
+        return TrainState(step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=tx.init(trainable), rng=rng)
 
     return make(trainable, rng) if where is None else jax.jit(make, out_shardings=where)(trainable, rng)
 
 
 def state_shardings(trainable: tree.Tree, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Where the state of ``trainable``, arrays on the mesh or shapes with their shardings, lies on it."""
+    """Where the state of ``trainable`` lies on a mesh: a ``TrainState`` of shardings.
+
+    Moments lie where their leaves do, scalars and the key are on every device.
+
+    Args:
+      trainable: as of :func:`init_state`, arrays that lie on the mesh, or shapes with shardings on it.
+      tx: the optimiser. mesh: of :func:`peft_jax.make_mesh`.
+
+    >>> import peft_jax
+    >>> mesh = peft_jax.make_mesh(devices=jax.devices()[:1])
+    >>> everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    >>> leaves = jax.device_put({"lora_a": jnp.ones((8, 2))}, everywhere)
+    >>> where = state_shardings(leaves, optax.adam(1e-3), mesh)
+    >>> state = init_state(leaves, optax.adam(1e-3), jax.random.key(0), where)
+    >>> state.opt_state[0].mu["lora_a"].sharding == where.opt_state[0].mu["lora_a"]
+    True
+    """
     arguments.check("state_shardings", {"trainable": trainable, "tx": tx, "mesh": mesh})
     shapes = jax.eval_shape(lambda leaves, rng: init_state(leaves, tx, rng), trainable, jax.random.key(0))
     return partitioning.like(shapes, trainable, mesh)
 
 
-def make_step(apply: Callable, tx: optax.GradientTransformation, loss_chunk: int,
+def make_step(apply: Callable, tx: optax.GradientTransformation, loss_chunk: int = 512,
               error: Callable = cross_entropy, penalty: Callable[[tree.Tree], jax.Array] | None = None,
               mesh: Mesh | None = None, where: TrainState | None = None) -> Callable:
     """A jitted ``step(state, frozen, batch) -> (state, metrics)``; ``state`` is donated.
 
-    Leaves of ``batch`` are (accumulate_steps, batch, ...). The gradient is that of the mean loss over all answers
-    of all micro-batches, so splitting a batch changes nothing but rounding; ``penalty(params)`` is added to that mean
-    for the gradient, and is not in the ``loss`` that is reported. Metrics are float32 scalars: ``loss``, the mean
-    ``error`` of an answer, which is in nats per token by default, ``grad_norm`` before clipping, ``update_norm`` of
-    what was added to the trainable leaves: if these are finite, so is the new state where the old one was.
+    The gradient is that of the mean loss over all answers of all micro-batches, so splitting a batch changes nothing
+    but rounding.
 
-    On a ``mesh``, ``where`` are the shardings of the state, which the new one has too.
+    Args:
+      apply: ``peft_jax.bind(method, model)``, of a model with the methods ``hidden`` and ``head``.
+      tx: the optimiser of ``state``.
+      loss_chunk: tokens whose logits exist at once.
+      error: ``(logits float32 (n, k), target (n,)) -> (n,)``, the loss of each answer; by default its cross entropy in
+        nats.
+      penalty: ``(params) -> float32 scalar``, such as ``method.penalty``. Its gradient is added; the ``loss`` that is
+        reported is without it.
+      mesh: on which state and frozen leaves lie. where: the shardings of the state, which the new one has too.
+
+    Returns:
+      ``step``. ``frozen`` is the second tree of :func:`peft_jax.partition`. ``batch`` has the arrays below, with the
+      axes (accumulate_steps, rows) in front; int32 but for ``loss_weight``, and ``loss_target`` where it is a score:
+
+      * ``input_ids``, ``segment_ids`` (0: padding) and ``positions``: (..., tokens).
+      * ``loss_index``: (..., answers), at which tokens the model is asked. ``loss_target``: the answer there.
+        ``loss_weight``: float32, 0 where there is none.
+
+      Metrics are float32 scalars: ``loss``, the mean error of an answer; ``grad_norm``, before clipping;
+      ``update_norm``, of what was added to the trainable leaves. Where these are finite, so is the new state if the old
+      one was.
+
+    >>> import peft_jax
+    >>> from peft_jax.models import CausalLM, LlamaConfig
+    >>> model = CausalLM(LlamaConfig(99, 32, 48, 2, 4, 2, 8, 1e-5, 1e4, 256, False))
+    >>> method, tx = peft_jax.lora(r=2), optax.adam(0.1)
+    >>> base = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    >>> params = method.init(jax.random.key(1), base)
+    >>> trainable, frozen = peft_jax.partition(params, method.labels(params))
+    >>> ids = jnp.arange(5)[None, None]  # one micro-batch of one row; each token is asked for its next one
+    >>> batch = {"input_ids": ids, "segment_ids": jnp.ones_like(ids), "positions": ids, "loss_index": ids[..., :4],
+    ...          "loss_target": ids[..., 1:], "loss_weight": jnp.ones((1, 1, 4))}
+    >>> step, state = make_step(peft_jax.bind(method, model), tx), init_state(trainable, tx, jax.random.key(2))
+    >>> losses = []
+    >>> for _ in range(3):
+    ...     state, metrics = step(state, frozen, batch)
+    ...     losses.append(float(metrics["loss"]))
+    >>> int(state.step), losses[2] < losses[0]
+    (3, True)
     """
     arguments.check("make_step", {"apply": apply, "tx": tx, "mesh": mesh}, optional=("mesh",))
 
-    def micro_gradient(trainable, frozen, micro, rng):
+    def gradient_of(trainable, frozen, micro, rng):
         def loss(leaves):
             return batch_loss(apply, tree.combine(frozen, leaves), micro, chunk=loss_chunk, rngs={"dropout": rng},
                               error=error, mesh=mesh)
 
         return jax.value_and_grad(loss, has_aux=True)(trainable)
 
-    def accumulate(state, frozen, batch):
-        rng = jax.random.fold_in(state.rng, state.step)
-
-        def add(total, indexed):
-            index, micro = indexed
-            found = micro_gradient(state.trainable, frozen, micro, jax.random.fold_in(rng, index))
-            return jax.tree.map(jnp.add, total, found), None
-
-        count = batch["input_ids"].shape[0]
-        if count == 1:
-            only = jax.tree.map(lambda x: x[0], batch)
-            return micro_gradient(state.trainable, frozen, only, jax.random.fold_in(rng, 0))
-        zero = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, state.trainable))
-        return jax.lax.scan(add, zero, (jnp.arange(count), batch))[0]
-
     def step(state, frozen, batch):
-        (loss, weight), gradient = accumulate(state, frozen, batch)
+        rng = jax.random.fold_in(state.rng, state.step)
+        (loss, weight), gradient = _summed(gradient_of, state.trainable, frozen, batch, rng)
         weight = jnp.maximum(weight, 1)
         gradient = jax.tree.map(lambda g: g / weight, gradient)
         if penalty is not None:
@@ -92,6 +144,22 @@ def make_step(apply: Callable, tx: optax.GradientTransformation, loss_chunk: int
         metrics = {"loss": loss / weight, "grad_norm": optax.tree.norm(gradient),
                    "update_norm": optax.tree.norm(updates)}
         trainable = optax.apply_updates(state.trainable, updates)
-        return TrainState(state.step + 1, trainable, opt_state, state.rng), metrics
+        return TrainState(step=state.step + 1, trainable=trainable, opt_state=opt_state, rng=state.rng), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=None if where is None else (where, None))
+
+
+def _summed(gradient_of: Callable, trainable: tree.Tree, frozen: tree.Tree, batch: Any, rng: jax.Array) -> Any:
+    """((loss, weight), gradient), each the sum over the micro-batches; one after the other is computed."""
+    count = batch["input_ids"].shape[0]
+    if count == 1:
+        only = jax.tree.map(lambda x: x[0], batch)
+        return gradient_of(trainable, frozen, only, jax.random.fold_in(rng, 0))
+
+    def add(total, indexed):
+        index, micro = indexed
+        part = gradient_of(trainable, frozen, micro, jax.random.fold_in(rng, index))
+        return jax.tree.map(jnp.add, total, part), None
+
+    zero = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, trainable))
+    return jax.lax.scan(add, zero, (jnp.arange(count), batch))[0]

@@ -22,7 +22,7 @@ def test_results_that_no_run_wrote(tmp_path, content, words):
     (tmp_path / "results.json").write_text(content)
     command = run.parse_command(["--config=experiments/lora.py", f"--workdir={tmp_path}"])
     with pytest.raises(PeftJaxError, match=rf"{tmp_path}/results.json .*{words}.*remove it"):
-        training.train(command)
+        training.job(command)
 
 
 def test_merging_onto_a_run_is_refused_before_anything_is_loaded(tmp_path, capsys):

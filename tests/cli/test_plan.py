@@ -10,15 +10,16 @@ import pytest
 
 import run
 from peft_jax import lora, plan
-from peft_jax.binding.linen import bind
-from peft_jax.cli import modes, session
+from peft_jax.cli import modes
 from peft_jax.cli import train as training
+from peft_jax.cli.build_method import build_method
+from peft_jax.cli.build_optimizer import build_optimizer
 from peft_jax.cli.plan import batch_sizes, plan_config
+from peft_jax.cli.session import load_session
 from peft_jax.errors import PeftJaxError
 from peft_jax.models import GPT2, GPT2Config
 from peft_jax.planner.compiled import memory_of
 from peft_jax.train.loop import at_step
-from peft_jax.train.optimizer import make_optimizer
 from tests.test_run import data  # noqa: F401, the fixture of a small run
 
 pytestmark = pytest.mark.usefixtures("quick_compiles", "at_the_root")
@@ -40,15 +41,15 @@ def asked(tiny_folder, data, tmp_path):  # noqa: F811
     ("adapter", ["--config.optim.accumulate_steps=2", "--config.model.remat=True"])])
 def test_it_is_the_memory_of_the_program_that_training_runs(asked, experiment, options):
     config = asked(experiment, *options).config
-    ready, method = session.load(config), session.build_method(config)
-    batches, total = training._batches(config, ready, method)
-    params = method.init(jax.random.key(0), ready.base)
-    step, state, frozen = training._start(config, method, bind(method, ready.model), params, total, ready.mesh)
+    session, method = load_session(config), build_method(config)
+    batches, total = training._batches(session, method)
+    params = method.init(jax.random.key(0), session.base)
+    step, state, frozen = training._start(session, method, session.bound(method), params, total)
     batch = at_step(batches, 0)
     real = memory_of(step.lower(state, frozen, batch).compile())
 
     _, rows, length = batch["input_ids"].shape
-    found = plan(method, ready.model, make_optimizer(config.optim, total, method.labels(params)),
+    found = plan(method, session.model, build_optimizer(config.optim, total, method.labels(params)),
                  rows, length, answers=batch["loss_index"].shape[-1],
                  accumulate_steps=config.optim.accumulate_steps)
     assert found.program.memory == real
@@ -59,7 +60,7 @@ def test_a_config_without_weights_is_enough(asked, tiny_folder, tmp_path, capsys
     model.mkdir()
     (model / "config.json").write_text((tiny_folder / "config.json").read_text())
     command = asked("qlora", model=model)
-    assert modes.JOBS[command.mode](command) == 0
+    assert modes.run(command) == 0
     shown, written = capsys.readouterr().out, json.loads((tmp_path / "run" / "plan.json").read_text())
     assert "quantised weights" in shown and "RTX 4090       24 GB      1" in shown and "assumed" in shown
     compiled = written["compiled"]
@@ -77,7 +78,7 @@ def test_where_it_cannot_be_written_is_said(asked, tmp_path, capsys):
     (tmp_path / "run" / "plan.json").mkdir(parents=True)
     command = asked("lora", "--config.data.row_length=16")
     with pytest.raises(PeftJaxError, match="run cannot be written: Is a directory"):
-        modes.JOBS[command.mode](command)
+        modes.run(command)
 
 
 def test_packed_rows_may_be_longer_than_the_positions_as_in_training(asked):

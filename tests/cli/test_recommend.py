@@ -27,7 +27,7 @@ def test_a_table_is_shown_and_written(asked, tmp_path, capsys):
                                    "rows": [{"method": "prefix", "gain": {"mean": 0.2}}]}))
     command = run.parse_command(asked("--config.recommend.memory_gb=8", "--config.recommend.tasks=2",
                                       f"--config.recommend.figures={figures}"))
-    assert modes.JOBS[command.mode](command) == 0
+    assert modes.run(command) == 0
     shown, written = capsys.readouterr().out, json.loads((tmp_path / "run" / "recommend.json").read_text())
     assert "1. prefix (num_virtual_tokens=20): fits" in shown and "The article's rule: LoRA with rank 16" in shown
     assert [one["method"] for one in written["choices"]] == ["prefix", "lora", "qlora", "houlsby", "ia3", "full"]

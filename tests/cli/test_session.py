@@ -10,10 +10,14 @@ import pytest
 
 from configs import base
 from peft_jax import bind, chain, lora, prefix, quantize
-from peft_jax.cli import session
+from peft_jax.cli.build_method import build_method
+from peft_jax.cli.checks import check_codes, check_fits
+from peft_jax.cli.session import load_session
+from peft_jax.core import files
 from peft_jax.data import Encoded
 from peft_jax.data.labelled import Labelled
 from peft_jax.errors import PeftJaxError
+from peft_jax.hub import model_files
 from peft_jax.method import BASE
 from tests import properties
 
@@ -33,11 +37,11 @@ def configured(model, folder):
 
 def test_ids_and_lengths_up_to_the_model_s_own_are_welcome_and_one_more_is_not(tiny_model):
     config = dataclasses.replace(tiny_model[0].config, vocab_size=10, max_position_embeddings=4)
-    session.check_fits([example([0, 9]), example([1, 2, 3, 4])], config)
+    check_fits([example([0, 9]), example([1, 2, 3, 4])], config)
     with pytest.raises(PeftJaxError, match="gives the id 10, but the model's vocabulary ends at 9"):
-        session.check_fits([example([0, 9]), example([10])], config)
+        check_fits([example([0, 9]), example([10])], config)
     with pytest.raises(PeftJaxError, match="has 5 tokens, but the model has 4 positions"):
-        session.check_fits([example([1, 2, 3, 4, 5])], config)
+        check_fits([example([1, 2, 3, 4, 5])], config)
 
 
 @pytest.mark.parametrize("change, words", [({"vocab_size": 200}, "vocabulary ends at 199"),
@@ -49,7 +53,17 @@ def test_a_session_stops_before_the_weights_are_read(tiny_folder, tmp_path, chan
     for weights in folder.glob("*.safetensors"):
         weights.unlink()
     with pytest.raises(PeftJaxError, match=words):
-        session.load(configured(folder, tmp_path))
+        load_session(configured(folder, tmp_path))
+
+
+def test_a_session_reads_the_model_s_config_once_and_gives_it_its_head_once(tiny_folder, tmp_path, monkeypatch):
+    """Besides the tokenizer, which looks whether config.json is one."""
+    reads, heads, read_json, with_head = [], [], files.read_json, model_files.with_head
+    monkeypatch.setattr(files, "read_json", lambda path, *more, **named: reads.append(path) or
+                        read_json(path, *more, **named))
+    monkeypatch.setattr(model_files, "with_head", lambda config, head: heads.append(head) or with_head(config, head))
+    load_session(configured(tiny_folder, tmp_path))
+    assert reads == [tiny_folder / "config.json"] * 2 and heads == [None]
 
 
 @pytest.mark.parametrize("content, words", [('{"vocab_size": ', "not readable"), ("[]", "not a JSON object")])
@@ -57,13 +71,13 @@ def test_a_damaged_config_of_the_model_is_not_the_tokenizer_s_fault(tiny_folder,
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     (folder / "config.json").write_text(content)
     with pytest.raises(PeftJaxError, match=f"^{folder}/config.json .*{words}"):
-        session.load(configured(folder, tmp_path))
+        load_session(configured(folder, tmp_path))
 
 
 def test_several_methods_are_built_into_one_chain(tiny_model):
     config = base.get_config(method="prefix+parallel_adapter")
     config.method.prefix.num_virtual_tokens = 3
-    method = session.build_method(config)
+    method = build_method(config)
     assert [part.config["peft_type"] for part in method.parts] == ["PREFIX_TUNING", "BOTTLENECK"]
     params = method.init(jax.random.key(0), tiny_model[1])
     core = params["layers"]["self_attn"]["core"]
@@ -74,7 +88,7 @@ def test_several_methods_are_built_into_one_chain(tiny_model):
     with pytest.raises(PeftJaxError, match="did you mean lora"):
         config.method.unlock()
         config.method.prefix.name = "lorra"
-        session.build_method(config)
+        build_method(config)
 
 
 def test_a_text_becomes_the_ids_that_a_method_starts_from(tiny_model, tiny_folder, tiny_tokenizer):
@@ -84,7 +98,7 @@ def test_a_text_becomes_the_ids_that_a_method_starts_from(tiny_model, tiny_folde
     ids = tiny_tokenizer(text)["input_ids"]
     config = base.get_config(model=str(tiny_folder), method="prompt+ia3")
     config.method.prompt.update(num_virtual_tokens=7, prompt_tuning_init="TEXT", prompt_tuning_init_text=text)
-    prompt, _ = session.build_method(config).parts
+    prompt, _ = build_method(config).parts
     assert prompt.config["prompt_tuning_init_ids"] == tuple(ids) and len(ids) != 7
     theirs = peft.get_peft_model(
         transformers.AutoModelForCausalLM.from_pretrained(tiny_folder), peft.PromptTuningConfig(
@@ -94,20 +108,20 @@ def test_a_text_becomes_the_ids_that_a_method_starts_from(tiny_model, tiny_folde
     np.testing.assert_array_equal(held, theirs)
     config.method.prompt.prompt_tuning_init_ids = (1, 2)
     with pytest.raises(PeftJaxError, match="both prompt_tuning_init_text and prompt_tuning_init_ids"):
-        session.build_method(config)
+        build_method(config)
 
 
 def test_virtual_tokens_take_positions(tiny_model):
     encoded = [Labelled(np.zeros(250, np.int32), 0)]
-    session.check_fits(encoded, tiny_model[0].config, chain(lora(), prefix(7, shift_positions=False)))
-    session.check_fits(encoded, tiny_model[0].config, prefix(6))
+    check_fits(encoded, tiny_model[0].config, chain(lora(), prefix(7, shift_positions=False)))
+    check_fits(encoded, tiny_model[0].config, prefix(6))
     with pytest.raises(PeftJaxError, match="250 tokens and the method puts 7 in front, but the model has 256"):
-        session.check_fits(encoded, tiny_model[0].config, chain(lora(), prefix(7)))
+        check_fits(encoded, tiny_model[0].config, chain(lora(), prefix(7)))
 
 
 def test_only_codes_that_can_be_saved_are_merged_into_again(tiny_model):
     for method, words in ((BASE, "is not quantised: leave it out"), (quantize("int8"), "is int8 in blocks of 64"),
                           (quantize(block_size=None), "in one block a row, .* Or leave --requantize out")):
         with pytest.raises(PeftJaxError, match=f"--requantize: .*{words}"):
-            session.check_codes(method.init(None, tiny_model[1]))
-    session.check_codes(quantize().init(None, tiny_model[1]))
+            check_codes(method.init(None, tiny_model[1]))
+    check_codes(quantize().init(None, tiny_model[1]))

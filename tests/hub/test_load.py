@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from peft_jax.core import tree
+from peft_jax.core import files, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub.load import load_config, load_pretrained
 from peft_jax.hub.model_config import param_shapes
+from peft_jax.hub.model_files import open_model
 from peft_jax.hub.save import save_pretrained
 from peft_jax.hub.tokenizer import load_tokenizer
+from peft_jax.models import Head
 from peft_jax.models.llama import CausalLM, LlamaConfig
 
 CONFIG = LlamaConfig(
@@ -74,6 +76,20 @@ def test_params_come_in_the_dtype_asked_for(saved):
     assert_same(loaded, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params))
     with pytest.raises(PeftJaxError, match="dtype 'int8' is no floating-point type"):
         load_pretrained(folder, dtype="int8")
+
+
+def test_the_config_is_read_once_and_the_model_found_before_is_taken(saved, monkeypatch):
+    folder, params = saved
+    reads, read_json = [], files.read_json
+    monkeypatch.setattr(files, "read_json", lambda path, *more, **named: reads.append(path.name) or
+                        read_json(path, *more, **named))
+    assert_same(load_pretrained(folder)[1], params)
+    assert reads == ["config.json"]
+    opening = open_model(folder, weights=False)
+    assert_same(load_pretrained(opening)[1], params)
+    assert reads == ["config.json"] * 2 and opening.config == load_config(folder)
+    with pytest.raises(PeftJaxError, match="the head was given to open_model already"):
+        load_pretrained(opening, head=Head("SEQ_CLS", 2))
 
 
 @pytest.mark.parametrize("most", [5_000_000_000, 4_000], ids=["one file", "shards"])

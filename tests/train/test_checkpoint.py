@@ -59,7 +59,7 @@ def test_only_the_newest_are_kept_and_saving_a_step_twice_is_no_error(tmp_path):
 
 def test_a_checkpoint_of_another_shape_is_a_clear_error(tmp_path):
     save(tmp_path, state_of(rank=3, step=1))
-    with pytest.raises(PeftJaxError, match=r"1 is not of this run: .*Choose another --workdir, or --overwrite"):
+    with pytest.raises(PeftJaxError, match=r"1 is not of this run: .*Choose another folder .*--workdir.*--overwrite"):
         restore(tmp_path, state_of(rank=4))
 
 

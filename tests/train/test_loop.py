@@ -15,6 +15,7 @@ import pytest
 from configs import base
 from peft_jax import lora
 from peft_jax.binding.linen import bind
+from peft_jax.cli.build_optimizer import build_optimizer, build_schedule
 from peft_jax.core import tree
 from peft_jax.data import Batches, encode_all
 from peft_jax.errors import PeftJaxError
@@ -22,7 +23,6 @@ from peft_jax.train import loop
 from peft_jax.train.checkpoint import Checkpoints
 from peft_jax.train.loop import at_step, due, fit
 from peft_jax.train.metrics_log import MetricsLog, read_metrics
-from peft_jax.train.optimizer import make_optimizer, make_schedule
 from peft_jax.train.step import init_state, make_step
 
 STEPS = 5
@@ -60,8 +60,8 @@ def setting(request, tiny_model, tiny_tokenizer):
     encoded, _ = encode_all(EXAMPLES, tiny_tokenizer, config.data)
     batches = Batches(encoded, config.data, config.seed, request.param)
     model, params = tiny_model
-    optimizer = make_optimizer(config.optim, STEPS)
-    return Setting(batches, METHOD.init(jax.random.key(0), params), optimizer, make_schedule(config.optim, STEPS),
+    optimizer = build_optimizer(config.optim, STEPS)
+    return Setting(batches, METHOD.init(jax.random.key(0), params), optimizer, build_schedule(config.optim, STEPS),
                    make_step(bind(METHOD, model), optimizer, 16))  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def run(setting, folder, batches=None, log_every=1, **options):
     folder.mkdir(exist_ok=True)
     with closing(Checkpoints(folder / "checkpoints", keep=2)) as checkpoints:
         state = checkpoints.restore(init_state(trainable, setting.optimizer, jax.random.key(3)))
-        with closing(MetricsLog(folder, int(state.step), tensorboard=False)) as log:
+        with closing(MetricsLog(folder / "metrics.jsonl", int(state.step))) as log:
             state = fit(setting.step, state, frozen, batches or setting.batches, total_steps=STEPS,
                         schedule=setting.schedule, checkpoints=checkpoints, log=log, checkpoint_due=due(2),
                         log_every=log_every, **options)  # fmt: skip

@@ -7,12 +7,12 @@ from peft_jax.train.metrics_log import MetricsLog, read_metrics
 
 
 def test_a_resumed_run_drops_the_lines_it_will_write_again(tmp_path):
-    log = MetricsLog(tmp_path, 0, tensorboard=False)
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
     assert log.last == {}
     for step in (1, 2, 3):
         log.write(step, {"loss": 1.0 / step})
     log.close()
-    log = MetricsLog(tmp_path, 2, tensorboard=False)
+    log = MetricsLog(tmp_path / "metrics.jsonl", 2)
     assert log.last == {"step": 2, "loss": 0.5}
     log.write(3, {"loss": 9.0})
     assert read_metrics(tmp_path / "metrics.jsonl")[-1] == {"step": 3, "loss": 9.0}  # at once: the run may break
@@ -32,7 +32,7 @@ def test_a_last_line_cut_short_is_left_out_and_a_broken_one_before_it_is_an_erro
 def test_tensorboard_holds_the_values(tmp_path):
     from tensorboardX.proto.event_pb2 import Event
 
-    log = MetricsLog(tmp_path, 0, tensorboard=True)
+    log = MetricsLog(None, 0, tmp_path / "tensorboard")
     log.write(5, {"loss": 0.25})
     log.close()
     (file,) = (tmp_path / "tensorboard").iterdir()

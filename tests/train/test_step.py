@@ -1,6 +1,5 @@
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 import pytest
@@ -162,11 +161,8 @@ def test_the_state_is_donated_and_the_base_is_not(base):
 
 
 def test_clipping_sees_the_trainable_part_alone(base, plain):
-    optim = ml_collections.ConfigDict({
-        "learning_rate": 0.1, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "warmup_ratio": 0.0,
-        "schedule": "constant", "clip_norm": 0.01, "rates": None})  # fmt: skip
     method, trainable, frozen, _ = setting(base)
-    tx = make_optimizer(optim, 10)
+    tx = make_optimizer(10, learning_rate=0.1, schedule="constant", warmup_ratio=0.0, clip_norm=0.01)
     state = init_state(trainable, tx, jax.random.key(1))
     state, metrics = make_step(bind(method, MODEL), tx, 64)(state, frozen, batch(1))
     np.testing.assert_allclose(metrics["grad_norm"], plain[1]["grad_norm"], rtol=1e-5)  # before clipping

@@ -92,16 +92,16 @@ def _convert_into(folder: Path, path: Path) -> None:
     from peft_jax.hub.formats.gguf_tokenizer import save_tokenizer
 
     reader = opened(path)
-    given = metadata(reader)
-    config = _config(reader, given, path)
+    fields = metadata(reader)
+    config = _config(reader, fields, path)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        ready = Path(scratch, "ready")
-        ready.mkdir()
-        save_tokenizer(given, ready, path)
-        (ready / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(_weights(reader, config, path), ready / "model.safetensors", metadata={"format": "pt"})
-        shutil.copymode(ready / "config.json", ready / "model.safetensors")  # which safetensors makes private
-        ready.rename(folder)
+        aside = Path(scratch, "whole")
+        aside.mkdir()
+        save_tokenizer(fields, aside, path)
+        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(_weights(reader, config, path), aside / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(aside / "config.json", aside / "model.safetensors")  # which safetensors makes private
+        aside.rename(folder)
 
 
 def metadata(reader) -> dict[str, Any]:
@@ -109,43 +109,44 @@ def metadata(reader) -> dict[str, Any]:
     return {key: field.contents() for key, field in reader.fields.items()}
 
 
-def _config(reader, given: dict[str, Any], path: Path) -> dict[str, Any]:
-    kind = given.get("general.architecture", "unknown")
-    if kind != "llama" or given.get("llama.expert_count"):
+def _config(reader, fields: dict[str, Any], path: Path) -> dict[str, Any]:
+    kind = fields.get("general.architecture", "unknown")
+    if kind != "llama" or fields.get("llama.expert_count"):
         raise PeftJaxError(f"{path} holds a model of architecture '{kind}'{' with experts' * (kind == 'llama')}: of "
                            "GGUF files only plain 'llama' ones are read; use the model's safetensors folder instead.")
-    heads, width = given["llama.attention.head_count"], given["llama.embedding_length"]
+    heads, width = fields["llama.attention.head_count"], fields["llama.embedding_length"]
+    head_dim = fields.get("llama.attention.key_length") or fields.get("llama.rope.dimension_count", width // heads)
     names = {tensor.name: tensor for tensor in reader.tensors}
     result = {
         "model_type": "llama",
         "vocab_size": int(names["token_embd.weight"].shape[1]),
         "hidden_size": width,
-        "intermediate_size": given["llama.feed_forward_length"],
-        "num_hidden_layers": given["llama.block_count"],
+        "intermediate_size": fields["llama.feed_forward_length"],
+        "num_hidden_layers": fields["llama.block_count"],
         "num_attention_heads": heads,
-        "num_key_value_heads": given.get("llama.attention.head_count_kv", heads),
-        "head_dim": given.get("llama.attention.key_length") or given.get("llama.rope.dimension_count", width // heads),
+        "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
+        "head_dim": head_dim,
         # Stored as float32: the shortest decimal that reads back as the same float32 is the one that was meant.
-        "rms_norm_eps": float(str(np.float32(given["llama.attention.layer_norm_rms_epsilon"]))),
-        "rope_theta": float(given.get("llama.rope.freq_base", 10000.0)),
-        "max_position_embeddings": given["llama.context_length"],
+        "rms_norm_eps": float(str(np.float32(fields["llama.attention.layer_norm_rms_epsilon"]))),
+        "rope_theta": float(fields.get("llama.rope.freq_base", 10000.0)),
+        "max_position_embeddings": fields["llama.context_length"],
         "tie_word_embeddings": "output.weight" not in names,
         "attention_bias": "blk.0.attn_q.bias" in names,
         "mlp_bias": "blk.0.ffn_up.bias" in names,
     }
-    result["rope_scaling"] = _rope_scaling(given, names, result, path)
-    return model_config.to_hf(model_config.from_hf(result), token_ids=_token_ids(given))
+    result["rope_scaling"] = _rope_scaling(fields, names, result, path)
+    return model_config.to_hf(model_config.from_hf(result), token_ids=_token_ids(fields))
 
 
-def _token_ids(given: dict[str, Any]) -> dict[str, int | None]:
+def _token_ids(fields: dict[str, Any]) -> dict[str, int | None]:
     theirs = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
-    return {ours: given.get(f"tokenizer.ggml.{key}") for ours, key in theirs.items()}
+    return {ours: fields.get(f"tokenizer.ggml.{key}") for ours, key in theirs.items()}
 
 
-def _rope_scaling(given: dict[str, Any], names: dict[str, Any], config: dict[str, Any], path: Path) -> dict | None:
-    kind = given.get("llama.rope.scaling.type", "none")
+def _rope_scaling(fields: dict[str, Any], names: dict[str, Any], config: dict[str, Any], path: Path) -> dict | None:
+    kind = fields.get("llama.rope.scaling.type", "none")
     if kind == "linear":
-        return {"rope_type": "linear", "factor": given["llama.rope.scaling.factor"]}
+        return {"rope_type": "linear", "factor": fields["llama.rope.scaling.factor"]}
     if kind != "none":
         raise PeftJaxError(f"{path} has rope scaling '{kind}', which is not read from GGUF files: use the model's "
                            "safetensors folder instead.")

@@ -7,7 +7,7 @@ import pytest
 import peft_jax
 from configs.base import get_config
 from peft_jax import PeftJaxError, bind, chain, flatten, load_adapter, lora, loraplus, partition, save_adapter
-from peft_jax.train.optimizer import make_optimizer
+from peft_jax.cli.build_optimizer import build_optimizer
 from peft_jax.train.step import init_state, make_step
 from tests import peer, properties
 
@@ -24,7 +24,7 @@ def optim(**options):
 def steps(method, model, params, config, count=3):
     labels = method.labels(params)
     trainable, frozen = partition(params, labels)
-    tx = make_optimizer(config, count, labels)
+    tx = build_optimizer(config, count, labels)
     step, state = make_step(bind(method, model), tx, 64), init_state(trainable, tx, jax.random.key(1))
     for _ in range(count):
         state, _ = step(state, frozen, properties.batch_of(peer.IDS))
@@ -76,11 +76,11 @@ def test_a_group_without_a_rate_and_a_rate_without_its_group_are_errors(peer_bas
     base = peer_bases["llama"][2]
     grouped, plain = (method.labels(method.init(jax.random.key(0), base)) for method in (loraplus(), lora()))
     with pytest.raises(PeftJaxError, match=r"'lora_b' at a rate of its own: give .*--config.optim.rates="):
-        make_optimizer(optim(), 3, grouped)
+        build_optimizer(optim(), 3, grouped)
     with pytest.raises(PeftJaxError, match="'lora_b', a group of leaves that the method does not have"):
-        make_optimizer(optim(rates={"lora_b": 2}), 3, plain)
+        build_optimizer(optim(rates={"lora_b": 2}), 3, plain)
     with pytest.raises(PeftJaxError, match=r"rates\['lora_b'\]='fast'"):
-        make_optimizer(optim(rates={"lora_b": "fast"}), 3, grouped)
+        build_optimizer(optim(rates={"lora_b": "fast"}), 3, grouped)
 
 
 def test_the_file_is_a_lora_s(peer_bases, tmp_path):

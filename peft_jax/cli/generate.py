@@ -1,0 +1,103 @@
+"""``--mode=generate``: prompts continued by the base model and by what was trained, side by side."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from peft_jax.binding.linen import bind
+from peft_jax.cli import console, trained_run
+from peft_jax.cli.build_method import trained_on
+from peft_jax.cli.load_model import load_model
+from peft_jax.cli.session import load_session
+from peft_jax.cli.trained_run import Candidate
+from peft_jax.core import tree
+from peft_jax.data import encode_prompts
+from peft_jax.data.sources import Example, is_chat
+from peft_jax.errors import PeftJaxError
+from peft_jax.evaluation.evaluate import complete
+from peft_jax.evaluation.generation import Sampling
+from peft_jax.evaluation.objectives import objective_of
+from peft_jax.hub.tokenizer import load_tokenizer
+from peft_jax.method import BASE
+from peft_jax.parallel.mesh import make_mesh
+
+
+class Asked(NamedTuple):
+    """Questions, and the model that is to answer them."""
+
+    examples: list[Example]
+    tokenizer: Any
+    model: Any
+    base: tree.Tree
+    mesh: Mesh
+
+
+def job(command) -> int:
+    """Print what the base makes of each prompt, and what the workdir's run or the named adapters do."""
+    config = command.config
+    if not objective_of(config.task).writes:
+        raise PeftJaxError(f"the task {config.task.name!r} is answered by a head, which writes no text: see "
+                           "--mode=eval for what it tells")
+    if not command.adapters:
+        trained_run.folder_of(command)  # an error before anything is loaded
+    asked = _asked(command)
+    prompts = encode_prompts(asked.examples, asked.tokenizer)
+    answer = _answerer(config, asked, prompts)
+    answers = {"base": answer(bind(BASE, asked.model, asked.mesh), asked.base)}
+    answers |= {name: answer(one.apply, one.params) for name, one in _candidates(command, asked).items()}
+    for prompt, texts in zip(prompts, zip(*answers.values(), strict=True), strict=True):
+        print(console.answers(asked.tokenizer.decode(prompt), dict(zip(answers, texts, strict=True))))
+    return 0
+
+
+def _asked(command) -> Asked:
+    """The prompts of the command line, or held-out examples; no data is loaded where there are prompts."""
+    config, changes = command.config, trained_on(command.config)
+    if not command.prompts:
+        session = load_session(config, method=changes)
+        examples = [_opening(example) for example in session.held_out.examples[: config.generate.num_prompts]]
+        return Asked(examples, session.tokenizer, session.model, session.base, session.mesh)
+    tokenizer, mesh = load_tokenizer(config.model.source), make_mesh(**config.mesh)
+    model, base = load_model(config, changes, mesh)
+    return Asked([_as_asked(prompt, config.task) for prompt in command.prompts], tokenizer, model, base, mesh)
+
+
+def _answerer(config, asked: Asked, prompts: list) -> Callable[..., list[str]]:
+    """``answer(apply, params) -> texts``, one for each prompt."""
+    sampling = Sampling(**{key: config.generate[key] for key in Sampling._fields})
+    options = {"batch_size": len(prompts), "width_multiple": config.data.width_multiple, "mesh": asked.mesh,
+               "max_new_tokens": config.generate.max_new_tokens, "rng": jax.random.key(config.seed),
+               "sampling": sampling}
+    return lambda apply, params: complete(apply, asked.model, params, prompts, asked.tokenizer, **options)
+
+
+def _candidates(command, asked: Asked) -> dict[str, Candidate]:
+    """What to try beside the base, by the name to show: the adapters of the command line or what the run trained."""
+    adapter = partial(trained_run.adapter, model=asked.model, base=asked.base, mesh=asked.mesh)
+    if command.adapters:
+        return {name: adapter(source) for name, source in
+                zip(_names(command.adapters), command.adapters, strict=True)}
+    candidate = trained_run.load(trained_run.folder_of(command), command.config, asked.model, asked.base, asked.mesh)
+    return {candidate.name: candidate}
+
+
+def _names(sources: list[str]) -> list[str]:
+    """Short names where these tell the adapters apart, else the sources as they were written."""
+    short = [Path(source).parent.name if Path(source).name == "adapter" else Path(source).name for source in sources]
+    return short if len(set(short)) == len(short) and "base" not in short else sources
+
+
+def _as_asked(prompt: str, task) -> dict[str, Any]:
+    """A prompt of the command line in the form that the task trains on: as it is, or as the user's turn of a chat."""
+    if is_chat(task):
+        return {"messages": [{"role": "user", "content": prompt}]}
+    return {"prompt": prompt}
+
+
+def _opening(example: dict[str, Any], words: int = 8) -> dict[str, Any]:
+    """What to continue: a question as it is; of plain text its first words."""
+    return {"prompt": " ".join(example["text"].split(" ")[:words])} if "text" in example else example
