@@ -102,7 +102,7 @@ def parse_command(argv: list[str]) -> Command | None:
     check_mode(values)
     check(tidy(config))
     check_runtime(values)
-    cells = sweep_cells(values, config, parse.given(overrides))
+    cells = sweep_cells(values, config, parse.overridden_keys(overrides))
     return Command(
         config=config, workdir=values.workdir or f"runs/{name}", mode=values.mode, prompts=values.prompt,
         adapters=[source for source in values.adapters if source.strip()], overwrite=values.overwrite,

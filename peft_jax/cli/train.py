@@ -227,7 +227,7 @@ def _save(run: Run, params: tree.Tree) -> Path:
     """Write what was trained: the adapter, or the whole model where the method has no adapter file."""
     session = run.session
     if is_stored(run.method, params):
-        save_adapter(run.folder / "adapter", run.method, params, session.model, session.config.model.source)
+        save_adapter(run.folder / "adapter", run.method, session.model, params, session.config.model.source)
         return run.folder / "adapter"
     save_pretrained(run.folder / "model", session.model, run.method.merge(params), session.tokenizer)
     return run.folder / "model"

@@ -1,7 +1,6 @@
 """Learning rates step by step and AdamW, against transformers' schedules and torch's optimiser."""
 
 import math
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +24,12 @@ OPTIM = {"learning_rate": 0.1, "schedule": "constant", "warmup_ratio": 0.0, "b1"
 
 
 def schedule_of(steps, **options):
-    return make_schedule(SimpleNamespace(**{**OPTIM, **options}), steps)
+    settings = {**OPTIM, **options}
+    return make_schedule(steps, **{name: settings[name] for name in ("learning_rate", "schedule", "warmup_ratio")})
 
 
 def optimizer_of(steps, labels=None, **options):
-    return make_optimizer(SimpleNamespace(**{**OPTIM, **options}), steps, labels)
+    return make_optimizer(steps, labels, **{**OPTIM, **options})
 
 
 def learning_rates(name, rate, steps, warmup):
