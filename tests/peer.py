@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 
 import peft_jax
 from peft_jax import bind, flatten, load_adapter, partition, save_adapter
-from tests.properties import moved, trained
+from tests.properties import mergeable, moved, plain_logits, trained
 
 SIZES = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 32}
@@ -93,10 +92,9 @@ def torch_logits(model):
         return model.eval()(torch.tensor(IDS)).logits.numpy()[:, -IDS.shape[1]:]
 
 
-@partial(jax.jit, static_argnums=0)
 def forward(model, params):
-    """Logits of plain parameters; compiled once for each model, which bound methods are not."""
-    return model.apply({"params": params}, IDS)
+    """Logits of plain parameters for ``IDS``; compiled once for each model."""
+    return plain_logits(model, params, IDS)
 
 
 def assert_close(ours, theirs, relative=1e-4):
@@ -143,7 +141,7 @@ def check_opens_in_peft(base, method, folder, relative=1e-4, change=moved):
     save_adapter(folder, method, tuned, model)
     theirs = peft.PeftModel.from_pretrained(fresh(), folder)
     assert_close(ours, torch_logits(theirs), relative)
-    if method.merge:
+    if mergeable(method):
         assert_close(forward(model, method.merge(tuned)), ours, relative)
     check_same_bits(model, params, method, tuned, folder)
 
