@@ -33,7 +33,8 @@ ARGUMENTS = {
     "trainable_tokens": {"token_indices": (7, 14)},
 }
 # How far from the base the start may be, as a share of the largest logit; not a bit where nothing is said.
-START = {"quantize": 1e-5, "dora": 1e-6, "hra": 1e-5, "houlsby": 1e-3, "compacter": 1e-3, "pfeiffer": 1e-2, "bottleneck": 1e-2}
+START = {"quantize": 1e-5, "dora": 1e-6, "hra": 1e-5, "houlsby": 1e-3, "compacter": 1e-3, "pfeiffer": 1e-2,
+         "bottleneck": 1e-2}
 ANOTHER_START = {"prefix", "prompt", "ptuning"}  # virtual tokens are seen
 UNMERGED = {"prefix", "prompt", "ptuning", "houlsby", "pfeiffer", "parallel_adapter", "bottleneck", "compacter"}
 FILE_OF_A_LORA = {"lorafa", "loraplus"}
@@ -143,7 +144,7 @@ def test_merged_equals_adapted_or_merging_is_refused(bases, case_of, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in UNMERGED | {"quantize"}])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in {*UNMERGED, "quantize", "full"}])
 def test_merged_in_half_precision(bases, case_of, name):
     _, model, plain, _ = bases
     case = case_of(name)
