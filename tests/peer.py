@@ -4,15 +4,15 @@ import json
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 import peft_jax
 from peft_jax import bind, flatten, load_adapter, partition, save_adapter
-from tests.properties import moved, trained
+from tests.properties import moved, plain_logits, trained
 
 SIZES = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 32}
@@ -93,10 +93,9 @@ def torch_logits(model):
         return model.eval()(torch.tensor(IDS)).logits.numpy()[:, -IDS.shape[1]:]
 
 
-@partial(jax.jit, static_argnums=0)
 def forward(model, params):
-    """Logits of plain parameters; compiled once for each model, which bound methods are not."""
-    return model.apply({"params": params}, IDS)
+    """Logits of plain parameters for ``IDS``; compiled once for each model."""
+    return plain_logits(model, params, IDS)
 
 
 def assert_close(ours, theirs, relative=1e-4):
@@ -105,6 +104,11 @@ def assert_close(ours, theirs, relative=1e-4):
 
 def bound_logits(method, model, params):
     return np.asarray(jax.jit(bind(method, model))({"params": params}, IDS))
+
+
+def first_fast(cases):
+    """``cases`` for parametrize, all but the first slow: the others differ from it in options."""
+    return [pytest.param(case, marks=[pytest.mark.slow] if number else []) for number, case in enumerate(cases)]
 
 
 def train_there(model, steps=2, ids=IDS, rate=0.05):
@@ -194,31 +198,35 @@ def check_loads_from_peft(base, config, folder, relative=1e-4, whole=True):
 
 GENERATE = """
 import sys, json, torch, transformers, peft
-folder, ids, new = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-base = transformers.AutoModelForCausalLM.from_pretrained(folder + "/base").eval()
-model = peft.PeftModel.from_pretrained(base, folder + "/adapter").eval()
-ids = torch.tensor(ids)
-tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
-                        eos_token_id=None, pad_token_id=0)
-print(json.dumps(tokens[:, -new:].tolist()))
+folder, names, ids, new = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4])
+ids, found = torch.tensor(ids), {}
+for name in names:
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder + "/base").eval()
+    model = peft.PeftModel.from_pretrained(base, folder + "/" + name).eval()
+    tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
+                            eos_token_id=None, pad_token_id=0)
+    found[name] = tokens[:, -new:].tolist()
+print(json.dumps(found))
 """
 
 
-def check_generates_as_peft(base, method, folder, new=6):
-    """Greedy decoding of two prompts of one length gives peft's tokens.
+def check_generates_as_peft(base, methods, folder, new=6):
+    """Greedy decoding of two prompts of one length gives peft's tokens, with each of ``{name: method}``.
 
     peft 0.21 gives other tokens with transformers 5.24 (LOG.md): setup.py keeps the tests below it.
     """
     fresh, model, params = base
-    tuned = moved(method, method.init(jax.random.key(0), params))
+    tuned = {name: moved(method, method.init(jax.random.key(0), params)) for name, method in methods.items()}
     fresh().save_pretrained(folder / "base")
-    save_adapter(folder / "adapter", method, model, tuned)
-    run = subprocess.run([sys.executable, "-c", GENERATE, str(folder), json.dumps(IDS.tolist()), str(new)],
-                         check=True, stdout=subprocess.PIPE, text=True)
+    for name, method in methods.items():
+        save_adapter(folder / name, method, model, tuned[name])
+    arguments = str(folder), json.dumps(list(methods)), json.dumps(IDS.tolist()), str(new)
+    run = subprocess.run([sys.executable, "-c", GENERATE, *arguments], check=True, stdout=subprocess.PIPE, text=True)
     theirs = json.loads(run.stdout.splitlines()[-1])
-    ours = peft_jax.generate(bind(method, model), model, tuned, IDS, np.ones_like(IDS), max_new_tokens=new,
-                             stop_ids=(SIZES["vocab_size"],))
-    np.testing.assert_array_equal(ours, theirs)
+    for name, method in methods.items():
+        ours = peft_jax.generate(bind(method, model), model, tuned[name], IDS, np.ones_like(IDS), max_new_tokens=new,
+                                 stop_ids=(SIZES["vocab_size"],))
+        np.testing.assert_array_equal(ours, theirs[name], err_msg=name)
 
 
 def check_virtual_on_real(fresh, model, params, ids, method, config, folder):

@@ -1,5 +1,7 @@
 """What every method promises, checked the same way for each."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,10 @@ import optax
 from flax import linen as nn
 
 from peft_jax import bind, combine, flatten, generate, kernel_axes, partition, unflatten
+from peft_jax.parallel import partitioning
+from peft_jax.parallel.mesh import feed
 from peft_jax.train.loss import batch_loss
-from peft_jax.train.step import init_state, make_step
+from peft_jax.train.step import init_state, make_step, state_shardings
 
 
 class Generals(nn.Module):
@@ -47,51 +51,77 @@ def batch_of(ids):
             "loss_weight": np.ones((1, rows, length - 1), np.float32)}  # fmt: skip
 
 
-def trained(method, model, params, ids, steps=3, rate=0.05):
-    """``params`` after some steps of Adam."""
-    trainable, frozen = partition(params, method.labels(params))
+@partial(jax.jit, static_argnums=0)
+def plain_logits(model, params, ids):
+    """Logits of plain parameters; compiled once for each model, which bound methods are not."""
+    return model.apply({"params": params}, ids)
+
+
+def steps(method, model, params, ids, count=3, rate=0.05, mesh=None):
+    """Some steps of Adam: (params after them, their losses before and after, the gradient of the first).
+
+    On a ``mesh`` everything lies by the model's rules, and what comes back is whole again.
+    """
     tx = optax.adam(rate)
-    step, state = make_step(bind(method, model), tx, 64), init_state(trainable, tx, jax.random.key(1))
-    for _ in range(steps):
-        state, _ = step(state, frozen, batch_of(ids))
-    return combine(frozen, state.trainable)
+    if mesh is not None:
+        params = partitioning.put(params, partitioning.by_rules(params, mesh, model.sharding, method))
+    trainable, frozen = partition(params, method.labels(params))
+    where = state_shardings(trainable, tx, mesh) if mesh is not None else None
+    step = make_step(bind(method, model, mesh), tx, 64, mesh=mesh, where=where)
+    state, losses, gradient = init_state(trainable, tx, jax.random.key(1), where), [], None
+    for _ in range(count):
+        state, metrics = step(state, frozen, feed(mesh, batch_of(ids), axis=1))
+        losses.append(float(metrics["loss"]))
+        if gradient is None:
+            gradient = jax.tree.map(lambda mean: np.asarray(mean) / 0.1, state.opt_state[0].mu)  # 1 - Adam's b1
+    return jax.tree.map(np.asarray, combine(frozen, state.trainable)), losses, gradient
+
+
+def trained(method, model, params, ids, count=3, rate=0.05):
+    """``params`` after some steps of Adam."""
+    return jax.tree.map(jnp.asarray, steps(method, model, params, ids, count, rate)[0])
 
 
 def check_start_is_base(method, model, params, ids):
     """At the start the logits are the base model's, bit for bit."""
     tuned = method.init(jax.random.key(0), params)
     ours = jax.jit(bind(method, model))({"params": tuned}, ids)
-    base = jax.jit(model.apply)({"params": params}, ids)
+    base = plain_logits(model, params, ids)
     np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(base, np.float32))
 
 
 def check_training(method, model, params, ids):
     """Frozen leaves stay bit for bit, every trainable leaf moves, and the loss of the batch falls."""
     before = method.init(jax.random.key(0), params)
-    after = trained(method, model, before, ids)
+    after, losses, _ = steps(method, model, before, ids, 4)
+    check_moved(method, before, after)
+    assert losses[-1] < losses[0]
+    return jax.tree.map(jnp.asarray, after)
+
+
+def check_moved(method, before, after):
+    """Frozen leaves are the same bit for bit, every trainable leaf is not."""
     labels, old, new = (flatten(t) for t in (method.labels(before), before, after))
     for path in labels:
         same = all(map(np.array_equal, jax.tree.leaves(old[path]), jax.tree.leaves(new[path])))
         assert same == (labels[path] == "frozen"), path
 
-    def loss(tuned):
-        logits = bind(method, model)({"params": tuned}, ids[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), ids[:, 1:]).mean()
-
-    assert loss(after) < loss(before)
-    return after
-
 
 def check_merge(method, model, params, ids, tolerance=1e-5):
     """Merged equals unmerged in float32 within ``tolerance``; in bfloat16 it is at most twice as far from that."""
-    exact, merged = _both_ways(method, model, params, ids, jnp.float32)
+    exact, merged = both_ways(method, model, params, ids, jnp.float32)
     scale = np.abs(exact).max()
     assert np.abs(exact - merged).max() <= tolerance * scale
-    rounded, merged = _both_ways(method, model, params, ids, jnp.bfloat16)
-    assert np.abs(merged - exact).max() <= 2 * np.abs(rounded - exact).max() < 0.2 * scale
+    check_merge_in_half_precision(method, model, params, ids, exact)
 
 
-def _both_ways(method, model, params, ids, dtype):
+def check_merge_in_half_precision(method, model, params, ids, exact):
+    """Merged in bfloat16 is at most twice as far from ``exact``, the float32 logits of the same moved leaves."""
+    rounded, merged = both_ways(method, model, params, ids, jnp.bfloat16)
+    assert np.abs(merged - exact).max() <= 2 * np.abs(rounded - exact).max() < 0.2 * np.abs(exact).max()
+
+
+def both_ways(method, model, params, ids, dtype):
     """Logits of moved parameters, unmerged and merged, with base and computation in ``dtype``."""
     base = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     computing = model.clone(dtype=dtype, param_dtype=dtype)
@@ -101,7 +131,7 @@ def _both_ways(method, model, params, ids, dtype):
     assert all(leaf.dtype == dtype or path in saved for path, leaf in flatten(merged).items())
     assert flatten(merged).keys() == flatten(base).keys()
     return (np.asarray(jax.jit(bind(method, computing))({"params": tuned}, ids), np.float32),
-            np.asarray(jax.jit(computing.apply)({"params": merged}, ids), np.float32))
+            np.asarray(plain_logits(computing, merged, ids), np.float32))
 
 
 def check_remat(method, model, params, ids):
@@ -155,17 +185,21 @@ def check_decoding(method, model, params, ids, new=6):
     tuned, apply = moved(method, method.init(jax.random.key(0), params)), bind(method, model)
     batch, width = ids.shape
     lengths = np.array([width, *[3] * (batch - 1)])
-    full = jax.jit(lambda rows, mask: apply({"params": tuned}, rows, mask))
     left, mask = np.zeros_like(ids), np.arange(width)[None] >= width - lengths[:, None]
     rows = np.pad(ids, ((0, 0), (0, new)))
     for row, length in enumerate(lengths):
         left[row, width - length:] = ids[row, :length]
-        for at in range(length, length + new):
-            rows[row, at] = np.argmax(full(rows[row:row + 1], np.arange(width + new)[None] < at)[0, at - 1])
     tokens = generate(apply, model, tuned, left, mask.astype(int), max_new_tokens=new,
                       stop_ids=(model.config.vocab_size,))
     for row, length in enumerate(lengths):
-        np.testing.assert_array_equal(tokens[row], rows[row, length:length + new])
+        rows[row, length:length + new] = tokens[row]
+    # One pass over what was decoded: each token is the best one behind those before it, so the first that is not shows.
+    ends = np.concatenate([lengths + new, np.full(batch, width)])
+    both = np.concatenate([rows, np.pad(ids, ((0, 0), (0, new)))])
+    whole = jax.jit(bind(method, model))({"params": tuned}, both, np.arange(width + new)[None] < ends[:, None])
+    whole, logits_of_ids = np.asarray(whole[:batch]), np.asarray(whole[batch:, :width])
+    for row, length in enumerate(lengths):
+        np.testing.assert_array_equal(tokens[row], whole[row, length - 1:length + new - 1].argmax(-1))
 
     @jax.jit
     def in_pieces(ids, places):
@@ -177,6 +211,5 @@ def check_decoding(method, model, params, ids, new=6):
             parts.append(logits)
         return jnp.concatenate(parts, axis=1)
 
-    whole = np.asarray(full(ids, np.ones_like(ids)))
     places = np.arange(width)[None].repeat(batch, 0)
-    np.testing.assert_allclose(in_pieces(ids, places), whole, atol=1e-4 * np.abs(whole).max())
+    np.testing.assert_allclose(in_pieces(ids, places), logits_of_ids, atol=1e-4 * np.abs(logits_of_ids).max())

@@ -9,12 +9,12 @@ import pytest
 from flax import linen as nn
 
 from peft_jax import (  # fmt: skip
-    METHODS,
     Method,
     PeftJaxError,
     adalora,
     bind,
     bitfit,
+    bottleneck,
     chain,
     dora,
     flatten,
@@ -31,6 +31,7 @@ from peft_jax import (  # fmt: skip
     parallel_adapter,
     prefix,
     prompt,
+    ptuning,
     save_adapter,
     trainable_tokens,
     vera,
@@ -125,20 +126,16 @@ def test_tokens_of_an_embedding_that_a_lora_changes_must_come_first(tied):
     np.testing.assert_allclose(forward(model, method.merge(tuned)), ours, atol=1e-4 * np.abs(ours).max())
 
 
-@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"bitfit", "quantize"}))  # as they are, these add none here
-def test_every_method_names_its_leaves(tied, name):
-    """All that ``init`` adds, and nothing of the model's."""
-    _, params = tied
-    given = {"prefix": {"prefix_projection": True}, "ptuning": {"encoder_reparameterization_type": "LSTM"},
-             "trainable_tokens": {"token_indices": [1]}, "compacter": {"reduction_factor": 2},
-             "bottleneck": {"scaling": "channel", "ln_before": True}}.get(name, {})
-    check_named(METHODS[name](**given), params)
+NAMED = {
+    "prefix": lambda: prefix(prefix_projection=True), "ptuning": lambda: ptuning(4, "LSTM"),
+    "bottleneck": lambda: bottleneck(scaling="channel", ln_before=True), "full": lambda: full(last_n_layers=1),
+    "pissa": lambda: lora(init_lora_weights="pissa"), "bitfit": lambda: bitfit(add_missing=True)}
 
 
-@pytest.mark.parametrize("method", [lora(init_lora_weights="pissa"), full(last_n_layers=1), bitfit(add_missing=True)],
-                         ids=["pissa", "last layer", "bitfit"])
-def test_helper_leaves_are_named_too(tied, method):
-    check_named(method, tied[1])
+@pytest.mark.parametrize("name", NAMED)
+def test_leaves_of_options_are_named_too(tied, name):
+    """All that ``init`` adds, and nothing of the model's; of every method's defaults test_every_method.py says so."""
+    check_named(NAMED[name](), tied[1])
 
 
 def check_named(method, params):

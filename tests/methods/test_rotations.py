@@ -1,4 +1,4 @@
-"""OFT and HRA, which turn a module's input: the promises of every method, and their exchange with real peft."""
+"""OFT and HRA, which turn a module's input: their options and equations, their exchange with real peft."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ MAKE = {"oft": oft, "hra": hra}
 EXACT = {"oft_block_size": 4, "use_cayley_neumann": False}
 # name: (method, base, the config's arguments). The same words make the adapter here and in peft.
 CASES = {
-    "oft": ("oft", "llama", {}),
     "oft exact": ("oft", "qwen2", {**EXACT, "target_modules": "all-linear", "bias": "oft_only"}),
     "oft blocks": ("oft", "llama", {"r": 5, "oft_block_size": 0, "num_cayley_neumann_terms": 3,
                                     "target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 2]}),
@@ -27,7 +26,6 @@ CASES = {
                                    "target_modules": ["up_proj"], "modules_to_save": ["model.norm"]}),
     "oft two terms": ("oft", "llama", {"oft_block_size": 4, "num_cayley_neumann_terms": 2}),
     "coft": ("oft", "llama", {"oft_block_size": 4, "coft": True, "eps": 0.3, "target_modules": "all-linear"}),
-    "hra": ("hra", "llama", {}),
     "hra odd": ("hra", "qwen2", {"r": 3, "target_modules": "all-linear", "bias": "all"}),
     "hra layers": ("hra", "tied", {"r": 2, "target_modules": ["down_proj"], "layers_to_transform": [1],
                                    "modules_to_save": ["model.norm"]}),
@@ -35,12 +33,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", peer.first_fast(CASES))
 def test_moved_here_opens_in_peft(peer_bases, case, tmp_path):
     kind, name, options = CASES[case]
     peer.check_opens_in_peft(peer_bases[name], MAKE[kind](**options), tmp_path / "adapter")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_trained_by_peft_loads_here(peer_bases, case, tmp_path):
     kind, name, options = CASES[case]
@@ -48,38 +47,33 @@ def test_trained_by_peft_loads_here(peer_bases, case, tmp_path):
     peer.check_loads_from_peft(peer_bases[name], config, tmp_path)
 
 
-@pytest.mark.parametrize("options", [{"oft_block_size": 4}, EXACT], ids=["series", "exact"])
-def test_the_promises_of_oft(peer_bases, options):
+@pytest.mark.slow
+def test_the_promises_of_an_exact_oft(peer_bases):
+    """Those of the series are in test_every_method.py."""
     _, model, base = peer_bases["qwen2"]
-    method = oft(target_modules=("q_proj", "down_proj"), **options)
+    method = oft(target_modules=("q_proj", "down_proj"), **EXACT)
     properties.check_start_is_base(method, model, base, peer.IDS)
     properties.check_training(method, model, base, peer.IDS)
     properties.check_merge(method, model, base, peer.IDS)
     properties.check_remat(method, model, base, peer.IDS)
 
 
-@pytest.mark.parametrize("options", [{}, {"apply_GS": True}], ids=["pairs", "orthogonal"])
-def test_the_promises_of_hra(peer_bases, options):
-    """Pairs of reflections cancel in exact arithmetic: the start is the base within float32's rounding."""
+@pytest.mark.slow
+def test_the_promises_of_an_orthogonal_hra(peer_bases):
+    """Those of plain reflections, which start from the base, are in test_every_method.py."""
     _, model, base = peer_bases["qwen2"]
-    method = hra(r=4, target_modules=("q_proj", "down_proj"), **options)
-    start = peer.bound_logits(method, model, method.init(jax.random.key(0), base))
-    if not options:
-        peer.assert_close(start, np.asarray(peer.forward(model, base)), 1e-5)
+    method = hra(r=4, target_modules=("q_proj", "down_proj"), apply_GS=True)
     properties.check_training(method, model, base, peer.IDS)
     properties.check_merge(method, model, base, peer.IDS)
     properties.check_remat(method, model, base, peer.IDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKE)
-def test_layers_that_are_not_adapted_stay_the_base_whatever_their_leaf_says(peer_bases, kind):
+def test_zeros_of_layers_that_are_not_adapted_divide_nothing(peer_bases, kind):
     _, model, base = peer_bases["qwen2"]
     method = MAKE[kind](target_modules=("q_proj",), layers_to_transform=1)
-    params = properties.moved(method, method.init(jax.random.key(0), base))
-    merged, before = (tree["layers"]["self_attn"]["q_proj"]["kernel"] for tree in (method.merge(params), base))
-    assert [np.array_equal(one, other) for one, other in zip(merged, before)] == [True, False, True]
-    assert method.padding(params) == 2 * {"oft": 16 * 15 // 2, "hra": 16 * 8}[kind]
-    properties.check_merge(method, model, base, peer.IDS)
+    assert method.padding(method.init(jax.random.key(0), base)) == 2 * {"oft": 16 * 15 // 2, "hra": 16 * 8}[kind]
     after = properties.trained(method, model, method.init(jax.random.key(0), base), peer.IDS)
     assert all(np.isfinite(leaf).all() for leaf in flatten(after).values())
 

@@ -1,4 +1,4 @@
-"""AdaLoRA: the promises of every method, the allocation of ranks beside peft's, and the exchange with it."""
+"""AdaLoRA: its options, the allocation of ranks beside peft's, and the exchange with it."""
 
 from types import SimpleNamespace
 
@@ -21,7 +21,6 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 RANKS = {"init_r": 4, "target_r": 2}
 # name: (base, AdaLoraConfig's arguments). The same words make the adapter here and in peft.
 CASES = {
-    "defaults": ("llama", {"total_step": 10}),
     "all-linear": ("qwen2", {**RANKS, "total_step": 5, "lora_alpha": 3, "target_modules": "all-linear",
                              "bias": "lora_only"}),
     "some layers": ("tied", {**RANKS, "total_step": 5, "target_modules": ["down_proj"], "layers_to_transform": [0, 2],
@@ -29,25 +28,17 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", peer.first_fast(CASES))
 def test_moved_here_opens_in_peft(peer_bases, case, tmp_path):
     name, options = CASES[case]
     peer.check_opens_in_peft(peer_bases[name], adalora(**options), tmp_path / "adapter")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_trained_by_peft_loads_here(peer_bases, case, tmp_path):
     name, options = CASES[case]
     peer.check_loads_from_peft(peer_bases[name], peft.AdaLoraConfig(task_type="CAUSAL_LM", **options), tmp_path)
-
-
-def test_the_promises_of_a_method(peer_bases):
-    _, model, base = peer_bases["qwen2"]
-    method = adalora(**RANKS, target_modules=("q_proj", "down_proj"), bias="lora_only")
-    properties.check_start_is_base(method, model, base, peer.IDS)
-    properties.check_training(method, model, base, peer.IDS)
-    properties.check_merge(method, model, base, peer.IDS)
-    properties.check_remat(method, model, base, peer.IDS)
 
 
 def test_budgets_are_peft_s():
@@ -114,6 +105,7 @@ def as_ours(tensors, like):
     return peft_jax.unflatten(found)
 
 
+@pytest.mark.slow
 def test_a_cut_adapter_of_peft_loads_here(peer_bases, tmp_path):
     fresh, model, base = peer_bases["llama"]
     theirs, named, gradients = trained_there(fresh)
@@ -131,6 +123,7 @@ def test_a_cut_adapter_of_peft_loads_here(peer_bases, tmp_path):
         int((~own).sum()) for _, own in allocation.modules(method.config, params)) == 12
 
 
+@pytest.mark.slow
 def test_a_cut_adapter_opens_in_peft_and_here(peer_bases, tmp_path):
     """Trained by our step with the method's optimiser and penalty; one module loses all of its ranks."""
     fresh, model, base = peer_bases["llama"]
@@ -173,6 +166,7 @@ def test_the_penalty_is_peft_s(peer_bases, tmp_path):
     assert all(np.isfinite(leaf).all() for leaf in flatten(slope).values())
 
 
+@pytest.mark.slow
 def test_the_training_step_adds_the_penalty_to_the_gradient(peer_bases):
     """With a weight far above the loss, A and B only become orthogonal."""
     _, model, base = peer_bases["llama"]

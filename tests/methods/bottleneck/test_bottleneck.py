@@ -123,12 +123,10 @@ def test_norms_that_come_last(before):
     np.testing.assert_allclose(jax.jit(bind(method, PostNorm()))({"params": params}, X), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["houlsby", "compacter"])
-def test_the_start_is_near_the_base(peer_bases, name):
-    _, model, base = peer_bases["llama"]
-    method = EVERY[name]
-    ours = peer.bound_logits(method, model, method.init(jax.random.key(0), base))
-    peer.assert_close(ours, np.asarray(peer.forward(model, base)), 1e-3)
+@pytest.mark.parametrize("make", [houlsby, pfeiffer])
+def test_from_the_start_of_mam_adapters_they_are_the_base(peer_bases, make):
+    """How near to it their own starts are is in test_every_method.py."""
+    properties.check_start_is_base(make(4, init_weights="mam_adapter"), *peer_bases["qwen2"][1:], peer.IDS)
 
 
 @pytest.mark.parametrize("name", EVERY)

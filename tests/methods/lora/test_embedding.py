@@ -24,7 +24,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", peer.first_fast(CASES))
 def test_moved_here_opens_in_peft(peer_bases, case, tmp_path):
     name, tied, options = CASES[case]
     fresh, model, params = peer_bases[name]
@@ -32,6 +32,7 @@ def test_moved_here_opens_in_peft(peer_bases, case, tmp_path):
     peer.check_opens_in_peft(base, lora(r=2, **options), tmp_path / "adapter")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_trained_by_peft_loads_here(peer_bases, case, tmp_path):
     """As many parameters too, but for a tied head: peft counts the one update twice, under both names."""
@@ -58,6 +59,7 @@ def test_trained_by_peft_loads_here(peer_bases, case, tmp_path):
         np.testing.assert_array_equal(merged["lm_head"]["kernel"], head)
 
 
+@pytest.mark.slow
 def test_a_regex_that_keeps_the_tie_in_peft(peer_bases, tmp_path):
     """peft ties where the regex means the bare name: ours is written so, and theirs that does not is read untied."""
     regex = r"model\.(embed_tokens|layers\.[02]\.self_attn\.q_proj)"
@@ -72,6 +74,7 @@ LEFT = {"adapted": {"target_modules": ["wte"]}, "by regex": {"target_modules": r
         "saved": {"target_modules": ["c_attn"], "modules_to_save": ["wte"]}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LEFT)
 def test_a_head_that_peft_leaves_alone_is_untied(gpt2_base, case, tmp_path):
     fresh, model, base = gpt2_base
@@ -92,6 +95,7 @@ def test_methods_of_which_peft_keeps_no_tie(peer_bases, make, tmp_path):
         save_adapter(tmp_path, method, model, method.init(jax.random.key(0), base))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_promises_of_a_method(peer_bases, tied):
     _, model, base = peer_bases["tied"]

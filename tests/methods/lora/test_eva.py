@@ -95,6 +95,7 @@ def test_vectors_and_ranks_are_peft_s(peer_bases):
     assert np.abs((q + v) - both).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [lora, dora])
 def test_the_file_opens_in_peft(peer_bases, make, tmp_path):
     fresh, model, base = peer_bases["llama"]

@@ -12,15 +12,6 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
-def test_the_promises_of_a_method(peer_bases):
-    _, model, base = peer_bases["qwen2"]
-    method = lorafa(r=2, target_modules=("q_proj", "down_proj"))
-    properties.check_start_is_base(method, model, base, peer.IDS)
-    properties.check_training(method, model, base, peer.IDS)
-    properties.check_merge(method, model, base, peer.IDS)
-    properties.check_remat(method, model, base, peer.IDS)
-
-
 @pytest.mark.parametrize("options", [{"target_modules": "all-linear"}, {"layers_to_transform": [0, 2], "bias": "all"}])
 def test_the_file_opens_in_peft_and_loads_as_a_lora(peer_bases, options, tmp_path):
     fresh, model, base = peer_bases["qwen2"]
@@ -48,6 +39,7 @@ def test_only_half_is_counted(peer_bases):
     assert method.padding(method.init(jax.random.key(0), base)) == 2 * (2 * 16 + 2 * 8)
 
 
+@pytest.mark.slow
 def test_b_trains_as_in_torch_with_a_frozen(peer_bases, tmp_path):
     import torch
 

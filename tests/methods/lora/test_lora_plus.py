@@ -31,6 +31,7 @@ def steps(method, model, params, config, count=3):
     return flatten(peft_jax.combine(frozen, state.trainable))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bias", "decay"), [("none", 0.1), ("lora_only", 0.0)])
 def test_the_groups_train_as_with_peft_s_optimiser(peer_bases, bias, decay, tmp_path):
     """Three steps of AdamW from one start: the same parameters here and in torch, which never decays biases."""

@@ -7,7 +7,7 @@ import pytest
 import peft_jax
 from peft_jax import bind, dora, flatten, load_adapter, lora, lorafa, save_adapter, unflatten
 from tests.peer import assert_close, train_there
-from tests.properties import moved
+from tests.properties import moved, plain_logits
 
 peft = pytest.importorskip("peft")
 pytestmark = [pytest.mark.real, pytest.mark.usefixtures("quick_compiles")]
@@ -56,14 +56,13 @@ def test_smollm2_moved_here_opens_in_peft(both, case, tmp_path):
     method = make(r=4, **options)
     if method.prepare:
         method = method.prepare(model, base, [{"input_ids": ids}, {"input_ids": ids[:, ::-1]}])
-    params = method.init(jax.random.key(0), base)
-    start = own_logits(method, model, params, ids)
-    assert_close(start, np.asarray(jax.jit(model.apply)({"params": base}, ids)))
+    params, apply = method.init(jax.random.key(0), base), jax.jit(bind(method, model))
+    assert_close(apply({"params": params}, ids), np.asarray(plain_logits(model, base, ids)))
     rows = {"lora_a": np.s_[..., :1], "lora_b": np.s_[..., :1, :]} if case == "eva" else {}
     params = _moved(method, params, rows)
     save_adapter(tmp_path, method, model, params)
     theirs = peft.PeftModel.from_pretrained(fresh(), tmp_path)
-    assert_close(own_logits(method, model, params, ids), logits(theirs, ids))
+    assert_close(apply({"params": params}, ids), logits(theirs, ids))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if CASES[case][2] is not None])

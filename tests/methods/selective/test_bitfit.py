@@ -1,4 +1,4 @@
-"""BitFit: the promises of every method, biases that are there and biases that are added."""
+"""BitFit: biases that are there and biases that are added."""
 
 import jax
 import numpy as np
@@ -17,16 +17,11 @@ def count(method, base):
     return peft_jax.count(peft_jax.partition(params, method.labels(params))[0]) - method.padding(params)
 
 
-def test_the_promises_of_a_method(peer_bases):
-    _, model, base = peer_bases["qwen2"]
-    method = bitfit()
-    properties.check_start_is_base(method, model, base, peer.IDS)
-    properties.check_training(method, model, base, peer.IDS)
-    properties.check_merge(method, model, base, peer.IDS)
-    properties.check_remat(method, model, base, peer.IDS)
-    assert count(method, base) == 3 * (16 + 8 + 8)  # of q, k, v in three layers
+def test_biases_that_are_there_are_counted(peer_bases):
+    assert count(bitfit(), peer_bases["qwen2"][2]) == 3 * (16 + 8 + 8)  # of q, k, v in three layers
 
 
+@pytest.mark.slow
 def test_biases_that_are_added(peer_bases):
     _, model, base = peer_bases["llama"]
     method = bitfit(add_missing=True)

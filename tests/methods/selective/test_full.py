@@ -1,4 +1,4 @@
-"""Full fine-tuning and its parts: the promises of every method, what trains, what is stored."""
+"""Full fine-tuning and its parts: what trains, what is stored."""
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +21,20 @@ def trained_leaves(method, base, axes=None):
     return {path: leaf.shape for path, leaf in flatten(peft_jax.partition(params, method.labels(params))[0]).items()}
 
 
-@pytest.mark.parametrize("options", [{}, LAST])
-def test_the_promises_of_a_method(peer_bases, options):
+@pytest.mark.slow
+def test_merging_the_whole_keeps_its_types(peer_bases):
+    properties.check_merge(full(), *peer_bases["qwen2"][1:], peer.IDS)
+
+
+@pytest.mark.slow
+def test_the_promises_where_some_layers_train(peer_bases):
+    """Those of the whole are in test_every_method.py."""
     _, model, base = peer_bases["qwen2"]
-    method = full(**options)
+    method = full(**LAST)
     properties.check_start_is_base(method, model, base, peer.IDS)
     properties.check_training(method, model, base, peer.IDS)
     properties.check_merge(method, model, base, peer.IDS)
-    if options:
-        properties.check_remat(method, model, base, peer.IDS)
+    properties.check_remat(method, model, base, peer.IDS)
 
 
 def test_everything_trains_and_counts_as_100_percent(peer_bases):

@@ -1,4 +1,4 @@
-"""LN tuning: the promises of every method, single layers of a stack, and its exchange with real peft."""
+"""LN tuning: single layers of a stack, and its exchange with real peft."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,6 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 # name: (base, LNTuningConfig's arguments). The same words make the adapter here and in peft.
 CASES = {
-    "defaults": ("llama", {}),
     "tied": ("tied", {"target_modules": ["norm"]}),
     "a regex for some layers": ("llama", {"target_modules": r"model\.layers\.[02]\.input_layernorm"}),
     "one layer of a stack": ("llama", {"target_modules": ["layers.1.input_layernorm", "norm"]}),
@@ -25,12 +24,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", peer.first_fast(CASES))
 def test_moved_here_opens_in_peft(peer_bases, case, tmp_path):
     name, options = CASES[case]
     peer.check_opens_in_peft(peer_bases[name], ln_tuning(**options), tmp_path / "adapter")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_trained_by_peft_loads_here(peer_bases, case, tmp_path):
     name, options = CASES[case]
@@ -46,6 +46,7 @@ def test_an_embedding_that_is_the_head_is_untied_first(peer_bases, gpt2_base, tm
     peer.check_opens_in_peft((fresh, model, untie(base)), ln_tuning(["wte"]), tmp_path / "untied")
 
 
+@pytest.mark.slow
 def test_the_promises_of_a_method(peer_bases):
     _, model, base = peer_bases["qwen2"]
     method = ln_tuning(["layers.1.input_layernorm", "norm", "post_attention_layernorm", "layers.0.self_attn.q_proj"])
@@ -80,6 +81,7 @@ def test_counts_are_the_closed_form():
     assert peft_jax.count(peft_jax.partition(params, method.labels(params))[0]) == 57 * 3072
 
 
+@pytest.mark.slow
 def test_beside_lora(peer_bases):
     _, model, base = peer_bases["llama"]
     method = chain(ln_tuning(target_modules=("layers.1.input_layernorm", "norm")), lora(r=2))

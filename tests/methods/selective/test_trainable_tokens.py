@@ -16,7 +16,6 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 TOKENS = [int(i) for i in dict.fromkeys(peer.IDS.ravel()[[5, 2, 9]])]  # in the text, not in order
 # name: (base, TrainableTokensConfig's arguments). The same words make the adapter here and in peft.
 CASES = {
-    "defaults": ("llama", {}),
     "tied": ("tied", {}),
     "by name": ("tied", {"target_modules": ["embed_tokens"]}),
     "head": ("llama", {"target_modules": ["lm_head"]}),
@@ -25,12 +24,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", peer.first_fast(CASES))
 def test_moved_here_opens_in_peft(peer_bases, case, tmp_path):
     name, options = CASES[case]
     peer.check_opens_in_peft(peer_bases[name], trainable_tokens(TOKENS, **options), tmp_path / "adapter")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_trained_by_peft_loads_here(peer_bases, case, tmp_path):
     name, options = CASES[case]
@@ -55,6 +55,7 @@ def test_a_head_that_peft_takes_from_its_embedding(peer_bases, tmp_path):
     peer.check_loads_from_peft(peer_bases["tied"], config, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_promises_of_a_method(peer_bases):
     _, model, base = peer_bases["tied"]
     method = trainable_tokens(TOKENS)
@@ -64,6 +65,7 @@ def test_the_promises_of_a_method(peer_bases):
     properties.check_remat(method, model, base, peer.IDS)
 
 
+@pytest.mark.slow
 def test_the_promises_with_a_head_of_its_own(peer_bases):
     _, model, base = peer_bases["llama"]
     method = trainable_tokens(TOKENS, ["embed_tokens", "lm_head"])
@@ -84,6 +86,7 @@ def test_the_rows_are_those_of_the_tokens_and_no_others_change(peer_bases):
     np.testing.assert_array_equal(merged[others], base["embed_tokens"]["embedding"][others])
 
 
+@pytest.mark.slow
 def test_generation_reads_the_rows_too(peer_bases):
     """With the cache: hidden and head are called apart."""
     _, model, base = peer_bases["tied"]
@@ -95,6 +98,7 @@ def test_generation_reads_the_rows_too(peer_bases):
     assert not np.array_equal(ours, peft_jax.generate(model.apply, model, base, **ask))
 
 
+@pytest.mark.slow
 def test_beside_lora_in_one_file(peer_bases, tmp_path):
     _, model, base = peer_bases["tied"]
     method = chain(lora(r=2, init_lora_weights=False), trainable_tokens(TOKENS))

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 import peft_jax
-from peft_jax import PeftJaxError, bind, chain, flatten, load_adapter, lora, prefix, prefix_from_ids, save_adapter
+from peft_jax import (
+    PeftJaxError,
+    bind,
+    chain,
+    flatten,
+    load_adapter,
+    lora,
+    prefix,
+    prefix_from_ids,
+    prompt,
+    save_adapter,
+)
 from tests import peer, properties
 
 peft = pytest.importorskip("peft")
@@ -16,19 +27,19 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 # name: (base, PrefixTuningConfig's arguments). The same words make the adapter here and in peft.
 CASES = {
-    "defaults": ("llama", {}),
     "zero": ("qwen2", {"init_weights": "zero", "num_layers": 3, "token_dim": 8, "num_attention_heads": 2}),
     "projection": ("llama", {"prefix_projection": True}),
     "zero projection": ("qwen2", {"prefix_projection": True, "encoder_hidden_size": 5, "init_weights": "zero"}),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", peer.first_fast(CASES))
 def test_moved_here_opens_in_peft(peer_bases, case, tmp_path):
     name, options = CASES[case]
     peer.check_opens_in_peft(peer_bases[name], prefix(4, **options), tmp_path / "adapter")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_trained_by_peft_loads_here(peer_bases, case, tmp_path):
     name, options = CASES[case]
@@ -47,13 +58,15 @@ def test_as_many_parameters_train_as_in_peft(peer_bases, case):
     assert peft_jax.count(peft_jax.partition(params, method.labels(params))[0]) == count
 
 
-@pytest.mark.parametrize("options", [{}, {"prefix_projection": True}])
-def test_it_trains_and_under_remat_too(peer_bases, options):
+@pytest.mark.slow
+def test_a_projection_trains_and_under_remat_too(peer_bases):
+    """A plain prefix does in test_every_method.py."""
     _, model, base = peer_bases["llama"]
-    properties.check_training(prefix(4, **options), model, base, peer.IDS)
-    properties.check_remat(prefix(4, **options), model, base, peer.IDS)
+    properties.check_training(prefix(4, prefix_projection=True), model, base, peer.IDS)
+    properties.check_remat(prefix(4, prefix_projection=True), model, base, peer.IDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shifted", [True, False])
 def test_packing_padding_and_a_cache_change_nothing(peer_bases, shifted):
     method = prefix(4, shift_positions=shifted)
@@ -115,6 +128,7 @@ def windowed(peer_bases, window=5):
     return mistral, model.clone(config=config), base
 
 
+@pytest.mark.slow
 def test_in_a_window_it_slides_out_of_sight_as_in_peft(peer_bases, tmp_path):
     base = windowed(peer_bases)
     peer.check_opens_in_peft(base, prefix(4), tmp_path / "adapter")
@@ -164,10 +178,12 @@ def test_padding_changes_nothing(peer_bases, tmp_path, side):
     peer.assert_close(ours[mask], theirs[mask])
 
 
+@pytest.mark.slow
 def test_generates_as_peft_does(peer_bases, tmp_path):
-    peer.check_generates_as_peft(peer_bases["llama"], prefix(4), tmp_path)
+    peer.check_generates_as_peft(peer_bases["llama"], {"prefix": prefix(4), "prompt": prompt(4)}, tmp_path)
 
 
+@pytest.mark.slow
 def test_beside_lora_in_one_file(peer_bases, tmp_path):
     _, model, base = peer_bases["qwen2"]
     method = chain(lora(r=2, target_modules="all-linear"), prefix(4, prefix_projection=True))

@@ -43,12 +43,13 @@ def gpt2(tmp_path_factory):
     return lambda: transformers.GPT2LMHeadModel.from_pretrained(folder).eval(), *peft_jax.load_pretrained(folder)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", peer.first_fast(CASES))
 def test_moved_here_opens_in_peft(gpt2, case, tmp_path):
     make, options, _ = CASES[case]
     peer.check_opens_in_peft(gpt2, make(4, **options), tmp_path / "adapter")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_trained_by_peft_loads_here(gpt2, case, tmp_path):
     """And as many parameters train here as there, the network's included."""
@@ -62,13 +63,15 @@ def test_trained_by_peft_loads_here(gpt2, case, tmp_path):
     assert peft_jax.count(peft_jax.partition(params, method.labels(params))[0]) == count
 
 
-@pytest.mark.parametrize("case", ["prefix", "prefix projection", "prompt", "ptuning mlp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["prefix projection", "prompt"])  # of each place where virtual tokens enter the model
 def test_it_trains_and_under_remat_too(gpt2, case):
     make, options, _ = CASES[case]
     properties.check_training(make(4, **options), *gpt2[1:], peer.IDS)
     properties.check_remat(make(4, **options), *gpt2[1:], peer.IDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [prefix(4), prefix(4, shift_positions=False), prompt(4)],
                          ids=["prefix", "unshifted", "prompt"])
 def test_packing_padding_and_a_cache_change_nothing(gpt2, method):
@@ -76,9 +79,10 @@ def test_packing_padding_and_a_cache_change_nothing(gpt2, method):
     properties.check_decoding(method, *gpt2[1:], peer.IDS)
 
 
-@pytest.mark.parametrize("make", [prefix, prompt, ptuning])
-def test_generates_as_peft_does(gpt2, make, tmp_path):
-    peer.check_generates_as_peft(gpt2, make(4), tmp_path)
+@pytest.mark.slow
+def test_generates_as_peft_does(gpt2, tmp_path):
+    methods = {"prefix": prefix(4), "prompt": prompt(4), "ptuning": ptuning(4)}
+    peer.check_generates_as_peft(gpt2, methods, tmp_path)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -118,6 +122,7 @@ def test_starts_from_a_text(gpt2):
         prefix(4, prefix_init_ids=(7, 37)).prepare(model, base, ())
 
 
+@pytest.mark.slow
 def test_beside_lora_in_one_file(gpt2, tmp_path):
     _, model, base = gpt2
     method = chain(lora(r=2, target_modules=("c_attn",)), prefix(4, modules_to_save="ln_f"))
@@ -128,6 +133,7 @@ def test_beside_lora_in_one_file(gpt2, tmp_path):
     properties.check_training(method, model, base, peer.IDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [prefix, prompt])
 def test_a_saved_module_is_exchanged_with_peft(gpt2, make, tmp_path):
     peer.check_opens_in_peft(gpt2, make(4, modules_to_save=("ln_f",)), tmp_path / "ours")
