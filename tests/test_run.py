@@ -96,6 +96,7 @@ def test_eval_compares_base_and_adapter(trained, arguments, capsys):
     assert found["adapter"]["loss"] == pytest.approx(results["after"]["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_merge_writes_a_folder_that_transformers_reads_with_the_adapter_in_it(trained, arguments, tiny_folder):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
@@ -110,6 +111,7 @@ def test_merge_writes_a_folder_that_transformers_reads_with_the_adapter_in_it(tr
     assert (merged - base).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_generate_continues_given_prompts_and_held_out_ones(trained, arguments, capsys):
     mode = [*arguments, f"--workdir={trained}", "--mode=generate", "--config.model.dtype=bfloat16"]
     assert run.main([*mode, "--prompt=a bright film is", "--prompt", "a dull one, is"]) == 0
@@ -137,6 +139,7 @@ def interrupt(monkeypatch, command):
         assert run.main(command) == 130
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_before_its_first_line_of_log_evaluates_as_it_is_asked_to(
         arguments, tmp_path, monkeypatch, capsys):
     command = [*arguments, "--config.log.every=10", f"--workdir={tmp_path}"]
@@ -167,6 +170,7 @@ def test_an_interrupted_run_resumes_and_ends_bit_identical(trained, arguments, t
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_another_configuration_is_refused_unless_told_to_overwrite(trained, arguments, tmp_path, capsys):
     folder = shutil.copytree(trained, tmp_path / "run")
     other = [*arguments, f"--workdir={folder}", "--config.method.r=2", "--config.optim.steps=1"]
@@ -263,6 +267,7 @@ def test_empty_data_unknown_model_and_a_workdir_that_is_a_file(arguments, tiny_f
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_an_update_that_is_not_finite_keeps_the_last_good_checkpoint(arguments, tmp_path, capsys):
     wild = {"optim.learning_rate": 1e38, "optim.clip_norm": 0, "optim.warmup_ratio": 0.3, "checkpoint.every": 1}
     command = [*arguments, *(f"--config.{key}={value}" for key, value in wild.items()), f"--workdir={tmp_path}"]
