@@ -40,8 +40,9 @@ def test_a_coordinator_is_a_host_and_a_port(where):
 @pytest.fixture(scope="module")
 def arguments(tiny_folder, films):
     settings = {"mesh.data": 1, "data.batch_size": 4, "optim.steps": 3, "eval.batch_size": 4, "eval.limit": 4,
-                "eval.probe": "", "method.r": 4, "log.tensorboard": False, "task.prompt_column": "prompt",
-                "task.completion_column": "completion", "task.validation_fraction": 0.2}  # fmt: skip
+                "eval.before": False, "eval.probe": "", "method.r": 4, "log.tensorboard": False,
+                "task.prompt_column": "prompt", "task.completion_column": "completion",
+                "task.validation_fraction": 0.2}  # fmt: skip
     return [f"--config=experiments/lora.py:model={tiny_folder},task={films(12)}",
             *(f"--config.{key}={value}" for key, value in settings.items())]
 
