@@ -87,6 +87,7 @@ def test_choices_come_back_in_the_examples_order(config, examples, tiny_model, l
         np.testing.assert_allclose(row, logprobs_of(ids)[-1, held.choices], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_continuations_come_back_in_the_prompts_order(examples, tiny_model, tiny_tokenizer):
     model, params = tiny_model
     prompts = encode_prompts(examples, tiny_tokenizer)
