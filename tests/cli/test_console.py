@@ -3,8 +3,8 @@
 import jax
 import pytest
 
+from peft_jax import lora
 from peft_jax.cli import console
-from peft_jax.methods import lora
 from peft_jax.train import progress
 
 
