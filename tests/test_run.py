@@ -279,6 +279,7 @@ def test_an_update_that_is_not_finite_keeps_the_last_good_checkpoint(arguments, 
     assert all(np.isfinite(leaf).all() for leaf in tree.flatten(kept).values())
 
 
+@pytest.mark.slow
 def test_a_last_update_that_is_not_finite_is_no_success(arguments, tmp_path, capsys):
     wild = {"optim.steps": 1, "optim.warmup_ratio": 0, "optim.learning_rate": 1e38, "optim.clip_norm": 0,
             "eval.before": False}  # fmt: skip

@@ -71,6 +71,7 @@ def test_the_python_reference_is_prose():
     assert all(200 <= len(one["text"]) <= 1000 and "\n" not in one["text"] for one in found["validation"])
 
 
+@pytest.mark.slow
 def test_the_model_as_it_was_needs_no_run(arguments, tmp_path):
     assert run.main([*arguments, f"--workdir={tmp_path}", "--mode=measure", "--config.measure.of=base"]) == 0
     assert list(json.loads((tmp_path / "measured.json").read_text())["latency"]) == ["base"]

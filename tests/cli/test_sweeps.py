@@ -17,7 +17,7 @@ from peft_jax.cli import sweeps
 from peft_jax.errors import PeftJaxError
 from peft_jax.studies.comparison import record
 
-pytestmark = pytest.mark.usefixtures("at_the_root")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("at_the_root")]
 
 
 def _index(name, arguments):
@@ -112,7 +112,6 @@ def test_other_settings_are_refused_before_anything_runs(compared, arguments, ca
     assert "optim.steps was 2, now 3" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_failed_cell_says_why_does_not_stop_the_rest_and_is_run_again(compared, arguments, tmp_path, capsys):
     folder = _copied(compared, tmp_path)
     names = ["lora--lora-learning_rate-0.001-seed-0", "full--full-best-seed-0"]
@@ -130,7 +129,6 @@ def test_a_failed_cell_says_why_does_not_stop_the_rest_and_is_run_again(compared
     assert "lora-learning_rate-0.001-seed-0: -loss" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_a_sweep_that_is_told_to_stop_tells_its_run(compared, arguments, tmp_path, capsys, monkeypatch):
     """SIGTERM reaches the sweep alone, as a cluster's does; the run ends with 143, and so does the sweep."""
     folder = _copied(compared, tmp_path)
@@ -148,7 +146,6 @@ def test_a_sweep_that_is_told_to_stop_tells_its_run(compared, arguments, tmp_pat
     assert "lora-best-seed-0: stopped; the same command goes on from there" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_a_run_that_a_signal_ends_is_a_failed_one_that_says_so(compared, arguments, tmp_path, capsys, monkeypatch):
     """As the system ends one that takes too much memory: it has no time to write a record."""
     folder = _copied(compared, tmp_path)
@@ -162,7 +159,6 @@ def test_a_run_that_a_signal_ends_is_a_failed_one_that_says_so(compared, argumen
     assert failed["train_info"]["status"] == "failed" and "signal 9" in failed["run_info"]["error_msg"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ends", ["time.sleep(60)", "signal.signal(15, lambda *_: sys.exit(0)); time.sleep(60)"])
 def test_a_sweep_that_is_told_to_stop_runs_no_other_cell(compared, arguments, tmp_path, capsys, monkeypatch, ends):
     """Also while a cell loads or measures, where SIGTERM just ends it, or is at its very end and finishes."""
@@ -175,7 +171,6 @@ def test_a_sweep_that_is_told_to_stop_runs_no_other_cell(compared, arguments, tm
     assert len(started) == 1 and "stopped; the same command goes on from there" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_a_damaged_record_is_of_a_cell_to_run_again(compared, arguments, tmp_path, capsys):
     folder = _copied(compared, tmp_path)
     for text in ('{"run_info": {"exp', "[]", '{"train_info": []}', '{"run_info": {"experiment_name": 3}}'):
@@ -186,7 +181,6 @@ def test_a_damaged_record_is_of_a_cell_to_run_again(compared, arguments, tmp_pat
     assert "lora-best-seed-0: -loss" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_a_better_rate_found_later_is_chosen_then(compared, arguments, tmp_path, capsys):
     """Such as of a run that had failed: the best cell was finished without it."""
     folder = _copied(compared, tmp_path)
@@ -213,7 +207,6 @@ def test_a_rate_whose_metric_is_not_finite_is_not_chosen(compared, arguments, tm
         cells.results.chosen(folder, command, best)
 
 
-@pytest.mark.slow
 def test_a_cell_measured_before_the_base_is_measured_beside_it(compared, arguments, tmp_path, capsys):
     """Job arrays run in any order."""
     folder = _copied(compared, tmp_path)
@@ -243,7 +236,6 @@ def test_one_cell_alone_is_not_run_again_nor_with_other_settings(compared, argum
     assert "eval.limit was 8, now 3" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_what_a_cell_is_not_measured_by_may_change(compared, arguments, tmp_path, capsys):
     """Where measuring failed, runs that were only trained need not be trained again to measure otherwise."""
     folder = _copied(compared, tmp_path)
