@@ -31,7 +31,7 @@ METHODS = {
     "prefix": prefix(num_virtual_tokens=4),
 }
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "mixed": (2, 2, 2)}
-FAST = {("lora", "data"), ("qlora", "fsdp"), ("lora", "tensor"), ("full", "mixed")}
+FAST = {("qlora", "fsdp"), ("lora", "tensor"), ("full", "mixed")}
 LEARNING_RATE, STEPS, ROWS, LENGTH = 1e-3, 3, 8, 16
 
 
