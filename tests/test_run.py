@@ -96,6 +96,7 @@ def test_eval_compares_base_and_adapter(trained, arguments, capsys):
     assert found["adapter"]["loss"] == pytest.approx(results["after"]["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_merge_writes_a_folder_that_transformers_reads_with_the_adapter_in_it(trained, arguments, tiny_folder):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
@@ -110,6 +111,7 @@ def test_merge_writes_a_folder_that_transformers_reads_with_the_adapter_in_it(tr
     assert (merged - base).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_generate_continues_given_prompts_and_held_out_ones(trained, arguments, capsys):
     mode = [*arguments, f"--workdir={trained}", "--mode=generate", "--config.model.dtype=bfloat16"]
     assert run.main([*mode, "--prompt=a bright film is", "--prompt", "a dull one, is"]) == 0
@@ -137,6 +139,7 @@ def interrupt(monkeypatch, command):
         assert run.main(command) == 130
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_before_its_first_line_of_log_evaluates_as_it_is_asked_to(
         arguments, tmp_path, monkeypatch, capsys):
     command = [*arguments, "--config.log.every=10", f"--workdir={tmp_path}"]
@@ -153,7 +156,7 @@ def test_a_run_interrupted_before_its_first_line_of_log_evaluates_as_it_is_asked
 
 
 def test_an_interrupted_run_resumes_and_ends_bit_identical(trained, arguments, tmp_path, monkeypatch, capsys):
-    command = [*arguments, f"--workdir={tmp_path}"]
+    command = [*arguments, "--config.eval.before=False", f"--workdir={tmp_path}"]  # which `trained` has
     interrupt(monkeypatch, command)
     assert "stopped after step 3 of 6" in capsys.readouterr().out
     assert not (tmp_path / "adapter").exists()
@@ -167,6 +170,7 @@ def test_an_interrupted_run_resumes_and_ends_bit_identical(trained, arguments, t
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_another_configuration_is_refused_unless_told_to_overwrite(trained, arguments, tmp_path, capsys):
     folder = shutil.copytree(trained, tmp_path / "run")
     other = [*arguments, f"--workdir={folder}", "--config.method.r=2", "--config.optim.steps=1"]
@@ -263,8 +267,10 @@ def test_empty_data_unknown_model_and_a_workdir_that_is_a_file(arguments, tiny_f
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_an_update_that_is_not_finite_keeps_the_last_good_checkpoint(arguments, tmp_path, capsys):
-    wild = {"optim.learning_rate": 1e38, "optim.clip_norm": 0, "optim.warmup_ratio": 0.3, "checkpoint.every": 1}
+    wild = {"optim.learning_rate": 1e38, "optim.clip_norm": 0, "optim.warmup_ratio": 0.3, "checkpoint.every": 1,
+            "eval.before": False}  # fmt: skip
     command = [*arguments, *(f"--config.{key}={value}" for key, value in wild.items()), f"--workdir={tmp_path}"]
     fails(capsys, command, "training broke at step 2", "update_norm", "the checkpoint of step 1 is kept")
     assert not (tmp_path / "adapter").exists()
@@ -273,8 +279,10 @@ def test_an_update_that_is_not_finite_keeps_the_last_good_checkpoint(arguments, 
     assert all(np.isfinite(leaf).all() for leaf in tree.flatten(kept).values())
 
 
+@pytest.mark.slow
 def test_a_last_update_that_is_not_finite_is_no_success(arguments, tmp_path, capsys):
-    wild = {"optim.steps": 1, "optim.warmup_ratio": 0, "optim.learning_rate": 1e38, "optim.clip_norm": 0}
+    wild = {"optim.steps": 1, "optim.warmup_ratio": 0, "optim.learning_rate": 1e38, "optim.clip_norm": 0,
+            "eval.before": False}  # fmt: skip
     command = [*arguments, *(f"--config.{key}={value}" for key, value in wild.items()), f"--workdir={tmp_path}"]
     fails(capsys, command, "training broke at step 1", "no checkpoint was written yet")
     assert not (tmp_path / "adapter").exists() and not (tmp_path / "results.json").exists()
@@ -286,12 +294,12 @@ def test_a_bug_keeps_its_traceback(arguments, monkeypatch, tmp_path):
 
     monkeypatch.setattr(Batches, "at", buggy)
     with pytest.raises(RuntimeError, match="a bug"):
-        run.main([*arguments, f"--workdir={tmp_path}"])
+        run.main([*arguments, "--config.eval.before=False", f"--workdir={tmp_path}"])
 
 
-@pytest.mark.parametrize("experiment", ["lora", "full"])
-def test_a_run_is_kept_under_the_name_of_its_experiment(experiment):
-    assert run.parse_command([f"--config=experiments/{experiment}.py"]).workdir == f"runs/{experiment}"
+def test_a_run_is_kept_under_the_name_of_its_experiment():
+    for experiment in ("lora", "full"):
+        assert run.parse_command([f"--config=experiments/{experiment}.py"]).workdir == f"runs/{experiment}"
 
 
 def test_empty_entries_of_a_list_of_adapters_are_none():

@@ -33,6 +33,7 @@ def test_each_adapter_answers_under_the_name_of_its_run(tiny_folder, adapters, c
     assert len({line.split(":", 1)[1] for line in answers}) == 3
 
 
+@pytest.mark.slow
 def test_equal_names_are_written_out(tiny_folder, adapters, capsys):
     one = adapters / "one" / "adapter"
     assert generate(tiny_folder, [one, f"{one}/"]) == 0

@@ -32,6 +32,7 @@ def trained(arguments, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_quantised_run_is_measured_against_the_plain_base(trained, arguments, capsys):
     command = [*arguments, f"--workdir={trained}", "--mode=measure"]
     assert run.main(command) == 0
@@ -46,6 +47,7 @@ def test_a_quantised_run_is_measured_against_the_plain_base(trained, arguments, 
     assert (trained / "measured.json").stat().st_mtime_ns != stamp
 
 
+@pytest.mark.slow
 def test_the_test_half_is_the_other_one(trained, arguments):
     command = run.parse_command([*arguments, f"--workdir={trained}", "--mode=eval", "--config.eval.part=test",
                                  "--config.eval.limit=0", "--config.measure.limit=0"])
@@ -69,11 +71,13 @@ def test_the_python_reference_is_prose():
     assert all(200 <= len(one["text"]) <= 1000 and "\n" not in one["text"] for one in found["validation"])
 
 
+@pytest.mark.slow
 def test_the_model_as_it_was_needs_no_run(arguments, tmp_path):
     assert run.main([*arguments, f"--workdir={tmp_path}", "--mode=measure", "--config.measure.of=base"]) == 0
     assert list(json.loads((tmp_path / "measured.json").read_text())["latency"]) == ["base"]
 
 
+@pytest.mark.slow
 def test_another_model_or_task_is_measured_anew(arguments, films, tmp_path):
     """The same flags for --mode=measure with another task, such as :task=tweet_rating, in the same workdir."""
     base = [f"--workdir={tmp_path}", "--mode=measure", "--config.measure.of=base", "--config.measure.general=()"]
@@ -84,6 +88,7 @@ def test_another_model_or_task_is_measured_anew(arguments, films, tmp_path):
     assert found[0] != found[1]
 
 
+@pytest.mark.slow
 def test_a_damaged_measurement_is_overwritten_if_asked_for(arguments, tmp_path):
     (tmp_path / "measured.json").write_text("{")
     command = [*arguments, f"--workdir={tmp_path}", "--mode=measure", "--config.measure.of=base",
@@ -92,6 +97,7 @@ def test_a_damaged_measurement_is_overwritten_if_asked_for(arguments, tmp_path):
     assert run.main([*command, "--overwrite"]) == 0
 
 
+@pytest.mark.slow
 def test_each_file_of_several_has_a_column(arguments, films, tmp_path):
     others = [str(films(count)) for count in (60, 80)]
     assert run.main([*arguments, f"--workdir={tmp_path}", "--mode=measure", "--config.measure.of=base",
@@ -99,6 +105,7 @@ def test_each_file_of_several_has_a_column(arguments, films, tmp_path):
     assert list(json.loads((tmp_path / "measured.json").read_text())["neighbours"]) == others
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("more", "words"), [
     (["--config.measure.of=both"], "measure.of=both"),
     (["--config.measure.general=('newspapr',)"], "task=newspapr is neither"),

@@ -9,7 +9,7 @@ import pytest
 import run
 from peft_jax.cli import trained_run
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "at_the_root")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compiles", "at_the_root")]
 MESH = ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
 
 
@@ -66,6 +66,8 @@ def test_merge(trained, lying, tmp_path):
     assert lying == [1, 4]
 
 
+# Whose method it is does not matter any more: what generates is the params that `test_eval` looks at for both.
+@pytest.mark.parametrize("trained", ["lora"], indirect=True)
 def test_generate(trained, lying, capsys):
     command, _ = trained
     said = []

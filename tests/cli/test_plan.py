@@ -37,7 +37,7 @@ def asked(tiny_folder, data, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("experiment, options", [
-    ("qlora", ["--config.method.quantize.block_size=16"]),
+    pytest.param("qlora", ["--config.method.quantize.block_size=16"], marks=pytest.mark.slow),
     ("adapter", ["--config.optim.accumulate_steps=2", "--config.model.remat=True"])])
 def test_it_is_the_memory_of_the_program_that_training_runs(asked, experiment, options):
     config = asked(experiment, *options).config
@@ -55,6 +55,7 @@ def test_it_is_the_memory_of_the_program_that_training_runs(asked, experiment, o
     assert found.program.memory == real
 
 
+@pytest.mark.slow
 def test_a_config_without_weights_is_enough(asked, tiny_folder, tmp_path, capsys):
     model = tmp_path / "sizes"
     model.mkdir()
@@ -74,6 +75,7 @@ def test_a_config_without_weights_is_enough(asked, tiny_folder, tmp_path, capsys
     assert written["assumed"]["method"] == "QUANTIZE + LORA" and "(GB of 1e9 bytes)" in shown
 
 
+@pytest.mark.slow
 def test_where_it_cannot_be_written_is_said(asked, tmp_path, capsys):
     (tmp_path / "run" / "plan.json").mkdir(parents=True)
     command = asked("lora", "--config.data.row_length=16")
@@ -81,6 +83,7 @@ def test_where_it_cannot_be_written_is_said(asked, tmp_path, capsys):
         modes.run(command)
 
 
+@pytest.mark.slow
 def test_packed_rows_may_be_longer_than_the_positions_as_in_training(asked):
     longer = plan_config(asked("lora", "--config.data.row_length=272").config)
     assert longer.assumed["micro-batch"].startswith("1 x 272 tokens")
@@ -101,11 +104,13 @@ def test_cudnn_where_there_is_none_is_said(asked):
         plan_config(asked("lora", "--config.model.attn_implementation=cudnn").config)
 
 
+@pytest.mark.slow
 def test_a_base_quantised_from_float32_is_computed_with_in_bfloat16(asked):
     found = plan_config(asked("qlora", "--config.model.param_dtype=float32", "--config.data.row_length=32").config)
     assert found.assumed["computing in"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_weights_that_the_checkpoint_holds_quantised_are_planned_so(asked, tiny_folder, tmp_path):
     given = json.loads((tiny_folder / "config.json").read_text())
     settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
@@ -143,6 +148,7 @@ def test_a_method_that_needs_data_cannot_be_planned(tiny_model):
         plan(lora(init_lora_weights="eva"), tiny_model[0], optax.adamw(1e-4), seq=32)
 
 
+@pytest.mark.slow
 def test_a_plan_grows_with_rows_and_layers(tiny_model):
     model = tiny_model[0]
     deeper = model.clone(config=dataclasses.replace(model.config, num_hidden_layers=4))

@@ -36,6 +36,7 @@ def test_a_table_is_shown_and_written(asked, tmp_path, capsys):
     assert written["asked"]["memory of a device"] == 8 * 10**9 and written["article"]["choice"] == "lora"
 
 
+@pytest.mark.slow
 def test_packed_rows_may_be_longer_than_the_positions_as_in_plans(asked, tmp_path, capsys):
     long = "--config.data.row_length=272"  # the model has 256 positions, each of the texts in a row at most 32
     assert run.main(asked(long)) == 0

@@ -17,7 +17,7 @@ from peft_jax.cli import sweeps
 from peft_jax.errors import PeftJaxError
 from peft_jax.studies.comparison import record
 
-pytestmark = pytest.mark.usefixtures("at_the_root")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("at_the_root")]
 
 
 def _index(name, arguments):

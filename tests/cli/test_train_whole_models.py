@@ -57,6 +57,7 @@ def test_a_full_run_saves_a_model_and_evaluates_each_epoch(whole, tiny_model):
     assert json.loads((folder / "model" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_eval_and_generate_find_the_model(whole, capsys):
     """What was saved is the float32 leaves rounded to the base's bfloat16, in which the model computes anyway."""
     command, folder = whole
@@ -70,6 +71,7 @@ def test_eval_and_generate_find_the_model(whole, capsys):
     assert "  base:  '" in out and "  model: '" in out
 
 
+@pytest.mark.slow
 def test_export_is_merge_and_writes_where_it_is_told(whole, arguments, tmp_path, tiny_folder):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     command, folder = whole
@@ -93,6 +95,7 @@ def test_output_is_for_export_alone_and_not_the_base_model(whole, tiny_folder, c
     assert "is the base model itself" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_part_is_an_adapter_that_merges(arguments, tmp_path):
     """The last layer alone, with an adapter file of that layer."""
     command = [*arguments("full", **{"method.last_n_layers": 1, "model.param_dtype": "float32",
@@ -112,6 +115,7 @@ def test_a_part_is_an_adapter_that_merges(arguments, tmp_path):
     assert same == [True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment, settings", [
     ("bitfit", {}), ("ln_tuning", {}), ("trainable_tokens", {"method.token_indices": "5,6,7"})])
 def test_the_other_experiments_train_save_and_load(arguments, tmp_path, capsys, experiment, settings):
@@ -127,6 +131,7 @@ def test_the_other_experiments_train_save_and_load(arguments, tmp_path, capsys, 
     assert (tmp_path / "out").exists() == (code == 0)
 
 
+@pytest.mark.slow
 def test_a_prompt_and_a_prefix_of_a_text_begin_as_that_text_in_front(arguments, tmp_path):
     """So their losses before training are equal; after it both are better."""
     text = {"method.num_virtual_tokens": 5, "optim.epochs": 1, "data.batch_size": 12}
@@ -140,6 +145,7 @@ def test_a_prompt_and_a_prefix_of_a_text_begin_as_that_text_in_front(arguments, 
     assert found["prompt"]["before"]["loss"] == pytest.approx(found["prefix"]["before"]["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_quantised_base(arguments, tmp_path, capsys):
     """Evaluated again it is the same, and merged it is plain weights, or with --requantize quantised ones."""
     small = {"method.quantize.block_size": 16, "method.lora.r": 2, "model.dtype": "float32",
@@ -161,6 +167,7 @@ def test_a_run_on_a_quantised_base(arguments, tmp_path, capsys):
     assert "--requantize is for --mode=merge" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_began_as_loftq_s_stands_on_the_base_that_it_quantised(arguments, tmp_path):
     """Evaluated again it is the same, though nothing else in its configuration says that the base is quantised."""
     small = {"method.init_lora_weights": "loftq", "method.loftq_config": {"quant_type": "int4", "block_size": 16},

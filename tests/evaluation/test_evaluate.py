@@ -105,6 +105,7 @@ def test_a_batch_on_a_mesh_is_cut_into_its_shards(sizes, chunks):
     assert (float(found), weight) == (pytest.approx(float(sum(losses)), rel=1e-5), 4)
 
 
+@pytest.mark.slow
 def test_continuations_come_back_in_the_prompts_order(examples, tiny_model, tiny_tokenizer):
     model, params = tiny_model
     prompts = encode_prompts(examples, tiny_tokenizer)

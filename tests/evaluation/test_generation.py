@@ -98,6 +98,7 @@ def test_a_prompt_alone_gives_what_it_gives_in_a_batch(pair, prompts):
     np.testing.assert_array_equal(alone[0], greedy(pair, prompts, stop_ids=(53,))[2])
 
 
+@pytest.mark.slow
 def test_a_bound_adapter_generates_as_its_merged_weights(tiny_model):
     model, base = tiny_model
     method = lora(r=4, target_modules="all-linear", init_lora_weights=False)

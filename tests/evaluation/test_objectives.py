@@ -49,7 +49,9 @@ def plain_loss(outputs, examples, answer):
     return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
 
 
-@pytest.mark.parametrize("answer, pooling", [("class", "mean"), ("class", "first"), ("score", "first")])
+@pytest.mark.parametrize("answer, pooling", [
+    ("class", "mean"), pytest.param("class", "first", marks=pytest.mark.slow),
+    pytest.param("score", "first", marks=pytest.mark.slow)])
 def test_evaluation_is_that_of_single_texts(tiny_tokenizer, answer, pooling):
     config, examples, model, params = setting(tiny_tokenizer, answer, pooling)
     held = hold_out(examples, [], tiny_tokenizer, config.task, config.data)
@@ -65,6 +67,7 @@ def test_evaluation_is_that_of_single_texts(tiny_tokenizer, answer, pooling):
         assert found == pytest.approx({"rmse": loss**0.5, "spearman": spearman(outputs[:, 0], np.array(MEANS))}, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer, pooling", [("class", "mean"), ("score", "first")])
 def test_a_packed_training_step_has_the_gradient_of_single_texts(tiny_tokenizer, answer, pooling):
     config, examples, model, base_params = setting(tiny_tokenizer, answer, pooling)

@@ -19,7 +19,7 @@ from peft_jax.train.metrics_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
-pytestmark = pytest.mark.usefixtures("at_the_root")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("at_the_root")]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def start(arguments, folder, second=()):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")}
     return [subprocess.Popen([sys.executable, "run.py", *arguments, f"--workdir={folder}", "--distributed",
                               f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={number}",
                               *(second if number else ())],

@@ -23,6 +23,7 @@ def test_every_method_and_model_occurs():
     assert {(model, remat) for model, _, remat in CASES} == {(m, r) for m in MODELS for r in (True, False)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_sum_of_parts_is_within_10_percent_of_the_compiled_step_or_is_known_not_to_be(case):
     one = found(*case)

@@ -24,6 +24,7 @@ ROWS = [{"method": "lora", "metric": "among_choices", "gain": {"mean": 0.10, "st
 # The source tells its examples by their outcome; these are such cases. In the third it prints adapters, as five tasks
 # share a base, yet its own code asks first whether LoRA fits, and it does: so says the code, and so say we, for LoRA
 # adapters switch, too, each row of a batch with its own.
+@pytest.mark.slow
 @pytest.mark.parametrize("model, gigabytes, tasks, complexity, theirs, ours, reason", [
     ("llama3_8b", 24, 1, "moderate", "lora", "lora", "GB to spare"),
     ("llama3_70b", 80, 1, "complex", "qlora", "qlora", "GB to spare"),
@@ -101,6 +102,7 @@ def test_a_model_of_no_family_has_no_settings():
         recommend(Other(), 10**10)
 
 
+@pytest.mark.slow
 def test_adapters_of_a_quantised_base_are_mixed_too():
     (found,) = recommend(SIZES, 10**11, seq=16, tasks=2, methods=("qlora",)).choices
     assert any("mix_adapters" in reason.words for reason in found.reasons)
@@ -118,6 +120,7 @@ def test_each_choice_says_why():
     assert alone.need / 4 < full.need < alone.need  # activations are not cut
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes, methods", [
     (GPT2Config(512, 64, 128, 2, 4, 64), ("houlsby", "ia3")), (BERT, ("houlsby", "ia3", "qlora")),
     (EncoderConfig(512, 64, 128, 2, 4, 64, model_type="distilbert"), ("houlsby", "ia3"))])

@@ -10,7 +10,8 @@ from peft_jax.studies.comparison import report
 from tests.studies.comparison import examples
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs Debian's chromium and chromium-driver")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (BROWSER and DRIVER),
+                                                   reason="needs Debian's chromium and chromium-driver")]
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync")  # fmt: skip
 SECTIONS = ("what", "table", "plots", "runs", "failures")

@@ -40,18 +40,21 @@ def test_a_coordinator_is_a_host_and_a_port(where):
 @pytest.fixture(scope="module")
 def arguments(tiny_folder, films):
     settings = {"mesh.data": 1, "data.batch_size": 4, "optim.steps": 3, "eval.batch_size": 4, "eval.limit": 4,
-                "eval.probe": "", "method.r": 4, "log.tensorboard": False, "task.prompt_column": "prompt",
-                "task.completion_column": "completion", "task.validation_fraction": 0.2}  # fmt: skip
+                "eval.before": False, "eval.probe": "", "method.r": 4, "log.tensorboard": False,
+                "task.prompt_column": "prompt", "task.completion_column": "completion",
+                "task.validation_fraction": 0.2}  # fmt: skip
     return [f"--config=experiments/lora.py:model={tiny_folder},task={films(12)}",
             *(f"--config.{key}={value}" for key, value in settings.items())]
 
 
+@pytest.mark.slow
 def test_a_profile_of_more_steps_than_there_are_is_of_those(arguments, tmp_path, capsys):
     assert run.main([*arguments, f"--workdir={tmp_path}", "--profile=100"]) == 0
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
     assert "no step was profiled" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_of_one_step_says_that_it_has_no_profile(arguments, tmp_path, capsys):
     assert run.main([*arguments, f"--workdir={tmp_path}", "--profile=1", "--config.optim.steps=1"]) == 0
     assert "no step was profiled" in capsys.readouterr().out and not (tmp_path / "profile").exists()

@@ -56,12 +56,14 @@ def test_evaluating_again_finds_the_same(trained, arguments):
     assert found["base"] == pytest.approx(results["before"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_merged_classifier_opens(trained, arguments):
     assert run.main([*arguments, f"--workdir={trained}", "--mode=merge"]) == 0
     model, params = load_pretrained(trained / "merged")
     assert model.config.head.pooling == "mean" and "classifier" in params
 
 
+@pytest.mark.slow
 def test_a_regression_runs(arguments, tmp_path):
     assert run.main([*arguments, f"--workdir={tmp_path}", "--config.task.answer=score"]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
@@ -90,6 +92,7 @@ def test_a_language_model_has_no_classes(arguments, tiny_folder, tmp_path, capsy
     assert "without a classification head" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["first", "mean"])
 def test_a_prompt_in_packed_rows_learns_the_classes(arguments, tmp_path, pooling):
     """Each text with virtual tokens of its own; evaluated one text to a row, from the saved adapter the same."""
