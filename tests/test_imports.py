@@ -81,7 +81,8 @@ SLOW = ("jax", "torch", "transformers", "datasets", "pandas", "scipy", "matplotl
 def test_command_lines_are_checked_without_what_is_slow():
     steps = ("import run", "from configs import base; base.get_config()",
              "import experiments.lora as e; e.get_config()")  # fmt: skip
-    check = "\n".join(["import sys", *(f"{step}; assert not set({SLOW}) & set(sys.modules), {step!r}" for step in steps)])
+    lines = [f"{step}; assert not set({SLOW}) & set(sys.modules), {step!r}" for step in steps]
+    check = "\n".join(["import sys", *lines])
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
