@@ -188,7 +188,7 @@ def _prepare_chain(methods, model, params, batches) -> Method:
 def _conversion(methods: Sequence[Method]) -> Callable[..., Any] | None:
     """Those of the first methods one by one; what stands behind another would not see what that does to plain weights.
     """
-    first = [one.convert for one in itertools.takewhile(lambda one: one.convert, methods)]
+    first = [one.convert for one in itertools.takewhile(lambda one: one.convert, methods) if one.convert]
 
     def convert(path, array, axes, names):
         for one in first:

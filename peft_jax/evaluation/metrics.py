@@ -84,7 +84,7 @@ def spearman(predictions: np.ndarray, targets: np.ndarray) -> float:
         return 0.0
     from scipy.stats import spearmanr  # a second of imports, which only ratings need
 
-    return float(np.clip(spearmanr(predictions, targets).statistic, -1.0, 1.0))
+    return float(np.clip(spearmanr(predictions, targets)[0], -1.0, 1.0))
 
 
 def first_word(text: str) -> str:

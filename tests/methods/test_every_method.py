@@ -131,7 +131,7 @@ def test_merged_equals_adapted_or_merging_is_refused(bases, case_of, name):
     case = case_of(name)
     assert case.method.mergeable == (name not in UNMERGED)
     if name in UNMERGED:
-        with pytest.raises((PeftJaxError, TypeError)):
+        with pytest.raises(PeftJaxError):
             case.method.merge(case.tuned)
         return
     merged = case.method.merge(case.tuned)
