@@ -28,11 +28,9 @@ def miss(r: int = 64, target_modules: Patterns = ("q_proj", "v_proj"), miss_drop
     """MiSS with the arguments, meanings and defaults of Hugging Face peft's ``MissConfig``.
 
     Args:
-      r: inputs of a shard, at most a module's. mini_r: columns of the leaf with "mini"; it must divide the outputs.
-      miss_dropout: probability that an input element of the branch is dropped. bias: "none", "all" or "MiSS_only".
-      init_weights: True, "mini", or False for a random D (for tests). peft's "bat", whose update is a function of W and
-        as large, is not supported. The others as of :func:`peft_jax.lora`. Raises ``PeftJaxError`` for what is none.
-    """
+      r: inputs of a shard. mini_r: columns of the leaf with "mini", a divisor of the outputs. bias: "MiSS_only" too.
+      init_weights: True, "mini", or False for a random D (for tests); not peft's "bat", whose update depends on W.
+      The others as of :func:`peft_jax.lora`. Raises ``PeftJaxError`` for values out of range."""
     config = kernel_adapter.tidy(
         peft_type="MISS", r=r, target_modules=target_modules, miss_dropout=miss_dropout, mini_r=mini_r, bias=bias,
         exclude_modules=exclude_modules, layers_pattern=layers_pattern, layers_to_transform=layers_to_transform,
@@ -51,8 +49,8 @@ def _leaves(config: dict[str, Any], key: jax.Array, target: Target, kernel: Any)
     (_, stack, inputs, outputs), r, mini_r = target.axes, config["r"], config["mini_r"]
     shape = (*stack, r, mini_r) if (mini := config["init_weights"] == "mini") else (*stack, r, *outputs)
     if r > prod(inputs) or (mini and (len(outputs) > 1 or prod(outputs) % mini_r)):
-        raise PeftJaxError(f"'{target.path}' has inputs {inputs}, outputs {outputs}: r={r} can be at most the inputs, "
-                           f"and with init_weights='mini' mini_r={mini_r} must divide outputs of one axis.")
+        raise PeftJaxError(f"'{target.path}' has inputs {inputs} and outputs {outputs}: r={r} can be at most the "
+                           f"inputs; with init_weights='mini' mini_r={mini_r} must divide outputs of one axis.")
     block = jnp.zeros(shape) if config["init_weights"] else jax.random.uniform(key, shape, minval=-1) * 0.1
     return {"miss_block": block, "miss_on": kernel_adapter.switch(config, target)}
 
@@ -69,7 +67,6 @@ def _intercept(config: dict[str, Any], next_fun: Any, args: Any, kwargs: Any, co
 
 
 def _wide(config: dict[str, Any], kernel: Any, block: jax.Array, on: jax.Array) -> jax.Array:
-    """D for all outputs, (*stack, r, out); zero in layers that are not adapted."""
     rows = block.reshape(*on.shape, config["r"], -1) * on[..., None, None]
     return jnp.tile(rows, kernel.shape[-1] // config["mini_r"]) if config["init_weights"] == "mini" else rows
 

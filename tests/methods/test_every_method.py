@@ -28,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 ARGUMENTS = {
     "adalora": {"total_step": 10},  # which peft asks for
     "compacter": {"reduction_factor": 2},
+    "miss": {"r": 4},
     "lokr": {"r": 1},  # else the second factor is a whole matrix
     "quantize": {"block_size": 16},
     "trainable_tokens": {"token_indices": (7, 14)},
