@@ -35,7 +35,7 @@ EXTRAS = {
     "cuda12": ["jax[cuda12]>=0.10.2,<0.11"],
     "tpu": ["jax[tpu]>=0.10.2,<0.11"],
     # torch and peft are the references that the tests compare with; nothing in the package imports them.
-    "test": ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "ruff>=0.17,<0.18", "pyright==1.1.414",
+    "test": ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "ruff>=0.17,<0.18", "pyright[nodejs]>=1.1.414",
              "torch==2.13.0", "peft>=0.21.2,<0.22",
              "accelerate>=1.15,<2", "bitsandbytes>=0.50,<0.51",
              "selenium>=4.51,<5",  # the HTML report is looked at in Debian's chromium

@@ -114,3 +114,11 @@ def test_python_in_the_pages_names_what_exists():
                     names += 1
                     unknown += [] if node.attr in peft_jax.__all__ else [f"{page.name}: peft_jax.{node.attr}"]
     assert names > 15 and not unknown
+
+
+@pytest.mark.real
+def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(python_blocks(ROOT / "README.md")[0], names)
+    assert float(names["value"]) < 5 and {"adapter", "merged"} <= {path.name for path in tmp_path.iterdir()}
