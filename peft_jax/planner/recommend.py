@@ -21,8 +21,8 @@ from peft_jax.methods.lora.lora import lora
 from peft_jax.methods.quantize import quantize
 from peft_jax.models import Head
 from peft_jax.planner.breakdown import groups, sum_of_parts
-from peft_jax.planner.figures import Figures, read_figures
 from peft_jax.planner.hardware import Device
+from peft_jax.planner.measured_figures import Figures, read_figures
 from peft_jax.planner.rule_of_thumb import COMPLEXITIES, RANKS, article_method
 from peft_jax.planner.shapes import abstract, as_model, check_attention, check_sizes, shapes
 from peft_jax.train.loss import cross_entropy

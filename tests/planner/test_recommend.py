@@ -9,7 +9,7 @@ from flax import linen as nn
 from peft_jax import load_config, recommend
 from peft_jax.errors import PeftJaxError
 from peft_jax.models import EncoderConfig, GPT2Config, LlamaConfig
-from peft_jax.planner.figures import read_figures
+from peft_jax.planner.measured_figures import read_figures
 from peft_jax.planner.recommend import SETTINGS, Choice, describe_recommendation, ranked
 from peft_jax.planner.rule_of_thumb import GIB, article_method
 

@@ -3,12 +3,10 @@
     attention(q, [P_k, K], [P_v, V])        P_k, P_v (n, kv heads, head size) of each layer, keys after rotary
 
 At the attention's ``core``, ``layers/self_attn/core`` in a Llama, stands ``prefix`` (layers, n, 2, kv heads * head
-size), in encoders too, where peft has it for BERT and RoBERTa and refuses DistilBERT (0.21: "Model does not support
-past key values which are required for prefix tuning"). With
-``prefix_projection`` a network makes it, as in the paper, P = W tanh(V e + c) + b: ``prefix_encoder`` at the root holds
-e, V and c, which all layers share, ``core/prefix_out`` and ``core/prefix_bias`` hold each layer's part of W and b. So
-each layer multiplies by its own part of W, once in all; only tanh(V e + c), n small rows, is computed again in each.
-The network is there for training only: a saved adapter holds P, and loads as the plain leaf.
+size), in encoders too; peft has it for BERT and RoBERTa and refuses DistilBERT. With ``prefix_projection`` a network
+makes it, as in the paper, P = W tanh(V e + c) + b: ``prefix_encoder`` at the root holds e, V and c, which all layers
+share, ``core/prefix_out`` and ``core/prefix_bias`` hold each layer's part of W and b. The network is there for training
+only: a saved adapter holds P, and loads as the plain leaf.
 """
 
 import math

@@ -5,7 +5,7 @@
     rows.py              runs over seeds as ``Row``: mean, sample standard deviation, n
     columns.py           which numbers a table shows, and how; formatting.py numbers and names as a person reads them
     table.py             terminal, Markdown, CSV, the summary of table.json
-    figures.py           colours, bars, SVG and PNG; label_placement.py names that keep off each other
+    plot_style.py        colours, bars, SVG and PNG; label_placement.py names that keep off each other
     plots.py             what is drawn of a comparison; ablation_plots.py of an ablation
     html_page.py         one page without a server; page.html.jinja its template
     report.py            all of it into a folder

@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 
-from peft_jax.studies.comparison import figures
+from peft_jax.studies.comparison import plot_style
 from peft_jax.studies.comparison.columns import spread_words
 from peft_jax.studies.comparison.formatting import tick_label
 from peft_jax.studies.comparison.plots import Plot, Styles, measure, rendered, subject
@@ -39,7 +39,7 @@ def _sweep(runs: Sequence[Run], styles: Styles) -> list[Plot]:
     as_they_came = sorted(grouped(runs), key=lambda row: runs.index(row.runs[0]))  # not best first
     rows = [measured_on(on, row) for row in as_they_came]
     axes = [axis for axis in runs[0].axes if len({str(row.axes[axis]) for row in rows}) > 1]
-    with matplotlib.rc_context(figures.STYLE):
+    with matplotlib.rc_context(plot_style.STYLE):
         if len(axes) == 1:
             numeric = all(_numeric(row.axes[axes[0]]) for row in rows)
             return [(_line if numeric else _bars)(rows, axes[0], styles)]
@@ -69,7 +69,7 @@ def _numeric(value: Any) -> bool:
 
 def _title(rows: Sequence[Row], words: str) -> str:
     labels = list(dict.fromkeys(row.label for row in rows))
-    of = f" of {figures.plot_label(labels[0])}" if len(labels) == 1 else ""
+    of = f" of {plot_style.plot_label(labels[0])}" if len(labels) == 1 else ""
     return f"{measure(rows[0]).capitalize()}{of} {words}\n{subject(rows[0])}"
 
 
@@ -88,14 +88,14 @@ def _line(rows: Sequence[Row], axis: str, styles: Styles) -> Plot:
     words, places = f"against {axis}", _ordered(rows, axis)
     labels = list(dict.fromkeys(row.label for row in rows))
     titles = _panels(rows)
-    height = max(1 + 2 * len(titles), figures.height_for(len(labels)))
-    figure, panels = figures.new_figure(_title(rows, words), 7.8, height, len(titles), stacked=True)
+    height = max(1 + 2 * len(titles), plot_style.height_for(len(labels)))
+    figure, panels = plot_style.new_figure(_title(rows, words), 7.8, height, len(titles), stacked=True)
     for axes, (key, what) in zip(panels, titles.items()):
         for label in labels:
             label_rows = sorted((row for row in rows if row.label == label), key=lambda row: row.axes[axis])
             values, style = [row.values[key] for row in label_rows], styles[label]
             axes.errorbar([row.axes[axis] for row in label_rows], [value.mean for value in values],
-                          [value.std or 0 for value in values], label=figures.plot_label(label), color=style.colour,
+                          [value.std or 0 for value in values], label=plot_style.plot_label(label), color=style.colour,
                           marker=style.marker, linestyle=style.dash, capsize=2.5, linewidth=1.4)  # fmt: skip
         axes.set_ylabel(_wrapped(what))
     panels[-1].set_xlabel(axis)
@@ -108,7 +108,7 @@ def _line(rows: Sequence[Row], axis: str, styles: Styles) -> Plot:
 def _ticks(panels: Sequence[Axes], places: Sequence[float]) -> None:
     """The x axis that the panels share, with a number at every place if there is room."""
     if places[0] > 0 and places[-1] > 10 * places[0]:
-        figures.logarithmic(panels[-1].xaxis)
+        plot_style.logarithmic(panels[-1].xaxis)
         places = _roomy(places, np.log)
     else:
         places = _roomy(places, np.asarray)
@@ -131,14 +131,14 @@ def _bars(rows: Sequence[Row], axis: str, styles: Styles) -> Plot:
     wide = 0.8 / len(labels)
     titles = _panels(rows)
     height = 1.6 + len(places) * (0.2 + 0.24 * len(labels))
-    figure, panels = figures.new_figure(_title(rows, words), 7.8, height, len(titles))
+    figure, panels = plot_style.new_figure(_title(rows, words), 7.8, height, len(titles))
     for axes, (key, what) in zip(panels, titles.items()):
         for at, label in enumerate(labels):
             label_rows = [row for row in rows if row.label == label]
             middles = [places.index(str(row.axes[axis])) + (at + 0.5) * wide - 0.4 for row in label_rows]
             values = [row.values[key] for row in label_rows]
-            figures.bars(axes, middles, values, 0.9 * wide, styles[label].colour, label)
-        figures.name_bars(axes, places)
+            plot_style.bars(axes, middles, values, 0.9 * wide, styles[label].colour, label)
+        plot_style.name_bars(axes, places)
         axes.set_xlabel(_wrapped(what))
     panels[0].set_ylabel(axis)
     if len(labels) > 1:
@@ -154,7 +154,7 @@ def _map(rows: Sequence[Row], pair: Sequence[str], label: str) -> Plot:
     stacked = 1.6 + len(titles) * wide > 14
     columns, lines = (1, len(titles)) if stacked else (len(titles), 1)
     width, height = max(7.2, 1.6 + wide * columns), 0.6 + high * lines
-    figure, panels = figures.new_figure(_title(rows, words), width, height, len(titles), stacked)
+    figure, panels = plot_style.new_figure(_title(rows, words), width, height, len(titles), stacked)
     for axes, (key, what) in zip(panels, titles.items()):
         places = [(down.index(row.axes[pair[0]]), right.index(row.axes[pair[1]])) for row in rows]
         _coloured(axes, places, [row.values[key] for row in rows], (len(down), len(right)), key != "value")
@@ -168,8 +168,8 @@ def _map(rows: Sequence[Row], pair: Sequence[str], label: str) -> Plot:
 
 def _map_axes(axes: Axes, down: Sequence[Any], right: Sequence[Any]) -> None:
     """The values of both settings beside the fields of a map: numbers upwards, others as in the sweep, from the top."""
-    axes.set_xticks(np.arange(len(right)) + 0.5, [figures.plot_label(str(value)) for value in right])
-    axes.set_yticks(np.arange(len(down)) + 0.5, [figures.plot_label(str(value)) for value in down])
+    axes.set_xticks(np.arange(len(right)) + 0.5, [plot_style.plot_label(str(value)) for value in right])
+    axes.set_yticks(np.arange(len(down)) + 0.5, [plot_style.plot_label(str(value)) for value in down])
     axes.set_ylim(*((0, len(down)) if all(map(_numeric, down)) else (len(down), 0)))
     axes.tick_params(length=0)
     axes.grid(visible=False)
@@ -194,11 +194,11 @@ def _every(rows: Sequence[Row], names: Sequence[str]) -> Plot:
     """More than two settings: a bar for each combination, best first."""
     words, rows = f"for each {', '.join(names)}", sorted(rows, key=lambda row: -row.values["value"].mean)
     titles = _panels(rows)
-    figure, panels = figures.new_figure(_title(rows, words), 7.8, 1.6 + 0.34 * len(rows), len(titles))
+    figure, panels = plot_style.new_figure(_title(rows, words), 7.8, 1.6 + 0.34 * len(rows), len(titles))
     several = len({row.label for row in rows}) > 1
     settings = [axes_words({axis: row.axes[axis] for axis in names}) for row in rows]
     for axes, (key, what) in zip(panels, titles.items()):
-        figures.bars(axes, range(len(rows)), [row.values[key] for row in rows], 0.7, figures.COLOURS[0], "")
-        figures.name_bars(axes, [f"{row.label} {words}" if several else words for row, words in zip(rows, settings)])
+        plot_style.bars(axes, range(len(rows)), [row.values[key] for row in rows], 0.7, plot_style.COLOURS[0], "")
+        plot_style.name_bars(axes, [f"{row.label} {words}" if several else words for row, words in zip(rows, settings)])
         axes.set_xlabel(_wrapped(what))
     return rendered(f"ablation-{'-'.join(names)}", _caption(rows, words), figure)

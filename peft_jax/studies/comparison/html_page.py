@@ -13,8 +13,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from peft_jax.studies.comparison.columns import NOTE, TEXT, Column, cell, columns, heading
-from peft_jax.studies.comparison.figures import INK
 from peft_jax.studies.comparison.formatting import TITLES, printable, three_digits
+from peft_jax.studies.comparison.plot_style import INK
 from peft_jax.studies.comparison.plots import Plot
 from peft_jax.studies.comparison.rows import Row, failures, rows
 from peft_jax.studies.comparison.runs import Run, nested, run_of

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.text import Annotation
 
-from peft_jax.studies.comparison.figures import DPI, GREY, plot_label
+from peft_jax.studies.comparison.plot_style import DPI, GREY, plot_label
 
 # Places tried for a name: every 22.5 degrees, at these distances from its point in pixels of the figure.
 DISTANCES = (11, 18, 27, 38, 52, 72, 96, 124, 156, 192, 232)

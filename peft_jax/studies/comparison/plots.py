@@ -10,10 +10,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from peft_jax.studies.comparison import figures
-from peft_jax.studies.comparison.figures import GREY, Style
+from peft_jax.studies.comparison import plot_style
 from peft_jax.studies.comparison.formatting import TITLES, short_name
 from peft_jax.studies.comparison.label_placement import label
+from peft_jax.studies.comparison.plot_style import GREY, Style
 from peft_jax.studies.comparison.rows import Row, spread
 
 Styles = Mapping[str, Style]  # of each name
@@ -71,7 +71,7 @@ def measure(row: Row) -> str:
 
 def rendered(name: str, caption: str, figure: Figure) -> Plot:
     """Drawn; ``name`` becomes one that every file system takes."""
-    return Plot(figures.slug(name), caption, figures.svg(figure), figures.png(figure))
+    return Plot(plot_style.slug(name), caption, plot_style.svg(figure), plot_style.png(figure))
 
 
 class Cost(NamedTuple):
@@ -96,17 +96,17 @@ def _against_cost(rows: Sequence[Row], styles: Styles, cost: Cost) -> Plot | Non
     if not rows:
         return None
     metric = measure(rows[0])
-    with matplotlib.rc_context(figures.STYLE):
+    with matplotlib.rc_context(plot_style.STYLE):
         title = f"{metric.capitalize()} against {cost.words}\n{subject(rows[0])}"
-        figure, (axes,) = figures.new_figure(title, height=figures.height_for(len(rows)))
+        figure, (axes,) = plot_style.new_figure(title, height=plot_style.height_for(len(rows)))
         axes.set(xlabel=cost.words, ylabel=metric, **({"xscale": "log"} if cost.logarithmic else {}))
         points = _scatter(axes, rows, styles, (cost.key, cost.unit), ("value", 1))
         base = base_of(rows)
         axes.update_datalim([(points[0][0], value) for value in base])
-        figures.leave_room(axes)
+        plot_style.leave_room(axes)
         lines = [*_front(axes, points), *(_level(axes, value) for value in base)]
         if cost.logarithmic:
-            figures.logarithmic(axes.xaxis)
+            plot_style.logarithmic(axes.xaxis)
         label(axes, [(*point, row.name) for point, row in zip(points, rows)], lines)
         return rendered(cost.file, f"{metric.capitalize()} ({subject(rows[0])}) against {cost.words}; bars are the "
                         "sample standard deviation over seeds, the dashed line is the Pareto front: no method gives "
@@ -153,14 +153,14 @@ def _forgetting(rows: Sequence[Row], styles: Styles, source: str) -> Plot | None
     if not rows:
         return None
     text, metric = source.partition(".")[2], measure(rows[0])
-    with matplotlib.rc_context(figures.STYLE):
-        title = f"Forgetting ({figures.plot_label(text)}) against gain in {metric}\n{subject(rows[0])}"
-        figure, (axes,) = figures.new_figure(title, height=figures.height_for(len(rows)))
+    with matplotlib.rc_context(plot_style.STYLE):
+        title = f"Forgetting ({plot_style.plot_label(text)}) against gain in {metric}\n{subject(rows[0])}"
+        figure, (axes,) = plot_style.new_figure(title, height=plot_style.height_for(len(rows)))
         axes.set(xlabel=f"gain in {metric} over the base model",
-                 ylabel=f"loss on {figures.plot_label(text)}, after − before\n(nats per token)")  # fmt: skip
+                 ylabel=f"loss on {plot_style.plot_label(text)}, after − before\n(nats per token)")  # fmt: skip
         axes.axhline(0, color=GREY, linewidth=1, linestyle=":")
         points = _scatter(axes, rows, styles, ("gain", 1), (source, 1))
-        figures.leave_room(axes)
+        plot_style.leave_room(axes)
         label(axes, [(*point, row.name) for point, row in zip(points, rows)],
               [[(x, 0.0) for x in axes.get_xlim()]])  # fmt: skip
         return rendered(f"forgetting-{text}", f"How much worse the model became at general text ({text}) for what it "
@@ -174,12 +174,12 @@ def _losses(rows: Sequence[Row], styles: Styles) -> Plot | None:
     curves = {name: curve for name, curve in curves.items() if curve["mean"].notna().any()}
     if not curves:
         return None
-    with matplotlib.rc_context(figures.STYLE):
+    with matplotlib.rc_context(plot_style.STYLE):
         title = f"Training loss\n{subject(rows[0])}".rpartition(",")[0]
-        figure, (axes,) = figures.new_figure(title, 7.8, figures.height_for(len(curves)))
+        figure, (axes,) = plot_style.new_figure(title, 7.8, plot_style.height_for(len(curves)))
         for name, curve in sorted(curves.items(), key=lambda item: -item[1]["mean"].dropna().iloc[-1]):
             style, mean, std = styles[name], curve["mean"], curve["std"]
-            axes.plot(mean, color=style.colour, linestyle=style.dash, linewidth=1.5, label=figures.plot_label(name))
+            axes.plot(mean, color=style.colour, linestyle=style.dash, linewidth=1.5, label=plot_style.plot_label(name))
             if std.notna().any():
                 axes.fill_between(mean.index, mean - std, mean + std, color=style.colour, alpha=0.15, linewidth=0)
         axes.set(xlabel="step", ylabel="loss (nats per token)")
@@ -205,11 +205,11 @@ def _latencies(rows: Sequence[Row]) -> Plot | None:
     rows = [row for row in rows if any(key.startswith("latency.unmerged") for key in row.values)]
     if not rows:
         return None
-    with matplotlib.rc_context(figures.STYLE):
+    with matplotlib.rc_context(plot_style.STYLE):
         title = f"Latency\n{short_name(rows[0].model)}"
-        figure, panels = figures.new_figure(title, 7.8, 1.6 + 0.42 * len(rows), panels=2)
+        figure, panels = plot_style.new_figure(title, 7.8, 1.6 + 0.42 * len(rows), panels=2)
         for axes, phase, words in zip(panels, ("prefill", "token"), ("prefill (ms)", "each new token (ms)")):
-            figures.name_bars(axes, ["base model", *(row.name for row in rows)])
+            plot_style.name_bars(axes, ["base model", *(row.name for row in rows)])
             axes.set_xlabel(words)
             for state in STATES:
                 _latency(axes, rows, state, phase)
@@ -219,8 +219,8 @@ def _latencies(rows: Sequence[Row]) -> Plot | None:
 
 
 # Offset, colour and hatch of the bars of each state.
-STATES = {"base": (0, GREY, None), "unmerged": (-0.2, figures.COLOURS[0], None),
-          "merged": (0.2, figures.COLOURS[4], "///")}  # fmt: skip
+STATES = {"base": (0, GREY, None), "unmerged": (-0.2, plot_style.COLOURS[0], None),
+          "merged": (0.2, plot_style.COLOURS[4], "///")}  # fmt: skip
 
 
 def _latency(axes: Axes, rows: Sequence[Row], state: str, phase: str) -> None:
@@ -231,4 +231,4 @@ def _latency(axes: Axes, rows: Sequence[Row], state: str, phase: str) -> None:
         bars = [(0, spread([value.mean for _, value in bars]))]
     if bars:
         places, values = [at + offset for at, _ in bars], [value for _, value in bars]
-        figures.bars(axes, places, values, 0.36, colour, state, hatch, 1e3)
+        plot_style.bars(axes, places, values, 0.36, colour, state, hatch, 1e3)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_jax.core import files
-from peft_jax.studies.comparison import figures, html_page, table
+from peft_jax.studies.comparison import html_page, plot_style, table
 from peft_jax.studies.comparison.ablation_plots import ablations
 from peft_jax.studies.comparison.formatting import short_name
 from peft_jax.studies.comparison.plots import Plot, comparison_plots
@@ -36,13 +36,13 @@ def report(folder: Path, records: Iterable[Mapping[str, Any]], command: str = ""
 def drawings(runs: Sequence[Run]) -> list[Plot]:
     """All plots, no two of one name. What was not measured alike (metric, model, budget) is not drawn together."""
     table_rows = rows(runs)
-    styles = figures.styles([*(row.name for row in table_rows), *(run.label for run in runs)])
+    styles = plot_style.styles([*(row.name for row in table_rows), *(run.label for run in runs)])
     comparable: dict[tuple, list[Row]] = {}
     for row in table_rows:
         comparable.setdefault((row.metric, row.model, row.budget), []).append(row)
     comparisons = []
     for (_, model, _), group in comparable.items():
-        suffix = figures.slug(f"-{short_name(model)}") if len(comparable) > 1 else ""
+        suffix = plot_style.slug(f"-{short_name(model)}") if len(comparable) > 1 else ""
         comparisons += [plot._replace(name=plot.name + suffix) for plot in comparison_plots(group, styles)]
     return _named_apart([*comparisons, *ablations(runs, styles)])
 

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from peft_jax.studies.comparison import figures, rows, run_of
+from peft_jax.studies.comparison import plot_style, rows, run_of
 from peft_jax.studies.comparison.ablation_plots import ablations
 from peft_jax.studies.comparison.label_placement import label
 from peft_jax.studies.comparison.plots import comparison_plots, loss_curve, pareto
@@ -49,8 +49,8 @@ def test_labels_cover_neither_each_other_nor_points_and_stay_inside(seed, many, 
     rng = random.Random(seed)
     names = [f"method_{at}" for at in range(many)]
     points = [(rng.gauss(0, spread), rng.gauss(0, spread), name) for name in names]
-    with matplotlib.rc_context(figures.STYLE):
-        figure, (axes,) = figures.new_figure("title")
+    with matplotlib.rc_context(plot_style.STYLE):
+        figure, (axes,) = plot_style.new_figure("title")
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o", markersize=7)
         axes.set(xlim=(-3, 3), ylim=(-3, 3))
         notes = label(axes, points)
@@ -66,8 +66,8 @@ def test_labels_cover_neither_each_other_nor_points_and_stay_inside(seed, many, 
 
 def test_styles_are_distinct_and_the_same_for_the_same_names():
     names = [f"m{at}" for at in range(56)]
-    assert len(set(figures.styles(names).values())) == 56
-    assert figures.styles(["a", "b", "a"]) == figures.styles(["a", "b"])
+    assert len(set(plot_style.styles(names).values())) == 56
+    assert plot_style.styles(["a", "b", "a"]) == plot_style.styles(["a", "b"])
 
 
 def lines_of(text):
@@ -91,7 +91,7 @@ def test_every_plot_of_a_comparison():
 
 
 def test_the_same_records_give_the_same_bytes():
-    first, second = (ablations(swept({"method.r": (4, 8)}), figures.styles(["lora"])) for _ in range(2))
+    first, second = (ablations(swept({"method.r": (4, 8)}), plot_style.styles(["lora"])) for _ in range(2))
     assert first == second
 
 
@@ -104,7 +104,7 @@ def test_hostile_names_damaged_numbers_and_missing_keys_are_drawn_without_a_warn
         warnings.simplefilter("error")
         found = drawings([run_of(record) for record in [*examples.hostile(), nothing, broken, examples.peft_record()]])
     names = [plot.name for plot in found]
-    assert len(set(names)) == len(names) and all(set(name) <= set(figures.slug(name)) for name in names)
+    assert len(set(names)) == len(names) and all(set(name) <= set(plot_style.slug(name)) for name in names)
     for plot in found:
         assert "<script" not in plot.svg and lines_of(plot.svg)  # it is XML, and the tag is text
     assert any("<script>alert(1)" in word and "$" in word for plot in found for word in lines_of(plot.svg))
@@ -116,7 +116,7 @@ def test_one_point_or_points_of_one_price_are_drawn_as_well(labels):
                               for label in labels for seed in (0, 1)]))  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        (first, *_) = comparison_plots(found, figures.styles(labels))
+        (first, *_) = comparison_plots(found, plot_style.styles(labels))
     assert set(labels) <= set(lines_of(first.svg))
 
 
@@ -141,7 +141,7 @@ def test_losses_are_smoothed_over_a_twentieth_of_their_values():
 
 def test_rows_measured_on_validation_are_not_drawn_among_those_measured_on_test():
     found = rows(map(run_of, [examples.record("lora"), examples.record("ia3", chosen=False)]))
-    for plot in comparison_plots(found, figures.styles(row.name for row in found)):
+    for plot in comparison_plots(found, plot_style.styles(row.name for row in found)):
         assert "lora" in lines_of(plot.svg) and "ia3" not in lines_of(plot.svg)
 
 
@@ -159,13 +159,13 @@ def swept(axes, seeds=2):
     ({"a": (1, 2), "b": (1, 2), "c": (1, 2)}, {"a=1 b=2 c=1"}),
 ])  # fmt: skip
 def test_an_ablation_is_drawn_by_what_it_varies(axes, words):
-    (plot,) = ablations(swept(axes), figures.styles(["lora"]))
+    (plot,) = ablations(swept(axes), plot_style.styles(["lora"]))
     assert words <= set(lines_of(plot.svg))
 
 
 def test_a_map_has_every_value_written_in():
     runs = swept({"method.r": (4, 8), "method.init": ("default", "pissa")}, seeds=1)[:3]
-    (plot,) = ablations(runs, figures.styles(["lora"]))
+    (plot,) = ablations(runs, plot_style.styles(["lora"]))
     shown = [word for word in lines_of(plot.svg) if word.startswith(("0.", "1."))]
     assert sorted(shown) == sorted([f"{run.values['test']:.3f}" for run in runs] + ["1.100"] * 3)  # the losses below
 
@@ -178,17 +178,17 @@ def test_an_ablation_shows_every_loss_that_all_its_runs_have(axes):
              "before": {"among_choices": 0.25, "loss": 8.0, "probe_loss": 4.0}}  # fmt: skip
     runs = [run_of(examples.record(settings=dict(zip(axes, values)), axes=list(axes), chosen=False, **parts))
             for values in itertools.product(*axes.values())]  # fmt: skip
-    (plot,) = ablations(runs, figures.styles(["lora"]))
+    (plot,) = ablations(runs, plot_style.styles(["lora"]))
     words = " ".join(lines_of(plot.svg))
     assert words.count("before training") == 2 and words.count("general") == 2 and words.count("answers") == 2
-    (partly,) = ablations([*runs[:-1], runs[-1]._replace(values={"validation": 0.5})], figures.styles(["lora"]))
+    (partly,) = ablations([*runs[:-1], runs[-1]._replace(values={"validation": 0.5})], plot_style.styles(["lora"]))
     assert "answers" not in " ".join(lines_of(partly.svg))
 
 
 @pytest.mark.parametrize("columns", [2, 16])  # side by side, and stacked
 def test_every_panel_of_a_map_has_its_rows_in_the_order_of_the_sweep(columns):
     runs = swept({"init": ("default", "pissa"), "r": tuple(range(columns))}, seeds=1)
-    (plot,) = ablations(runs, figures.styles(["lora"]))
+    (plot,) = ablations(runs, plot_style.styles(["lora"]))
     tree, places = ElementTree.fromstring(plot.svg), {"default": [], "pissa": []}
     for element in tree.iter("{http://www.w3.org/2000/svg}text"):
         if (word := "".join(element.itertext())) in places:
@@ -199,5 +199,5 @@ def test_every_panel_of_a_map_has_its_rows_in_the_order_of_the_sweep(columns):
 
 def test_an_ablation_uses_validation_where_not_all_have_a_test():
     runs = [run_of(examples.record(rate=rate, chosen=rate == 1e-3)) for rate in (1e-3, 1e-2)]
-    (plot,) = ablations(runs, figures.styles(["lora"]))
+    (plot,) = ablations(runs, plot_style.styles(["lora"]))
     assert any("on validation" in word for word in lines_of(plot.svg))
