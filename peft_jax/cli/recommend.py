@@ -32,10 +32,11 @@ def recommend_config(config) -> Recommendation:
     if quantised_as(files):
         raise PeftJaxError(f"{files.source} holds quantised weights, and methods are compared on plain ones: name the "
                            "plain model, or see --mode=plan for this one.")
-    batch, seq, _ = batch_sizes(config.data, files.config, 1)
+    (batch, seq, _), kinds = batch_sizes(config.data, files.config, 1), dtypes(config)
     return recommend(files.config, _memory(asked), devices=asked.devices, batch=batch, seq=seq, tasks=asked.tasks,
                      complexity=asked.complexity, latency=asked.latency, figures=_figures(asked.figures),
-                     remat=config.model.remat, packed=config.data.collate == "pack", **dtypes(config))
+                     remat=config.model.remat, packed=config.data.collate == "pack", dtype=kinds["dtype"],
+                     param_dtype=kinds["param_dtype"])
 
 
 def _memory(asked) -> int:

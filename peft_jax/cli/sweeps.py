@@ -128,4 +128,6 @@ def _last(log: Path, code: int) -> str:
 def said(folder: Path, cell) -> str:
     """A finished cell's metric."""
     run = results.cell_run(folder, cell)
-    return f"{run.metric} {run.values['value']:.3f} on {run.measured_on}" if "value" in run.values else "finished"
+    if run is None or "value" not in run.values:
+        return "finished"
+    return f"{run.metric} {run.values['value']:.3f} on {run.measured_on}"

@@ -27,7 +27,9 @@ class Candidate(NamedTuple):
     merge: Callable[[tree.Tree], tree.Tree] | None
 
     def merged(self) -> tree.Tree:
-        """Plain weights, also where a quantised one has no adapter."""
+        """Plain weights, also where a quantised one has no adapter. Raises ``PeftJaxError`` without ``merge``."""
+        if self.merge is None:
+            raise PeftJaxError(f"the {self.name} is of a method that cannot be folded into weights: use it as it is")
         return tree.map_paths(lambda _, leaf: quant.plain(leaf), self.merge(self.params))
 
 

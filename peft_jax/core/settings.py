@@ -1,12 +1,13 @@
 """Settings of a run, as JSON keeps them: what differs between two."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from peft_jax.core import tree
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], matters: tuple[str, ...]) -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any], matters: Sequence[str]) -> list[str]:
     """``"key was old, now new"`` for each key that differs and is in, or below, ``matters``."""
     before, now = ({path.replace("/", "."): value for path, value in tree.flatten(plain(settings)).items()}
                    for settings in (old, new))  # fmt: skip

@@ -128,7 +128,8 @@ def fill(encoded: Sequence[One], members: np.ndarray, layout: Layout, pad_id: in
     used = np.zeros((layout.num_rows, 3), np.int64)  # per row: tokens, segments, loss positions
     for member, row in zip(members, layout.slot_row, strict=True):
         if member >= 0:
-            used[row] += _place(batch, row, *used[row], encoded[member])
+            start, segments, losses = used[row]
+            used[row] += _place(batch, row, start, segments, losses, encoded[member])
     return batch
 
 

@@ -125,10 +125,10 @@ def read_rated_sentences(archive: Path, member: str) -> list[tuple[float, str, s
       PeftJaxError: no such member; a line without three fields or without a number, by file and line.
     """
     with tarfile.open(archive, "r:gz") as tar:
-        names = tar.getnames()
-        if member not in names:
+        names = [entry.name for entry in tar if not entry.isdir()]
+        if member not in names or (stream := tar.extractfile(member)) is None:
             raise PeftJaxError(f"{archive} has no file {member!r}; {nearest(member, names)}")
-        text = tar.extractfile(member).read().decode("utf-8")
+        text = stream.read().decode("utf-8")
     lines = enumerate(text.replace("\r\n", "\n").split("\n"), start=1)
     return [_rated_sentence(line, f"{member}:{number}") for number, line in lines if line.strip()]
 

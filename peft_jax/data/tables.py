@@ -5,6 +5,7 @@ import math
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from peft_jax.errors import PeftJaxError, nearest
 
@@ -149,7 +150,7 @@ def known_columns(names: Iterable[str], where: str) -> dict[str, str]:
 def _table_example(task, columns: dict[str, str], row: dict, origin: str) -> dict:
     if "messages" in columns:
         return {"messages": _messages(row[columns["messages"]], origin), "origin": origin}
-    values = {key: _text(row[name], name, origin) for key, name in columns.items() if key != "input"}
+    values: dict[str, Any] = {key: _text(row[name], name, origin) for key, name in columns.items() if key != "input"}
     if "prompt" in values:
         about = f"\n\n{row[columns['input']]}" if "input" in columns and row[columns["input"]] else ""
         values["prompt"] = _prompt_template(task, columns).replace("{prompt}", values["prompt"] + about)

@@ -53,7 +53,8 @@ def encode_all(examples: Sequence[Example], tokenizer, config) -> tuple[list[Enc
             raise PeftJaxError(
                 f"data.{key}={getattr(config, key)!r} is not known; {nearest(getattr(config, key), choices)}"
             )
-    encoded, counts = [], dict.fromkeys(("dropped", "truncated", "split"), 0)
+    encoded: list[Encoded] = []
+    counts: dict[str, int] = dict.fromkeys(("dropped", "truncated", "split"), 0)
     for index, (ids, mask) in enumerate(_tokens_of_all(examples, tokenizer, config)):
         where = _where(index, examples[index])
         what, parts = _fit(ids, mask, "text" in _kind(examples[index]), tokenizer, config, where)
@@ -128,9 +129,9 @@ def _where(index: int, example: Example) -> str:
 
 
 def _encoded(ids: Sequence[int], mask: Sequence[bool], index: int) -> Encoded:
-    mask = np.asarray(mask, bool)
-    mask[:1] = False
-    return Encoded(np.asarray(ids, np.int32), mask, index)
+    loss_mask = np.asarray(mask, bool)
+    loss_mask[:1] = False
+    return Encoded(np.asarray(ids, np.int32), loss_mask, index)
 
 
 def _counts(examples: Sequence[Example], encoded: Sequence[Encoded]) -> dict[str, int]:

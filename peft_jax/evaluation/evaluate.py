@@ -45,13 +45,13 @@ def hold_out(examples: Sequence[Example], probe: Sequence[Example], tokenizer, t
 
 
 def _choices(objective: Objective, examples: Sequence[Example], tokenizer, task) -> np.ndarray:
-    if not objective.writes:
-        return np.arange(objective.head(task).num_labels)
+    if (head := objective.head(task)) is not None:
+        return np.arange(head.num_labels)
     words = [task.completion_template.replace("{word}", word) for word in task.words]
     return choice_tokens(words, examples[0]["prompt"], tokenizer)
 
 
-def _by_length(encoded: list[One]) -> list[One]:
+def _by_length(encoded: Sequence[One]) -> list[One]:
     """Short ones first: a batch then holds like lengths, and a few widths serve all batches."""
     return sorted(encoded, key=lambda one: len(one.input_ids))
 
@@ -126,7 +126,7 @@ def score_all(score, params, encoded, choices, config, count) -> tuple[float, np
     for number, batch in enumerate(eval_batches(encoded, config)):
         loss, tokens, found = score(params, batch, choices)
         total, weight = total + float(loss), weight + float(tokens)
-        if choices is not None:
+        if answers is not None:
             rows = [one.example for one in encoded[number * config.batch_size:][:config.batch_size]]
             answers[rows] = found[:len(rows)]
     return total / weight, answers

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -84,7 +85,8 @@ def spearman(predictions: np.ndarray, targets: np.ndarray) -> float:
         return 0.0
     from scipy.stats import spearmanr  # a second of imports, which only ratings need
 
-    return float(np.clip(spearmanr(predictions, targets)[0], -1.0, 1.0))
+    correlation: Any = spearmanr(predictions, targets)[0]
+    return float(np.clip(correlation, -1.0, 1.0))
 
 
 def first_word(text: str) -> str:

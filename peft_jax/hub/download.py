@@ -257,9 +257,12 @@ def _extract(packed: Path, name: str, target: Path) -> None:
             with zipfile.ZipFile(packed) as archive, archive.open(name) as stream, open(target, "wb") as file:
                 shutil.copyfileobj(stream, file, 1 << 20)
         else:
-            with tarfile.open(packed) as archive, archive.extractfile(name) as stream, open(target, "wb") as file:
-                shutil.copyfileobj(stream, file, 1 << 20)
-    except (KeyError, TypeError, tarfile.TarError, zipfile.BadZipFile) as error:  # absent, or a folder
+            with tarfile.open(packed) as archive:
+                if (stream := archive.extractfile(name)) is None:
+                    raise tarfile.TarError("it is a folder or a device")
+                with stream, open(target, "wb") as file:
+                    shutil.copyfileobj(stream, file, 1 << 20)
+    except (KeyError, tarfile.TarError, zipfile.BadZipFile) as error:  # absent, or a folder
         raise PeftJaxError(f"'{name}' is no file of the downloaded archive {packed.name}: {error}") from error
 
 

@@ -91,9 +91,9 @@ class SelfAttention(Part):
     def __call__(self, x, mask):
         """(B, S, D) and a boolean mask (B, 1, S, S) -> (B, S, D)."""
         c, (*inner, after) = self.config, (*self.names, None)[:4]
-        heads = [keep(self._dense(name, c.hidden_size)(x)).reshape(*x.shape[:2], c.num_attention_heads, -1)
-                 for name in inner]
-        mixed = AttentionCore(c.attn_implementation, name="core")(*heads, mask).reshape(x.shape)
+        query, key, value = (keep(self._dense(name, c.hidden_size)(x)).reshape(*x.shape[:2], c.num_attention_heads, -1)
+                             for name in inner)
+        mixed = AttentionCore(c.attn_implementation, name="core")(query, key, value, mask).reshape(x.shape)
         return keep(self._dense(after, c.hidden_size)(mixed)) if after else mixed
 
 
@@ -178,11 +178,13 @@ class Pooler(Part):
 
 
 class RobertaHead(Part):
+    num_labels: int
+
     @nn.compact
     def __call__(self, x):
         """(..., D) -> (..., labels)."""
         inner = nn.tanh(self._dense("dense", self.config.hidden_size)(x))
-        return self._dense("out_proj", self.config.head.num_labels)(inner)
+        return self._dense("out_proj", self.num_labels)(inner)
 
 
 class Encoder(nn.Module):
@@ -215,7 +217,7 @@ class Encoder(nn.Module):
             return
         through = c.model_type if c.head.task_type == "SEQ_CLS" and c.head.pooling == "first" else ""
         if through == "roberta":
-            self.classifier = RobertaHead(c, *kinds)
+            self.classifier = RobertaHead(c, *kinds, c.head.num_labels)
             return
         if through == "bert":
             self.pooler = Pooler(c, *kinds)

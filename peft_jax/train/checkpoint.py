@@ -45,8 +45,8 @@ class Checkpoints:
             stored = self.manager.restore(self.latest, args=ocp.args.StandardRestore(_storable(like)))
         except Exception as error:  # a damaged file raises whatever orbax and tensorstore meet, bare Exception too
             raise PeftJaxError(self._fault(error)) from error
-        rng = jax.random.wrap_key_data(stored.pop("rng"), impl=jax.random.key_impl(like.rng))
-        return TrainState(**stored, rng=rng)
+        rng = jax.random.wrap_key_data(stored["rng"], impl=jax.random.key_impl(like.rng))
+        return TrainState(**{**stored, "rng": rng})
 
     def _fault(self, error: Exception) -> str:
         """What is wrong with the newest checkpoint: it is damaged if it cannot be read without a ``like`` either."""

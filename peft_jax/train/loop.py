@@ -101,7 +101,7 @@ def fit(
     batches: BatchSource,
     *,
     total_steps: int,
-    schedule: Callable[[int], float],
+    schedule: Callable[[int], Any],
     checkpoints: Checkpoints,
     log: MetricsLog,
     checkpoint_due: Callable[[int], bool],
@@ -117,7 +117,7 @@ def fit(
 
     Args:
       step: of ``make_step``; it consumes the state it is given.
-      schedule: learning rate of a step, for the log.
+      schedule: learning rate of a step, a scalar, for the log.
       checkpoint_due: of :func:`due`; one checkpoint more is written at the end.
       log_every: in steps; the last one and those with an evaluation are logged as well.
       evaluate: metrics of a state, logged as ``eval_<name>`` after steps for which ``evaluate_due``; the time that it
@@ -132,20 +132,20 @@ def fit(
     done = int(state.step)
     clock = _Clock(before=log.last["seconds"] if log.last else 0.0)
     progress = Progress(total_steps, done, processes.first())
-    batch, stopping = at_step(batches, done) if done < total_steps else None, False
+    batch, stopping = at_step(batches, done) if done < total_steps else {}, False
     with stop or StopRequest() as stop:
         while done < total_steps and not stopping:
             state, metrics = _take(step, state, frozen, batch, mesh, guard, trace)
             tokens, done = int((batch["segment_ids"] > 0).sum()), done + 1
-            batch = at_step(batches, done) if done < total_steps else None  # while the device works
+            batch = at_step(batches, done) if done < total_steps else {}  # while the device works
             values = {name: float(value) for name, value in metrics.items()}  # waits for it
             _check_finite(values, done, checkpoints)
             values |= clock.lap(tokens) | {"learning_rate": float(schedule(done - 1)), "memory": memory_now()}
-            if evaluated := evaluate is not None and evaluate_due(done):
+            if evaluation := evaluate_due(done) and evaluate:
                 with clock.paused():
-                    values |= {f"eval_{name}": value for name, value in evaluate(state).items()}
+                    values |= {f"eval_{name}": value for name, value in evaluation(state).items()}
             stopping = stop.after(done)
-            if done % log_every == 0 or done == total_steps or stopping or evaluated:
+            if done % log_every == 0 or done == total_steps or stopping or evaluation:
                 log.write(done, values)
             progress.update(done, values["loss"], values["tokens_per_second"])
             if checkpoint_due(done) or done == total_steps or stopping:

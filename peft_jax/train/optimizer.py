@@ -83,8 +83,8 @@ def make_optimizer(total_steps: int, labels: Mapping[str, Any] | None = None, *,
     factors = _factors(dict(rates or {}), set(groups.values()))
     if set(factors.values()) <= {1.0}:
         return optax.chain(clip, adam)
-    scales = {group: optax.scale(factor) for group, factor in factors.items()}
-    return optax.chain(clip, adam, optax.multi_transform(scales, tree.unflatten(groups)))
+    return optax.chain(clip, adam, optax.multi_transform(
+        {group: optax.scale(factor) for group, factor in factors.items()}, tree.unflatten(groups)))
 
 
 def _factors(rates: dict[str, float], groups: set[str]) -> dict[str, float]:

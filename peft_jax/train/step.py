@@ -132,19 +132,21 @@ def make_step(apply: Callable, tx: optax.GradientTransformation, loss_chunk: int
 
         return jax.value_and_grad(loss, has_aux=True)(trainable)
 
+    penalty_gradient = (None if penalty is None else
+                        jax.grad(lambda leaves, frozen: penalty(tree.combine(frozen, leaves))))
+
     def step(state, frozen, batch):
         rng = jax.random.fold_in(state.rng, state.step)
         (loss, weight), gradient = _summed(gradient_of, state.trainable, frozen, batch, rng)
         weight = jnp.maximum(weight, 1)
         gradient = jax.tree.map(lambda g: g / weight, gradient)
-        if penalty is not None:
-            more = jax.grad(lambda leaves: penalty(tree.combine(frozen, leaves)))(state.trainable)
-            gradient = jax.tree.map(jnp.add, gradient, more)
+        if penalty_gradient is not None:
+            gradient = jax.tree.map(jnp.add, gradient, penalty_gradient(state.trainable, frozen))
         updates, opt_state = tx.update(gradient, state.opt_state, state.trainable)
         metrics = {"loss": loss / weight, "grad_norm": optax.tree.norm(gradient),
                    "update_norm": optax.tree.norm(updates)}
         trainable = optax.apply_updates(state.trainable, updates)
-        return TrainState(step=state.step + 1, trainable=trainable, opt_state=opt_state, rng=state.rng), metrics
+        return state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=None if where is None else (where, None))
 

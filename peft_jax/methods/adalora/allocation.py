@@ -79,9 +79,10 @@ def allocator(config: Mapping[str, Any], total: int) -> tuple[Callable, Callable
 
     def start(params: Mapping[str, Any]) -> Allocation:
         flat = {path: leaf for path, leaf in tree.flatten(params).items() if path.rpartition("/")[2] in FACTORS}
-        zeros = [tree.unflatten({path: jnp.zeros_like(leaf) for path, leaf in flat.items()}) for _ in range(2)]
-        return Allocation(*zeros, tree.unflatten({f"{f}adalora_e": jnp.asarray(own)
-                                                  for f, own in modules(config, params)}))
+        sensitivity, uncertainty = (tree.unflatten({path: jnp.zeros_like(leaf) for path, leaf in flat.items()})
+                                    for _ in range(2))
+        held = tree.unflatten({f"{f}adalora_e": jnp.asarray(own) for f, own in modules(config, params)})
+        return Allocation(sensitivity, uncertainty, held)
 
     def allocate(allocation: Any, params: Mapping[str, Any], gradients: Mapping[str, Any], step: Any,
                 ) -> tuple[Allocation, tree.Tree]:
@@ -137,16 +138,15 @@ def optimizer(config: Mapping[str, Any], inner: optax.GradientTransformation, to
     """``inner`` with the allocation after each of its steps, over the trainable leaves."""
     start, allocate = allocator(config, config["total_step"] or total)
 
-    def init(params: Mapping[str, Any]) -> dict[str, Any]:
+    def init(params: Any) -> dict[str, Any]:
         return {"step": jnp.zeros((), jnp.int32), "inner": inner.init(params), "allocation": start(params)}
 
-    def update(gradients: Mapping[str, Any], state: dict[str, Any], params: Mapping[str, Any],
-              ) -> tuple[Any, dict[str, Any]]:
-        updates, within = inner.update(gradients, state["inner"], params)
-        after, step = optax.apply_updates(params, updates), state["step"] + 1
-        allocation, cut = allocate(state["allocation"], after, gradients, step)
-        updates = jax.tree.map(lambda new, stays, change, old: jnp.where(new == stays, change, -old), after, cut,
-                               updates, params)  # p + -p is zero without rounding
-        return updates, {"step": step, "inner": within, "allocation": allocation}
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, dict[str, Any]]:
+        changes, within = inner.update(updates, state["inner"], params)  # optax's ``updates`` are the gradients
+        after, step = optax.apply_updates(params, changes), state["step"] + 1
+        allocation, cut = allocate(state["allocation"], after, updates, step)
+        changes = jax.tree.map(lambda new, stays, change, old: jnp.where(new == stays, change, -old), after, cut,
+                               changes, params)  # p + -p is zero without rounding
+        return changes, {"step": step, "inner": within, "allocation": allocation}
 
     return optax.GradientTransformation(init, update)

@@ -105,9 +105,10 @@ def _inputs(model: Any, params: Mapping[str, Any], batch: Mapping[str, Any], tar
 
 
 def _at(seen: Mapping[str, Any], path: str) -> Any:
+    node: Any = seen
     for part in (*path.split("/"), "seen"):
-        seen = seen.get(part, {})
-    return seen[0] if len(seen) == 1 else None
+        node = node.get(part, {})
+    return node[0] if len(node) == 1 else None
 
 
 def _equal(inputs: Mapping[str, jax.Array]) -> dict[str, str]:

@@ -83,7 +83,7 @@ def start(how: bool | str, target: targeting.Target, key: jax.Array, kernel: Any
     elif how == "eva":
         a, b = start_a[..., :ranks.max()], jnp.zeros((*stack, ranks.max(), shape[-1]))
     elif splits(how):
-        a, b = _split(how, key, kernel.reshape(shape).astype(jnp.float32), ranks, scaling)
+        a, b = _split(str(how), key, kernel.reshape(shape).astype(jnp.float32), ranks, scaling)
     else:
         a, b = (_orthogonal if how == "orthogonal" else _random)(how, key, shape, ranks)
     inside = np.arange(ranks.max()) < ranks[..., None]
@@ -103,7 +103,7 @@ def _check_fits(how: bool | str, target: targeting.Target, ranks: np.ndarray, sc
         raise PeftJaxError(f"{where}: every rank must be even, one is {ranks[ranks % 2 > 0][0]}.")
 
 
-def _uniform(key: jax.Array, shape: tuple[int, ...], bound: float) -> jax.Array:
+def _uniform(key: jax.Array, shape: tuple[int, ...], bound: float | np.ndarray) -> jax.Array:
     return jax.random.uniform(key, shape, jnp.float32, -1, 1) * np.float32(bound)
 
 
@@ -172,10 +172,9 @@ def doubled(config: Mapping[str, Any]) -> dict[str, Any]:
             "alpha_pattern": alphas}
 
 
-def difference(a: jax.Array, b: jax.Array, a0: jax.Array, b0: jax.Array, ranks: np.ndarray,
+def difference(a: np.ndarray, b: np.ndarray, a0: np.ndarray, b0: np.ndarray, ranks: np.ndarray,
               ) -> tuple[np.ndarray, np.ndarray]:
     """[A, A0] and [B, -B0] layer by layer, each cut to its own rank of ``ranks`` (*stack) before they are joined."""
-    a, b, a0, b0 = map(np.asarray, (a, b, a0, b0))
     most, front = a.shape[-1], ranks.ndim
     wide = np.zeros((*a.shape[:-1], 2 * most), np.float32)
     tall = np.zeros((*b.shape[:front], 2 * most, *b.shape[front + 1:]), np.float32)

@@ -62,7 +62,7 @@ def plain(config: Mapping[str, Any], flat: Mapping[str, Any]) -> tuple[dict[str,
     for path in kernel_adapter.folders(flat, "lora_a0"):
         stack = flat[path + "lora_scaling"].shape
         names = targeting.module_names(path.rstrip("/"), stack)
-        pairs = [flat.pop(path + leaf) for leaf in (*LEAVES[:2], *START)]
+        pairs = [np.asarray(flat.pop(path + leaf)) for leaf in (*LEAVES[:2], *START)]
         a, b = lora_init.difference(*pairs, ranks(config, names).reshape(stack))
         flat |= dict(zip([path + leaf for leaf in LEAVES], (a, b, scalings(double, names).reshape(stack))))
     return double, flat

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from peft_jax.core import tree, validation
 from peft_jax.core.peft_format import PREFIX, Naming, Slot, no_place
@@ -171,7 +172,7 @@ def _texts(front: Front, module: Any, segment_ids: Any) -> int:
     """How often the virtual tokens stand in a row: once, or in an encoder for each of its texts."""
     if segment_ids is None or not is_encoder(module):
         return 1
-    return front.packed if isinstance(segment_ids, jax.core.Tracer) else max(1, int(np.max(segment_ids)))
+    return front.packed if isinstance(segment_ids, Tracer) else max(1, int(np.max(segment_ids)))
 
 
 def _in_front(values: jax.Array, array: Any) -> jax.Array | None:

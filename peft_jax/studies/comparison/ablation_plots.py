@@ -183,8 +183,9 @@ def _coloured(axes: Axes, places: Sequence[tuple[int, int]], values: Sequence[Sp
         table[place] = value.mean
     mesh = axes.pcolormesh(np.ma.masked_invalid(table), cmap="cividis_r" if less else "cividis", edgecolors="white",
                            linewidth=1.5)  # fmt: skip
+    norm: Any = mesh.norm  # which takes floats, too, though matplotlib's type does not say so
     for (row, column), value in zip(places, values):
-        dark = (mesh.norm(value.mean) < 0.47) != less
+        dark = (norm(value.mean) < 0.47) != less
         axes.annotate(spread_words(value, lambda number, like: f"{number:.3f}", value.n).replace(" ±", "\n±"),
                       (column + 0.5, row + 0.5), ha="center", va="center", fontsize=8.5,
                       color="white" if dark else "black")  # fmt: skip

@@ -15,7 +15,7 @@ class Column(NamedTuple):
 
     key: str
     heading: str
-    show: Callable[[float, float], str] = str
+    show: Callable[[float, float], str] = three_digits
     ratio: str = ""
 
 
@@ -111,7 +111,7 @@ def heading(rows: Sequence[Row]) -> str:
     """What was measured of which model in which budget, where the rows agree on it."""
     metrics, models, budgets = (list(dict.fromkeys(getattr(row, name) for row in rows))
                                 for name in ("metric", "model", "budget"))  # fmt: skip
-    metric = " / ".join(TITLES.get(name, name) for name in metrics)
+    metric = " / ".join(TITLES.get(name) or name for name in metrics)
     model = short_name(models[0]) if len(models) == 1 else f"{len(models)} models"
     budget = f" after {budgets[0]}" if len(budgets) == 1 and budgets[0] else ""
     return f"{metric} of {model}{budget}"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.text import Annotation
 
 from peft_jax.studies.comparison.plot_style import DPI, GREY, plot_label
@@ -24,8 +25,9 @@ def label(axes: Axes, points: Sequence[tuple[float, float, str]],
 
     Everything in data coordinates. The axes' limits must be final. Returns the annotations.
     """
-    axes.figure.canvas.draw()
-    axes.figure.set_layout_engine("none")  # what is placed now must stay where it is
+    figure = axes.figure.get_figure(root=True)
+    figure.canvas.draw()
+    figure.set_layout_engine("none")  # what is placed now must stay where it is
     centres = [tuple(axes.transData.transform(point[:2])) for point in points]
     obstacles = {"points": [(x - 9, y - 9, x + 9, y + 9) for x, y in centres], "lines": _line_boxes(axes, lines),
              "words": [tuple(text.get_window_extent().extents) for text in axes.texts]}  # fmt: skip
@@ -41,8 +43,8 @@ def _write(axes: Axes, point: tuple[float, float, str], centre: tuple[float, flo
                          ha="center", va="center")  # fmt: skip
     size = note.get_window_extent().size + np.array([6, 2])
     box, leader = _best(centre, size, obstacles, axes.get_window_extent().extents)
-    middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
-    note.set_position([(to - start) * 72 / DPI for to, start in zip(middle, centre)])
+    right, up = ((low + high) / 2 - start for low, high, start in zip(box[:2], box[2:], centre))
+    note.set_position((right * 72 / DPI, up * 72 / DPI))
     if leader:
         ends = axes.transData.inverted().transform([centre, _edge(box, centre)])
         axes.plot(*zip(*ends), color=GREY, linewidth=0.7, zorder=1)
@@ -53,7 +55,8 @@ def _write(axes: Axes, point: tuple[float, float, str], centre: tuple[float, flo
 
 def _line_boxes(axes: Axes, lines: Sequence[Sequence[tuple]]) -> list[Box]:
     """Boxes of the lines and of the error bars."""
-    bars = [segment for bar in axes.collections for segment in bar.get_segments()]
+    bars = [segment for bar in axes.collections if isinstance(bar, LineCollection)
+            for segment in bar.get_segments()]
     ends = [axes.transData.transform(line) for line in (*lines, *bars) if len(line)]
     return [(*(end.min(axis=0) - 3), *(end.max(axis=0) + 3)) for end in ends]
 

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import pandas as pd
@@ -171,7 +171,7 @@ def _forgetting(rows: Sequence[Row], styles: Styles, source: str) -> Plot | None
 def _losses(rows: Sequence[Row], styles: Styles) -> Plot | None:
     """One line a row, the mean over its seeds, smoothed enough to be told apart."""
     curves = {row.name: loss_curve([run.loss for run in row.runs]) for row in rows}
-    curves = {name: curve for name, curve in curves.items() if curve["mean"].notna().any()}
+    curves = {name: curve for name, curve in curves.items() if any(curve["mean"].notna())}
     if not curves:
         return None
     with matplotlib.rc_context(plot_style.STYLE):
@@ -180,7 +180,7 @@ def _losses(rows: Sequence[Row], styles: Styles) -> Plot | None:
         for name, curve in sorted(curves.items(), key=lambda item: -item[1]["mean"].dropna().iloc[-1]):
             style, mean, std = styles[name], curve["mean"], curve["std"]
             axes.plot(mean, color=style.colour, linestyle=style.dash, linewidth=1.5, label=plot_style.plot_label(name))
-            if std.notna().any():
+            if any(std.notna()):
                 axes.fill_between(mean.index, mean - std, mean + std, color=style.colour, alpha=0.15, linewidth=0)
         axes.set(xlabel="step", ylabel="loss (nats per token)")
         figure.legend(loc="outside right upper", fontsize=8.5)
@@ -195,9 +195,9 @@ def loss_curve(losses: Sequence[Sequence[tuple[float, float | None]]]) -> pd.Dat
 
     A loss that is missing or NaN stays a gap of its run. The deviation is NaN where fewer than two runs have a loss.
     """
-    curves = [pd.Series(dict(run), dtype=float) for run in losses]
+    curves: list[Any] = [pd.Series(dict(run), dtype=float) for run in losses]  # pandas types rolling means too widely
     smooth = [curve.rolling(max(1, len(curve) // 20), min_periods=1).mean().where(curve.notna()) for curve in curves]
-    return pd.concat(smooth, axis=1).sort_index().agg(["mean", "std"], axis=1)
+    return pd.DataFrame(pd.concat(smooth, axis=1).sort_index().agg(["mean", "std"], axis=1))
 
 
 def _latencies(rows: Sequence[Row]) -> Plot | None:

@@ -105,9 +105,9 @@ def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
     names = pd.Series([run.label for run in first], dtype=str)
     for distinction in DISTINCTIONS:
         words = pd.Series(map(distinction, first), dtype=str)
-        differ = words.groupby(names).transform("nunique") > 1
+        differ = words.groupby(names).transform("nunique") > 1  # pyright: ignore[reportOperatorIssue] (a Series)
         names = names.mask(differ, (names + " " + words).str.strip())
-    alike = pd.Series(first, dtype=object).groupby(names).agg(list)
+    alike = {name: list(runs) for name, runs in pd.Series(first, dtype=object).groupby(names)}
     return [f"{name} {_unlike(run, alike[name])}".strip() for name, run in zip(names, first)]
 
 

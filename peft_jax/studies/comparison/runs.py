@@ -200,8 +200,8 @@ def _changes(record: Mapping[str, Any], section: str, name: str) -> dict[str, fl
 def _losses(record: Mapping[str, Any]) -> list[tuple[float, float | None]]:
     pairs = nested(record, "peft_jax", "loss")
     if pairs is None:
-        return [(number(row, "step"), number(row, "train loss")) for row in _metric_rows(record)
-                if number(row, "step") is not None and "test accuracy" not in row]  # fmt: skip
+        return [(step, number(row, "train loss")) for row in _metric_rows(record)
+                if (step := number(row, "step")) is not None and "test accuracy" not in row]  # fmt: skip
     if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
         raise PeftJaxError(f"peft_jax.train.loss is {_short(pairs)}, not a list of [step, loss]")
     points = [(number({"step": step}, "step"), number({"loss": loss}, "loss")) for step, loss in pairs]
