@@ -180,7 +180,7 @@ def check(quant_type: str, block_size: int | None, double_quant: bool) -> None:
     """Raise ``PeftJaxError`` for what is no codec; see :func:`quantize_array`."""
     if not isinstance(quant_type, str) or quant_type not in QUANT_TYPES:
         words = repr(quant_type).partition("\n")[0]  # an array that was given in its place has many lines
-        raise PeftJaxError(f"quant_type={words} is no data type: {nearest(words, QUANT_TYPES)}")
+        raise PeftJaxError(f"quant_type={words} is no data type: {nearest(words.strip(chr(39)), QUANT_TYPES)}")
     whole = isinstance(block_size, Integral) and not isinstance(block_size, bool)
     if block_size is not None and not (whole and block_size in BLOCK_SIZES):
         raise PeftJaxError(f"block_size={block_size!r} is none of {', '.join(map(str, BLOCK_SIZES))}, or None, which "

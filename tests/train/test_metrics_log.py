@@ -43,7 +43,7 @@ def test_tensorboard_holds_the_values(tmp_path):
 def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-    MetricsLog(tmp_path, 4, tensorboard=True).close()
+    MetricsLog(None, 4, tmp_path / "tensorboard").close()
     (file,) = (tmp_path / "tensorboard").iterdir()
     started = [e.step for e in _events(file.read_bytes(), Event) if e.session_log.status == SessionLog.START]
     assert started == [5]  # the first step that is purged
