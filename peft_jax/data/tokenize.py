@@ -50,9 +50,8 @@ def encode_all(examples: Sequence[Example], tokenizer, config) -> tuple[list[Enc
     """
     for key, choices in (("on_too_long", ON_TOO_LONG), ("chat_loss", CHAT_LOSS)):
         if getattr(config, key) not in choices:
-            raise PeftJaxError(
-                f"data.{key}={getattr(config, key)!r} is not known; {nearest(getattr(config, key), choices)}"
-            )
+            raise PeftJaxError(f"data.{key}={getattr(config, key)!r} is not known; "
+                               f"{nearest(getattr(config, key), choices)}")
     encoded: list[Encoded] = []
     counts: dict[str, int] = dict.fromkeys(("dropped", "truncated", "split"), 0)
     for index, (ids, mask) in enumerate(_tokens_of_all(examples, tokenizer, config)):

@@ -183,15 +183,13 @@ class RobertaHead(Part):
     @nn.compact
     def __call__(self, x):
         """(..., D) -> (..., labels)."""
-        inner = nn.tanh(self._dense("dense", self.config.hidden_size)(x))
-        return self._dense("out_proj", self.num_labels)(inner)
+        return self._dense("out_proj", self.num_labels)(nn.tanh(self._dense("dense", self.config.hidden_size)(x)))
 
 
 class Encoder(nn.Module):
     """An encoder, with a head where the config has one.
 
-    ``dtype`` is the compute type, ``param_dtype`` that of freshly made parameters; ``remat`` as in
-    :class:`peft_jax.models.llama.CausalLM`.
+    ``dtype`` is the compute type, ``param_dtype`` that of fresh parameters; ``remat`` as of ``llama.CausalLM``.
     """
 
     config: EncoderConfig

@@ -49,8 +49,7 @@ def prefix(num_virtual_tokens: int = 20, *, token_dim: int | None = None, num_la
       prefix_init_ids: start from the keys and values of a text, see :func:`prefix_from_ids`: its token ids, cut or
         repeated to n. ``method.prepare(model, base params, ())`` runs them through the model and gives the method to
         init.
-      modules_to_save: names of modules that train as a whole and are saved, such as a "classifier", without which peft
-        cannot read the adapter of one.
+      modules_to_save: modules that train as a whole, such as a "classifier", which peft needs to read its adapter.
 
     Returns a :class:`Method` for a model of :mod:`peft_jax.models`; its leaves are float32. It cannot be merged, and
     even a zero prefix is not the base model: it takes a share of the attention.
