@@ -122,6 +122,6 @@ def write_report(folder: Path, name: str, value: Any) -> None:
     print(f"\nwritten: {folder / name}")
 
 
-def read_json(path: Path, *needed: str, mend: str = "remove it, or train again with --overwrite") -> dict[str, Any]:
+def read_json(path: Path, *needed: str, mend: str = files.OF_A_RUN) -> dict[str, Any]:
     """As of :func:`peft_jax.core.files.read_json`, of a file that a run wrote."""
     return files.read_json(path, *needed, mend=mend)

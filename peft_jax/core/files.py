@@ -79,6 +79,9 @@ def _restore(scratch: Path, folder: Path, aside: Path, new: list[str], old: list
             os.replace(aside / name, folder / name)
 
 
+OF_A_RUN = "remove it, or train again with --overwrite"  # what to do about a damaged file that a run wrote
+
+
 def read_json(path: Path, *needed: str, mend: str = "fetch it again") -> dict[str, Any]:
     """The JSON object in a file.
 

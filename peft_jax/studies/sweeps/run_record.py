@@ -54,7 +54,7 @@ def compose(folder: Path, cell, full_cell, metric: str, outcome: Outcome) -> dic
 
 
 def _run_file(path: Path) -> dict[str, Any]:
-    return files.read_json(path, mend="remove it, or train again with --overwrite")
+    return files.read_json(path, mend=files.OF_A_RUN)
 
 
 def _read(failed: bool, path: Path, reader: Callable[[Path], Any] = _run_file) -> Any:
