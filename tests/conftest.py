@@ -164,11 +164,6 @@ def films(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def quick_compiles():
-    """Every module's compiles are quick now."""
-
-
-@pytest.fixture(scope="module")
 def optimised():
     """Optimised programs: for modules whose subject is what the compiler makes of a program, or that compute much."""
     import jax

@@ -13,8 +13,6 @@ import peft_jax
 from peft_jax import PeftJaxError
 from peft_jax.models import CausalLM, LlamaConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 CONFIG = LlamaConfig(32, 16, 16, 1, 2, 2, 8, 1e-5, 1e4, 64, True)
 MODEL = CausalLM(CONFIG)
 METHOD = peft_jax.lora(r=2, target_modules=("q_proj",))

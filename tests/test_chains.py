@@ -39,7 +39,6 @@ from peft_jax import (  # fmt: skip
 from tests.peer import IDS, check_same_bits, forward
 from tests.properties import check_training, moved
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 Q = ("q_proj",)
 
 

@@ -13,8 +13,6 @@ import pytest
 import peft_jax
 from peft_jax.models import CausalLM, LlamaConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 # Every axis of every kernel divides by 8, in whole blocks of 16.
 MODEL = CausalLM(LlamaConfig(128, 128, 128, 1, 8, 8, 16, 1e-5, 1e4, 64, True))
 TARGETS = ("q_proj", "down_proj")

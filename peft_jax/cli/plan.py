@@ -11,7 +11,7 @@ from peft_jax.cli.build_method import build_method
 from peft_jax.cli.build_optimizer import build_optimizer
 from peft_jax.cli.load_model import dtypes, model_files, with_attention
 from peft_jax.core import tree
-from peft_jax.data.collate import round_up
+from peft_jax.data.packing import round_up
 from peft_jax.errors import PeftJaxError
 from peft_jax.evaluation.objectives import objective_of
 from peft_jax.hub import families, model_config

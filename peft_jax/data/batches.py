@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from peft_jax.data.collate import COLLATIONS, Layout, bucket_layout, round_up
 from peft_jax.data.labelled import Labelled, targets
+from peft_jax.data.packing import COLLATIONS, Layout, bucket_layout, round_up
 from peft_jax.data.tokenize import Encoded
 from peft_jax.errors import PeftJaxError, nearest
 

@@ -63,8 +63,10 @@ def _matching_files(path: str) -> list[Path]:
 
 
 def _bad_line(files: Sequence[Path]) -> str | None:
-    """What is wrong with the first .jsonl file that is empty or has a line that is no JSON object, or None."""
+    """What is wrong with the first .csv without rows, or .jsonl that is empty or has a line that is no JSON object."""
     for file in files:
+        if file.suffix == ".csv" and len(file.read_bytes().strip().splitlines()) < 2:
+            return f"{file} has no rows: put the columns' names on the first line and one example on each line below"
         if file.suffix == ".jsonl" and not file.read_bytes().strip():
             return f"{file} is empty: put one JSON object on each line"
         for number, line in enumerate(file.read_bytes().split(b"\n"), start=1) if file.suffix == ".jsonl" else ():

@@ -1,5 +1,5 @@
 """What a training step needs of a device's memory, said before there is a weight: a compiled program, its parts, and
-the source article's rules of thumb; which devices hold it; which method to take."""
+the rules of thumb of the article "Full Fine-Tuning vs PEFT"; which devices hold it; which method to take."""
 
 from peft_jax.planner.breakdown import Part, sum_of_parts
 from peft_jax.planner.compiled import Memory, compile_step

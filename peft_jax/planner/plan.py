@@ -31,7 +31,8 @@ def plan(method: Method, model: Any, optimizer: optax.GradientTransformation, ba
          assumed: Mapping[str, Any] | None = None, packed: bool = False) -> Plan:
     """What one training step needs of one device, before there are weights: nothing is allocated or downloaded.
 
-    The step is that of training, lowered and compiled; beside it stand a sum of parts and the article's rule of thumb.
+    The step is that of training, lowered and compiled; beside it stand a sum of parts and the
+    rule of thumb of the article "Full Fine-Tuning vs PEFT".
 
     Args:
       method: what trains, such as ``peft_jax.lora(r=8)``.

@@ -69,7 +69,8 @@ def describe(plan: Plan) -> str:
     rules = [_rule(plan, rule) for rule in plan.rules]
     parts = [line for group in GROUPS for line in _group(plan, group)]
     summed = _row("sum", plan.sum, _percent(plan.sum, plan.program.memory.total))
-    return "\n".join([*assumed, "", f"The article's rules of thumb (GB of 1e9 bytes){each}", *rules, "",
+    return "\n".join([*assumed, "",
+                      f'Rules of thumb of the article "Full Fine-Tuning vs PEFT" (GB of 1e9 bytes){each}', *rules, "",
                       f"Sum of parts (GB of 1e9 bytes){each}", *parts, summed, "",
                       f"Compiled step (GB of 1e9 bytes){each}", *_compiled(plan.program), "", *_hardware(plan)])
 

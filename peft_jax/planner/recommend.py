@@ -1,8 +1,8 @@
 """Which method to take, from the memory at hand, the model, the task, how many tasks, and what inference may cost.
 
 Memory is judged by the planner's sum of parts, quality by a comparison's measurements where there are some, and each
-reason names the figure behind it and where that comes from. Beside it stands what the source article's code would say:
-see :func:`peft_jax.planner.rule_of_thumb.article_method`.
+reason names the figure behind it and where that comes from. Beside it stands what the code
+of the article "Full Fine-Tuning vs PEFT" would say: :func:`peft_jax.planner.rule_of_thumb.article_method`.
 """
 
 import dataclasses
@@ -247,5 +247,6 @@ def describe_recommendation(found: Recommendation) -> str:
 
 def _article(article: Mapping[str, Any]) -> Sequence[str]:
     needs = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in article["needs"].items())
-    return [f"The article's rule: {article['words']} ({needs}, of {article['memory'] / 2**30:.1f} of its GB, "
-            "1024**3 bytes)"]
+    memory = article["memory"] / 2**30
+    return ['The rule of the article "Full Fine-Tuning vs PEFT": '
+            f"{article['words']} ({needs}, of {memory:.1f} of its GB, 1024**3 bytes)"]

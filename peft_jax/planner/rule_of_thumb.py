@@ -1,4 +1,6 @@
-"""The source article's rules of thumb, as it gives them, shown beside what a plan finds. Its GB are 1024**3 bytes.
+"""The rules of thumb of "Full Fine-Tuning vs PEFT", the article that this project puts to the test.
+
+They are shown beside what a plan finds. The article's GB are 1024**3 bytes.
 
 Full fine-tuning takes so many bytes for each parameter, activations included whatever the batch: 14 in bfloat16 with
 AdamW. For 1, 3, 7, 13 and 70 billion parameters the article prints 13.1, 39.2, 91.5, 170.1 and 915.5 GB; its formula

@@ -8,7 +8,6 @@ from flax import linen as nn
 
 from peft_jax import PeftJaxError, bind, kernel_axes, load_pretrained, lora, quantize
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 BF16, F32 = jnp.bfloat16, jnp.float32
 X = np.random.default_rng(0).normal(size=(2, 5, 64)).astype(np.float32)
 

@@ -7,9 +7,9 @@ import pytest
 import run
 from configs import base as configs
 from peft_jax.cli.measure import measured
-from peft_jax.data.sources import half_by_hash, load_examples
+from peft_jax.data.sources import load_examples
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "at_the_root")
+pytestmark = pytest.mark.usefixtures("at_the_root")
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +55,6 @@ def test_the_test_half_is_the_other_one(trained, arguments):
     assert run.main([*arguments, f"--workdir={trained}", "--mode=eval", "--config.eval.part=test",
                      "--config.eval.limit=0"]) == 0
     assert json.loads((trained / "eval.json").read_text())["adapter"]["loss"] == pytest.approx(test, rel=1e-5)
-
-
-def test_halves_share_nothing_and_lose_nothing():
-    examples = [{"prompt": f"question {i}"} for i in range(100)]
-    validation, test = half_by_hash(examples, "validation"), half_by_hash(examples, "test")
-    assert len(validation) + len(test) == 100 and 30 < len(test) < 70
-    assert not [one for one in test if one in validation]
-    assert half_by_hash(examples, "all") == examples
 
 
 def test_the_python_reference_is_prose():

@@ -9,7 +9,7 @@ import pytest
 import run
 from peft_jax.cli import trained_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compiles", "at_the_root")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("at_the_root")]
 MESH = ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
 
 

@@ -22,7 +22,7 @@ from peft_jax.planner.compiled import memory_of
 from peft_jax.train.loop import at_step
 from tests.test_run import data  # noqa: F401, the fixture of a small run
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "at_the_root")
+pytestmark = pytest.mark.usefixtures("at_the_root")
 
 
 @pytest.fixture

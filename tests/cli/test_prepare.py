@@ -9,8 +9,6 @@ import run
 from peft_jax.hub.adapters.load import load_adapter
 from tests.test_run import arguments, data  # noqa: F401, the fixtures of a small run
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.mark.parametrize(("name", "options"), [
     ("eva", []), pytest.param("loraplus", [], marks=pytest.mark.slow),

@@ -29,7 +29,8 @@ def test_a_table_is_shown_and_written(asked, tmp_path, capsys):
                                       f"--config.recommend.figures={figures}"))
     assert modes.run(command) == 0
     shown, written = capsys.readouterr().out, json.loads((tmp_path / "run" / "recommend.json").read_text())
-    assert "1. prefix (num_virtual_tokens=20): fits" in shown and "The article's rule: LoRA with rank 16" in shown
+    assert "1. prefix (num_virtual_tokens=20): fits" in shown
+    assert 'The rule of the article "Full Fine-Tuning vs PEFT": LoRA with rank 16' in shown
     assert [one["method"] for one in written["choices"]] == ["prefix", "lora", "qlora", "houlsby", "ia3", "full"]
     assert all(reason["source"] for one in written["choices"] for reason in one["reasons"])
     assert written["asked"]["weights, if plain, in"] == "float32" and "AdamW" in shown

@@ -13,7 +13,7 @@ from peft_jax.models import Encoder, EncoderConfig
 
 EXPERIMENT = "experiments/minilm_lora.py"
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "at_the_root")
+pytestmark = pytest.mark.usefixtures("at_the_root")
 
 
 @pytest.fixture(scope="module")

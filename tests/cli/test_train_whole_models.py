@@ -12,7 +12,7 @@ from peft_jax.errors import PeftJaxError
 from peft_jax.quant import is_leaf
 from peft_jax.train.metrics_log import read_metrics
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "at_the_root")
+pytestmark = pytest.mark.usefixtures("at_the_root")
 
 
 @pytest.fixture(scope="module")

@@ -134,7 +134,7 @@ def test_what_is_checked_exists(config):
 
 
 def test_the_choices_are_those_of_the_library():
-    from peft_jax.data.collate import COLLATIONS
+    from peft_jax.data.packing import COLLATIONS
     from peft_jax.data.tokenize import CHAT_LOSS, ON_TOO_LONG
     from peft_jax.train.optimizer import SCHEDULES
 

@@ -5,7 +5,7 @@ import pytest
 
 from peft_jax.data import Batches, Encoded, eval_batches, prompt_batches
 from peft_jax.data.batches import stack
-from peft_jax.data.collate import best_widths
+from peft_jax.data.packing import best_widths
 from peft_jax.errors import PeftJaxError
 
 COLLATIONS = ("pad", "bucket", "pack")

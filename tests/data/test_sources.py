@@ -102,6 +102,15 @@ def test_split_fraction_and_duplicates():
     assert {sources.text_key(e) for e in sources.split_by_hash(twins, 0.2)[1]} == held
 
 
+def test_halves_of_what_is_held_out_share_nothing_and_lose_nothing():
+    """Held-out texts all have low hashes of the split: the half has to come from a hash of its own."""
+    _, held = sources.split_by_hash([{"prompt": f"question {i}"} for i in range(1000)], 0.1)
+    validation, test = (sources.half_by_hash(held, part) for part in ("validation", "test"))
+    assert len(validation) + len(test) == len(held) and 0.3 < len(test) / len(held) < 0.7
+    assert not [one for one in test if one in validation]
+    assert sources.half_by_hash(held, "all") == held
+
+
 def test_chats_with_the_same_question_are_duplicates():
     """Whatever was answered, and whatever was asked after it."""
     turns = [[{"role": role, "content": text} for role, text in zip(("system", "user", "assistant", "user"), texts)]

@@ -24,3 +24,11 @@ def test_turns_lose_the_keys_that_only_other_turns_have(tmp_path):
     turns = [{"role": "user", "content": "hi", "name": "Ann"}, {"role": "assistant", "content": "yo"}]
     path.write_text(json.dumps({"messages": turns}) + "\n")
     assert load_examples(task(source=str(path), validation_fraction=0.0))["train"][0]["messages"] == turns
+
+
+@pytest.mark.parametrize("content", ["question,answer\n", "question,answer", "", "\n"])
+def test_a_csv_without_rows_says_so(tmp_path, content):
+    path = tmp_path / "a.csv"
+    path.write_text(content)
+    with pytest.raises(PeftJaxError, match=r"a\.csv has no rows: put the columns' names on the first line"):
+        load_examples(columns(path))

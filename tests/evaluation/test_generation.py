@@ -7,8 +7,6 @@ import peft_jax
 from peft_jax import PeftJaxError, Sampling, bind, generate, lora
 from peft_jax.evaluation.generation import draw
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 SIZES = {"vocab_size": 53, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 64}
 NEW = 12

@@ -16,8 +16,6 @@ from peft_jax.evaluation.objectives import objective_of
 from peft_jax.models import Encoder, EncoderConfig
 from peft_jax.train.step import init_state, make_step
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 TEXTS = ["dull and far too long", "fine", "a bright film, good fun", "a great, great film", "no plot to speak of"]
 MEANS = [-2.5, 0.1, 1.0, 3.0, -1.0]
 

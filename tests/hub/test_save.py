@@ -6,7 +6,6 @@ import pytest
 
 from peft_jax import bind, load_pretrained, quantize, save_pretrained
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

@@ -19,8 +19,6 @@ from peft_jax.models.llama import CausalLM, LlamaConfig
 from peft_jax.parallel import partitioning
 from tests.conftest import REAL
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 WIDE = LlamaConfig(
     vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=4, head_dim=16, rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=64,

@@ -22,8 +22,6 @@ from peft_jax import METHODS, PeftJaxError, bind, chain, combine, flatten, ia3, 
 from peft_jax.method import owns
 from tests import peer, properties
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 # Arguments where the defaults cannot work on a model of 16 channels, or would not be what they are elsewhere.
 ARGUMENTS = {
     "adalora": {"total_step": 10},  # which peft asks for

@@ -11,8 +11,6 @@ from flax import linen as nn
 from peft_jax import PeftJaxError, bind, flatten, kernel_axes, load_adapter, lora, save_adapter, unflatten
 from peft_jax.core.kernel_axes import KernelAxes
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 WIDTH, HEADS, DEPTH = 12, 3, 2
 
 

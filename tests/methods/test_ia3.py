@@ -10,7 +10,6 @@ from peft_jax import PeftJaxError, bind, flatten, ia3
 from tests import peer, properties
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 # name: (base, IA3Config's arguments). The same words make the adapter here and in peft.
 CASES = {

@@ -8,7 +8,6 @@ from peft_jax import PeftJaxError, bind, miss
 from tests import peer, properties
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 # name: (base, MissConfig's arguments). The same words make the adapter here and in peft. Modules have 16 or 24 inputs.
 CASES = {

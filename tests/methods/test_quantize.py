@@ -11,8 +11,6 @@ from peft_jax import PeftJaxError, QuantizedArray, bind, chain, flatten, kernel_
 from tests.peer import IDS, forward
 from tests.properties import check_decoding, check_training, generals, moved
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 SMALL = {"block_size": 16}
 
 

@@ -13,7 +13,6 @@ from peft_jax.methods.oft import excess, nearest_divisor, skew
 from tests import peer, properties
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 MAKE = {"oft": oft, "hra": hra}
 EXACT = {"oft_block_size": 4, "use_cayley_neumann": False}

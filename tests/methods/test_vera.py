@@ -13,7 +13,6 @@ from peft_jax import PeftJaxError, bind, chain, flatten, load_adapter, lora, sav
 from tests import peer, properties
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 # name: (base, VeraConfig's arguments). The same words make the adapter here and in peft.
 CASES = {

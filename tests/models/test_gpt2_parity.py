@@ -17,7 +17,6 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 # IA3 as peft has it for GPT-2: the joint projection's outputs, and the inputs of the feed-forward block's second layer.
 FEED = {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]}

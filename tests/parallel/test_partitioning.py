@@ -19,8 +19,6 @@ from peft_jax.parallel.mesh import feed, make_mesh
 from peft_jax.planner.collectives import collectives
 from peft_jax.train.step import init_state, make_step, state_shardings
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 # Every axis of every kernel divides by 8, in whole blocks of 16.
 MODEL = CausalLM(LlamaConfig(128, 128, 256, 2, 8, 8, 16, 1e-5, 1e4, 64, True))
 METHODS = {

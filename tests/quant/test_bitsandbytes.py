@@ -11,7 +11,6 @@ from peft_jax import dequantize, flatten, quantize_array
 from peft_jax.quant.codebooks import dynamic
 from tests.quant import theirs
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 # Blocks that divide; that do not; odd columns; one value; less than a block; a remainder of one.
 SHAPES = {"whole": (24, 4096), "no whole blocks": (5, 100), "rows of 1.5 blocks": (6, 96), "odd": (7, 33),
           "one": (1, 1), "short": (3, 6), "one left": (1, 4097)}  # fmt: skip

@@ -8,7 +8,6 @@ import pytest
 from peft_jax import PeftJaxError, QuantizedArray, count, dequantize, nbytes, quantize_array
 from peft_jax.quant.codebooks import QUANT_TYPES
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 NORMAL = np.random.default_rng(0).normal(size=(1024, 1024)).astype(np.float32)
 BITS = {"nf4": 4, "fp4": 4, "int4": 4, "int4_affine": 4, "int8": 8}
 

@@ -10,7 +10,6 @@ from peft_jax import PeftJaxError, dequantize, quantize_array
 from peft_jax.quant import attend, dot, plain, take
 from peft_jax.quant.codebooks import QUANT_TYPES
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 RNG = np.random.default_rng(0)
 
 

@@ -15,8 +15,6 @@ from peft_jax import quant
 from peft_jax.quant import pallas
 from peft_jax.quant.decode import matrices
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 IN, OUT = 256, 96
 # Every type, every block size with one of each kind, and scales quantised again.
 CODECS = [("nf4", 64, True), ("nf4", 128, False), ("fp4", 32, False), ("int4", 64, True), ("int4_affine", 32, False),

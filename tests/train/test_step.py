@@ -9,8 +9,6 @@ from peft_jax.models import CausalLM, LlamaConfig
 from peft_jax.train.optimizer import make_optimizer
 from peft_jax.train.step import init_state, make_step
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 CONFIG = LlamaConfig(
     vocab_size=29, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=1, head_dim=4, rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=32,

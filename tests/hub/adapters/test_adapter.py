@@ -13,7 +13,6 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 # name: (model, LoraConfig's arguments). The same words make the adapter here and in peft.
 CASES = {

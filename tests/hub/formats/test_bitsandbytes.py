@@ -17,7 +17,6 @@ from peft_jax.hub.load import families, load_pretrained
 from peft_jax.hub.save import save_pretrained
 from tests.properties import moved, trained
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

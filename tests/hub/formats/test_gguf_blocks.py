@@ -12,7 +12,6 @@ from peft_jax.hub.formats import gguf, gguf_blocks
 from tests.conftest import REAL
 from tests.hub.formats.test_gguf import D, F, write_gguf
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 CODECS = {"Q4_0": "int4", "Q4_1": "int4_affine", "Q8_0": "int8"}
 
 

@@ -16,7 +16,6 @@ from tests import peer, properties
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 RANKS = {"init_r": 4, "target_r": 2}
 # name: (base, AdaLoraConfig's arguments). The same words make the adapter here and in peft.

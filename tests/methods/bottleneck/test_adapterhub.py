@@ -25,8 +25,6 @@ from peft_jax.hub.families.hf_names import tensors
 from peft_jax.hub.families.llama import MODULES
 from tests import peer, properties
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 # The methods whose arguments say the same as those of the cases in tests/golden/make_adapters.py.
 CASES = {
     "houlsby": houlsby(4, "swish"),

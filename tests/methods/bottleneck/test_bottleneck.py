@@ -35,8 +35,6 @@ from peft_jax import (
 )
 from tests import peer, properties
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 PLAIN = {"houlsby": houlsby(4), "pfeiffer": pfeiffer(4), "parallel": parallel_adapter()}
 EVERY = {**PLAIN, "compacter": compacter(2)}
 

@@ -9,8 +9,6 @@ import peft_jax
 from peft_jax import bind, compacter, houlsby
 from tests import peer, properties
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.mark.parametrize("options", [{"factorized_phm_rule": True}, {"shared_phm_rule": False},
                                      {"factorized_phm_W": False, "phm_bias": False}])

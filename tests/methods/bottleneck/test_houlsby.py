@@ -7,8 +7,6 @@ import pytest
 import peft_jax
 from peft_jax import flatten, houlsby
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.mark.parametrize("width, narrow, each", [(4096, 64, 528_448), (576, 64, 74_368)])
 def test_counts_are_the_closed_form(width, narrow, each):

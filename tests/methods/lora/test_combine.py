@@ -10,7 +10,6 @@ from tests import peer, properties
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 METHODS = {
     "one": lora(r=3, lora_alpha=8),

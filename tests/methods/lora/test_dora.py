@@ -14,7 +14,6 @@ from tests import peer, properties
 from tests.properties import moved
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 # name: (base, LoraConfig's arguments beside use_dora). The same words make the adapter here and in peft.
 CASES = {

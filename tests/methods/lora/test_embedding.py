@@ -10,7 +10,6 @@ from peft_jax import PeftJaxError, bind, flatten, load_adapter, lora, save_adapt
 from tests import peer, properties
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 LIST, REGEX = ("q_proj", "embed_tokens"), r"model\.(embed_tokens|layers\.[02]\.mlp\.up_proj)"
 # name: (base, is the head still tied to the embedding, LoraConfig's arguments)

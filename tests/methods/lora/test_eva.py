@@ -9,7 +9,6 @@ from peft_jax import PeftJaxError, chain, dora, flatten, ia3, lora
 from tests import peer, properties
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 IDS = np.random.default_rng(3).integers(0, peer.SIZES["vocab_size"], (8, 12))
 BATCH = {"input_ids": IDS, "segment_ids": np.ones_like(IDS)}

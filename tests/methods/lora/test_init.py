@@ -10,7 +10,6 @@ from peft_jax import PeftJaxError, dora, flatten, load_adapter, lora, save_adapt
 from tests import peer, properties
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 STARTS = ("pissa", "pissa_niter_4", "olora", "orthogonal")
 OPTIONS = {"r": 4, "lora_alpha": 6, "target_modules": ("q_proj", "down_proj")}

@@ -9,7 +9,6 @@ from peft_jax import flatten, load_adapter, lora, lorafa, save_adapter
 from tests import peer, properties
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.mark.parametrize("options", [{"target_modules": "all-linear"}, {"layers_to_transform": [0, 2], "bias": "all"}])

@@ -12,7 +12,6 @@ from peft_jax.train.step import init_state, make_step
 from tests import peer, properties
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def optim(**options):

@@ -10,7 +10,7 @@ from tests.peer import assert_close, train_there
 from tests.properties import moved, plain_logits
 
 peft = pytest.importorskip("peft")
-pytestmark = [pytest.mark.real, pytest.mark.usefixtures("quick_compiles")]
+pytestmark = pytest.mark.real
 
 # name: (method, its arguments, LoraConfig's arguments beside them)
 CASES = {

@@ -11,7 +11,6 @@ from peft_jax.methods.lycoris.lokr import divided
 from tests import peer, properties
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 MAKE = {"loha": loha, "lokr": lokr}
 MIXED = {"target_modules": "all-linear", "rank_pattern": {r"layers.1.self_attn.(q|k)_proj": 1, "up_proj": 3},

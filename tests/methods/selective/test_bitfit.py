@@ -9,8 +9,6 @@ import peft_jax
 from peft_jax import PeftJaxError, bind, bitfit, chain, flatten, lora, save_adapter
 from tests import peer, properties
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def count(method, base):
     params = method.init(jax.random.key(0), base)

@@ -11,8 +11,6 @@ from peft_jax import PeftJaxError, bind, flatten, full, load_adapter, save_adapt
 from peft_jax.cli.console import parameter_counts
 from tests import peer, properties
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 LAST = {"last_n_layers": 2}
 
 

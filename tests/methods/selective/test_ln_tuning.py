@@ -10,7 +10,6 @@ from peft_jax import PeftJaxError, chain, flatten, ln_tuning, lora, save_adapter
 from tests import peer, properties
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 # name: (base, LNTuningConfig's arguments). The same words make the adapter here and in peft.
 CASES = {

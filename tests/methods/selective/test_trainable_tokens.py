@@ -11,7 +11,6 @@ from peft_jax import PeftJaxError, chain, flatten, lora, trainable_tokens, untie
 from tests import peer, properties
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 TOKENS = [int(i) for i in dict.fromkeys(peer.IDS.ravel()[[5, 2, 9]])]  # in the text, not in order
 # name: (base, TrainableTokensConfig's arguments). The same words make the adapter here and in peft.

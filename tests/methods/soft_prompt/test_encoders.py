@@ -19,7 +19,6 @@ from tests.properties import moved
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 IDS = ENCODER_IDS
 MASK = np.arange(10)[None] < np.array([[10], [6]])  # behind the text: in front of it peft counts padding too

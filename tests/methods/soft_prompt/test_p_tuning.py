@@ -12,7 +12,6 @@ from tests import peer, properties
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 CASES = {
     "mlp": {},

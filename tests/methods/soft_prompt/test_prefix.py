@@ -23,7 +23,6 @@ from peft_jax import (
 from tests import peer, properties
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 # name: (base, PrefixTuningConfig's arguments). The same words make the adapter here and in peft.
 CASES = {

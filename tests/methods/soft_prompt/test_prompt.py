@@ -12,7 +12,6 @@ from tests.methods.soft_prompt.test_prefix import windowed
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def test_of_a_tied_embedding_moved_here_opens_in_peft(peer_bases, tmp_path):

@@ -11,7 +11,6 @@ from tests import peer, properties
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 # name: (method, its arguments, peft's config class); 4 virtual tokens each.
 CASES = {

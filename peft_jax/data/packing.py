@@ -1,4 +1,4 @@
-"""Which examples go into which step, and how they lie in it: padding, bucketing and packing as pure functions.
+"""Packing, bucketing and padding: which examples go into which step, and how they lie in it, as pure functions.
 
 A collation is two functions. ``layout`` looks at the lengths once and fixes the shapes of the whole run; rows are a
 ``multiple``, so that devices can share them, the last ones empty where examples do not fill them. ``order``
