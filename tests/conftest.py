@@ -15,6 +15,9 @@ os.environ["XLA_FLAGS"] = " ".join([
     os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8",
     "--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"])  # fmt: skip
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# XLA's threads, else as many as devices: all-reduces of two independent groups may take them all, each device waiting
+# for another, until XLA ends the process (tests/parallel/test_partitioning.py with houlsby, on two cores).
+os.environ["NPROC"] = "32"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

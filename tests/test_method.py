@@ -1,3 +1,6 @@
+from functools import partial
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,11 +127,41 @@ def test_bind_has_the_signature_of_apply():
 def test_a_leaf_the_pass_never_reads_is_an_error(jitted):
     method = on("first", "second", "third")
     apply, params = bind(method, MODEL), method.init(jax.random.key(0), PARAMS)
-    with pytest.raises(PeftJaxError, match=r"never reads 2 trainable leaves, the first is 'third/lora_a'"):
-        (jax.jit(apply) if jitted else apply)({"params": params}, X)
+    for _ in range(2):  # a call that failed counts as no check
+        with pytest.raises(PeftJaxError, match=r"never reads 2 trainable leaves, the first is 'third/lora_a'"):
+            (jax.jit(apply) if jitted else apply)({"params": params}, X)
     apply = bind(method, MODEL)
     with pytest.raises(PeftJaxError, match=r"never reads 4 trainable leaves, the first is 'third/lora_a'"):
         apply({"params": params}, X, second=False)
+
+
+def test_under_jit_the_first_call_traces_the_model_once_and_is_like_the_next():
+    """The check reads the program that gives the result."""
+    calls = []
+
+    class Counted(Net):
+        def __call__(self, x):
+            calls.append(x)
+            return super().__call__(x)
+
+    method = on("first", "second")
+    apply, params = bind(method, Counted()), method.init(jax.random.key(0), PARAMS)
+    first = jax.jit(apply)({"params": params}, X)
+    assert len(calls) == 1
+    np.testing.assert_allclose(first, apply({"params": params}, X), rtol=1e-6)
+
+
+def test_the_first_call_gives_mutated_variables_and_gradients():
+    method = on("first", "second")
+    params = method.init(jax.random.key(0), PARAMS)
+
+    def total(params, apply):
+        out, state = apply({"params": params}, X, mutable=["intermediates"], capture_intermediates=True)
+        return (out**2).sum(), state
+
+    apply = bind(method, MODEL)
+    first, second = (jax.jit(jax.value_and_grad(partial(total, apply=apply), has_aux=True))(params) for _ in range(2))
+    chex.assert_trees_all_equal(first, second)
 
 
 def test_check_read_passes_when_all_are_read():

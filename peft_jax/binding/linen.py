@@ -6,12 +6,13 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
 from peft_jax.binding import linen_quantised
 from peft_jax.core import arguments, kernel_axes, tree
-from peft_jax.core._compat import InterceptorContext, dce_jaxpr
+from peft_jax.core._compat import ClosedJaxpr, InterceptorContext, dce_jaxpr, jaxpr_as_fun
 from peft_jax.core.tree import check_method_leaves
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import FROZEN, Method, with_interceptor
@@ -58,9 +59,9 @@ def bind(method: Method, model: nn.Module, mesh: Mesh | None = None) -> Callable
         name = kwargs.get("method")
         if name in (None, "hidden") and (call := (name, jax.tree.structure(variables))) not in sound:
             check_method_leaves(method, params)
-            if name is None and "cache" not in variables:
-                check_read(method, run, params)
+            result = _checked(method, run, params) if name is None and "cache" not in variables else run(params)
             sound.add(call)
+            return result
         return run(params)
 
     return apply
@@ -87,15 +88,39 @@ def _in_context(mesh, intercept, rngs, params, notes, next_fun, args, kwargs, co
     return output_apart(mesh, intercept(reading, args, kwargs, whole))
 
 
+def _checked(method: Method, forward: Callable[[Mapping], Any], params: Mapping) -> Any:
+    """``forward(params)``, after a check that it reads every trainable leaf.
+
+    Inside ``jax.jit`` the model is traced once: the result comes from the program that was checked. Outside, where a
+    model may look at the values of its inputs, it runs after the check.
+    """
+    flat, program, shapes = _traced(forward, params)
+    _check_program(method, flat, program)
+    if not isinstance(jnp.zeros(()), jax.core.Tracer):
+        return forward(params)
+    values = jaxpr_as_fun(program)(*jax.tree.leaves(flat))
+    return jax.tree.unflatten(jax.tree.structure(shapes), values)
+
+
+def _traced(forward: Callable[[Mapping], Any], params: Mapping) -> tuple[dict[str, Any], ClosedJaxpr, Any]:
+    """(leaves by path, the program of ``forward`` over them, the shapes of its results)."""
+    flat = tree.flatten(params)
+    program, shapes = jax.make_jaxpr(lambda leaves: forward(tree.unflatten(leaves)), return_shape=True)(flat)
+    return flat, program, shapes
+
+
 def check_read(method: Method, forward: Callable[[Mapping], Any], params: Mapping) -> None:
     """Raise ``PeftJaxError`` naming trainable leaves without influence on ``forward(params)``; only traces."""
     arguments.check("check_read", {"method": method, "forward": forward, "params": params})
     check_method_leaves(method, params)
-    flat = tree.flatten(params)
-    closed = jax.make_jaxpr(lambda leaves: forward(tree.unflatten(leaves)))(flat)
-    _, used = dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals))
+    flat, program, _ = _traced(forward, params)
+    _check_program(method, flat, program)
+
+
+def _check_program(method: Method, flat: dict[str, Any], program: ClosedJaxpr) -> None:
+    _, used = dce_jaxpr(program.jaxpr, [True] * len(program.out_avals))
     read = jax.tree.unflatten(jax.tree.structure(flat), used)
-    labels = tree.flatten(method.labels(params))
+    labels = tree.flatten(method.labels(tree.unflatten(flat)))
     idle = [path for path in flat if labels[path] != FROZEN and not any(jax.tree.leaves(read[path]))]
     if idle:
         raise PeftJaxError(f"the forward pass never reads {len(idle)} trainable leaves, the first is '{idle[0]}': the "

@@ -166,6 +166,8 @@ class Layers(Part):
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] (flax leaves it out of the type)
             length=self.config.num_hidden_layers,
+            # Flax checks what is broadcast, here nothing, by tracing a layer twice; only random draws depend on it.
+            check_constancy_invariants=self.has_rng("params") or self.has_rng("dropout"),
         )
         return self._part(stack, "layer")(x, mask)[0]
 

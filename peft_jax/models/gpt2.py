@@ -110,6 +110,8 @@ class GPT2(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] (flax leaves it out of the type)
             length=c.num_hidden_layers,
+            # Flax checks what is broadcast, here nothing, by tracing a layer twice; only random draws depend on it.
+            check_constancy_invariants=self.has_rng("params") or self.has_rng("dropout"),
         )
         self.wte = nn.Embed(c.vocab_size, c.hidden_size, **kinds)
         self.wpe = nn.Embed(c.max_position_embeddings, c.hidden_size, **kinds)

@@ -164,6 +164,8 @@ class CausalLM(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, *[nn.broadcast] * 5),  # pyright: ignore[reportArgumentType] (flax leaves it out of the type)
             length=c.num_hidden_layers,
+            # Flax checks what is broadcast, here nothing, by tracing a layer twice; only random draws depend on it.
+            check_constancy_invariants=self.has_rng("params") or self.has_rng("dropout"),
         )
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, **kinds)
         self.layers = stack(c, **kinds)
