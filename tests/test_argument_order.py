@@ -81,6 +81,7 @@ def test_every_public_function_is_here():
     assert CALLS.keys() | ALONE | set(peft_jax.METHODS) == set(peft_jax.__all__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, i, j", SWAPS)
 def test_swapped_arguments_are_an_error_that_says_what_to_give(name, i, j, things, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -77,6 +77,7 @@ def started(method, params):
     return method.init(jax.random.key(1), params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ON_Q)
 def test_merging_a_pair_is_its_forward_pass_or_the_pair_is_refused(first):
     compared = 0
@@ -114,6 +115,7 @@ def test_a_kernel_that_was_split_cannot_train_as_a_whole(order):
         started(chain(*[full(".*/kernel"), ON_Q["pissa"]()][::order]), BASE)
 
 
+@pytest.mark.slow
 def test_tokens_of_an_embedding_that_a_lora_changes_must_come_first(tied):
     model, params = tied
     parts = [trainable_tokens([7, 14]), lora(2, target_modules=("embed_tokens",))]
@@ -169,6 +171,7 @@ def test_hidden_states_ask_for_the_leaves_too(tied):
         bind(chain(ia3(), lora(2)), model)({"params": started(ia3(), params)}, IDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [
     lambda: chain(full(last_n_layers=2), ln_tuning()),
     lambda: chain(full(last_n_layers=2, exclude=".*_proj.*"), lora(2, modules_to_save=("input_layernorm",)))],
@@ -203,6 +206,7 @@ def test_the_first_mark_remembers_the_type():
         assert {leaf.dtype for leaf in flatten(merged).values()} == {jnp.dtype(jnp.bfloat16)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [
     lambda: chain(prefix(3), parallel_adapter(bottleneck_size=2)),
     lambda: chain(houlsby(bottleneck_size=2), ln_tuning())], ids=["mam", "houlsby and norms"])  # fmt: skip

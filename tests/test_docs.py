@@ -43,6 +43,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", EXAMPLES, ids=str)
 def test_examples_in_docstrings(file):
     module = importlib.import_module(".".join(file.with_suffix("").parts))
@@ -81,6 +82,7 @@ def test_files_that_are_named_exist():
     assert files > 50 and not missing
 
 
+@pytest.mark.slow
 def test_commands_are_legal(monkeypatch, capsys):
     """Each ``python run.py ...`` of the pages and of the experiments' docstrings, as far as ``run.py`` checks it."""
     monkeypatch.chdir(ROOT)

@@ -6,6 +6,8 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 # The floors of the house: a part may import itself and what is on lower floors.
 FLOORS = (
@@ -87,6 +89,7 @@ def test_command_lines_are_checked_without_what_is_slow():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_package_imports_neither_torch_nor_what_only_commands_use():
     check = ("import sys, peft_jax; [getattr(peft_jax, name) for name in peft_jax.__all__]; "
              f"assert not set({SLOW[1:]}) & set(sys.modules)")

@@ -93,6 +93,7 @@ def both(base):
     return {name: (params, parts(METHODS[name], params)) for name, params in starts.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [dict, flax.core.freeze])
 @pytest.mark.parametrize("name", METHODS)
 def test_multi_transform_over_the_whole_tree_takes_the_steps_of_partition(name, kind, both):
@@ -166,6 +167,7 @@ def on_mesh(params, mesh):
     return losses, peft_jax.combine(frozen, state.trainable)
 
 
+@pytest.mark.slow
 def test_qlora_on_a_mesh_equals_one_device_by_public_names_alone(both):
     losses, expected = on_mesh(both["qlora"][0], peft_jax.make_mesh(1, 1, 1))
     mesh = peft_jax.make_mesh(2, 2, 2)

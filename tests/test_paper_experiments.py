@@ -72,6 +72,7 @@ def counts(config, sizes) -> tuple[int, int]:
     return console.parameter_counts(method, base, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COUNTS)
 def test_as_many_parameters_train_as_the_paper_or_peft_says(name, monkeypatch):
     monkeypatch.chdir(ROOT)

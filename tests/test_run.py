@@ -67,6 +67,7 @@ def fails(capsys, argv, *words):
 # What a run leaves behind
 
 
+@pytest.mark.slow
 def test_training_leaves_a_peft_adapter_metrics_and_results(trained, capsys):
     assert json.loads((trained / "adapter" / "adapter_config.json").read_text())["r"] == 4
     files = sorted(path.name for path in (trained / "adapter").iterdir())
@@ -155,6 +156,7 @@ def test_a_run_interrupted_before_its_first_line_of_log_evaluates_as_it_is_asked
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [3, 6]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_and_ends_bit_identical(trained, arguments, tmp_path, monkeypatch, capsys):
     command = [*arguments, "--config.eval.before=False", f"--workdir={tmp_path}"]  # which `trained` has
     interrupt(monkeypatch, command)

@@ -36,6 +36,7 @@ def kind(dtype, param_dtype, make, **options):
     return lambda name: make(**options, dtype=dtype, param_dtype=param_dtype, name=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, param_dtype", [(BF16, F32), (None, F32), (None, BF16), (F32, BF16)])
 @pytest.mark.parametrize("make, options, call", [
     (nn.Dense, {"features": 16}, Holder.call),
@@ -51,6 +52,7 @@ def test_it_computes_in_the_module_s_dtype(make, options, call, dtype, param_dty
     np.testing.assert_allclose(ours.astype(F32), expected.astype(F32), atol=near * float(jnp.abs(expected).max()))
 
 
+@pytest.mark.slow
 def test_a_model_of_float32_weights_computes_in_bfloat16(tiny_folder):
     method = quantize(block_size=16)
     model, base = load_pretrained(tiny_folder, method=method)

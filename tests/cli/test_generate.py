@@ -25,6 +25,7 @@ def generate(tiny_folder, sources, *more):
                      f"--adapters={','.join(map(str, sources))}", "--config.generate.max_new_tokens=4", *more])
 
 
+@pytest.mark.slow
 def test_each_adapter_answers_under_the_name_of_its_run(tiny_folder, adapters, capsys):
     assert generate(tiny_folder, [adapters / "one" / "adapter", adapters / "two" / "adapter"]) == 0
     prompt, *answers = capsys.readouterr().out.strip().splitlines()

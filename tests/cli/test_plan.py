@@ -36,8 +36,9 @@ def asked(tiny_folder, data, tmp_path):  # noqa: F811
     return parsed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment, options", [
-    pytest.param("qlora", ["--config.method.quantize.block_size=16"], marks=pytest.mark.slow),
+    ("qlora", ["--config.method.quantize.block_size=16"]),
     ("adapter", ["--config.optim.accumulate_steps=2", "--config.model.remat=True"])])
 def test_it_is_the_memory_of_the_program_that_training_runs(asked, experiment, options):
     config = asked(experiment, *options).config

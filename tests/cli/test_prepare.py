@@ -10,9 +10,9 @@ from peft_jax.hub.adapters.load import load_adapter
 from tests.test_run import arguments, data  # noqa: F401, the fixtures of a small run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), [
-    ("eva", []), pytest.param("loraplus", [], marks=pytest.mark.slow),
-    pytest.param("pissa", ["--config.method.r=2"], marks=pytest.mark.slow)])
+    ("eva", []), ("loraplus", []), ("pissa", ["--config.method.r=2"])])
 def test_a_small_run_from_its_experiment(arguments, tiny_model, name, options, tmp_path):  # noqa: F811
     command = [arguments[0].replace("lora.py", f"{name}.py"), *arguments[1:], *options, f"--workdir={tmp_path}"]
     assert run.main(command) == 0

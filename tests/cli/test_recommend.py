@@ -21,6 +21,7 @@ def asked(tiny_folder, tmp_path):
     return lambda *options: [*fixed, *options]
 
 
+@pytest.mark.slow
 def test_a_table_is_shown_and_written(asked, tmp_path, capsys):
     figures = tmp_path / "table.json"
     figures.write_text(json.dumps({"command": "python run.py --config=experiments/compare.py",

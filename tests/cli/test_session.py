@@ -74,6 +74,7 @@ def test_a_damaged_config_of_the_model_is_not_the_tokenizer_s_fault(tiny_folder,
         load_session(configured(folder, tmp_path))
 
 
+@pytest.mark.slow
 def test_several_methods_are_built_into_one_chain(tiny_model):
     config = base.get_config(method="prefix+parallel_adapter")
     config.method.prefix.num_virtual_tokens = 3
@@ -119,6 +120,7 @@ def test_virtual_tokens_take_positions(tiny_model):
         check_fits(encoded, tiny_model[0].config, chain(lora(), prefix(7)))
 
 
+@pytest.mark.slow
 def test_only_codes_that_can_be_saved_are_merged_into_again(tiny_model):
     for method, words in ((BASE, "is not quantised: leave it out"), (quantize("int8"), "is int8 in blocks of 64"),
                           (quantize(block_size=None), "in one block a row, .* Or leave --requantize out")):

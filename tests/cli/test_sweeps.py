@@ -1,5 +1,6 @@
 """A sweep from end to end on the tiny model: records, what is chosen and measured, resuming, failures."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -40,6 +41,25 @@ def _instead(monkeypatch, code, then=lambda: None):
 
     monkeypatch.setattr(sweeps.subprocess, "Popen", started)
     return commands
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Cells run here, where all is imported and compiled; that they have processes of their own is tested elsewhere."""
+    popen = sweeps.subprocess.Popen
+
+    class Here:
+        def __init__(self, command, stdout, stderr):
+            with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
+                self.code = run.main(command[2:])
+
+        def wait(self):
+            return self.code
+
+    def started(command, **options):
+        return (Here if any("--sweep_index" in part for part in command) else popen)(command, **options)
+
+    monkeypatch.setattr(sweeps.subprocess, "Popen", started)
 
 
 def _terminate_soon(seconds):
@@ -171,7 +191,7 @@ def test_a_sweep_that_is_told_to_stop_runs_no_other_cell(compared, arguments, tm
     assert len(started) == 1 and "stopped; the same command goes on from there" in capsys.readouterr().out
 
 
-def test_a_damaged_record_is_of_a_cell_to_run_again(compared, arguments, tmp_path, capsys):
+def test_a_damaged_record_is_of_a_cell_to_run_again(compared, arguments, tmp_path, capsys, in_this_process):
     folder = _copied(compared, tmp_path)
     for text in ('{"run_info": {"exp', "[]", '{"train_info": []}', '{"run_info": {"experiment_name": 3}}'):
         (folder / "results" / BEST).write_text(text)
@@ -181,7 +201,7 @@ def test_a_damaged_record_is_of_a_cell_to_run_again(compared, arguments, tmp_pat
     assert "lora-best-seed-0: -loss" in capsys.readouterr().out
 
 
-def test_a_better_rate_found_later_is_chosen_then(compared, arguments, tmp_path, capsys):
+def test_a_better_rate_found_later_is_chosen_then(compared, arguments, tmp_path, capsys, in_this_process):
     """Such as of a run that had failed: the best cell was finished without it."""
     folder = _copied(compared, tmp_path)
     best = json.loads((folder / "results" / BEST).read_text())["peft_jax"]["cell"]["settings"]
@@ -207,7 +227,7 @@ def test_a_rate_whose_metric_is_not_finite_is_not_chosen(compared, arguments, tm
         cells.results.chosen(folder, command, best)
 
 
-def test_a_cell_measured_before_the_base_is_measured_beside_it(compared, arguments, tmp_path, capsys):
+def test_a_cell_measured_before_the_base_is_measured_beside_it(compared, arguments, tmp_path, capsys, in_this_process):
     """Job arrays run in any order."""
     folder = _copied(compared, tmp_path)
     base = folder / "results" / "base--base.json"
@@ -236,7 +256,7 @@ def test_one_cell_alone_is_not_run_again_nor_with_other_settings(compared, argum
     assert "eval.limit was 8, now 3" in capsys.readouterr().err
 
 
-def test_what_a_cell_is_not_measured_by_may_change(compared, arguments, tmp_path, capsys):
+def test_what_a_cell_is_not_measured_by_may_change(compared, arguments, tmp_path, capsys, in_this_process):
     """Where measuring failed, runs that were only trained need not be trained again to measure otherwise."""
     folder = _copied(compared, tmp_path)
     for path in [*(folder / "results").glob("*best*"), folder / "results" / "base--base.json"]:

@@ -40,6 +40,7 @@ def trained(arguments, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_training_learns_the_classes(trained):
     results = json.loads((trained / "results.json").read_text())
     assert results["before"].keys() == results["after"].keys() == {"accuracy", "text_loss"}
@@ -48,6 +49,7 @@ def test_training_learns_the_classes(trained):
     assert stated["task_type"] == "SEQ_CLS" and stated["modules_to_save"] == ["classifier"]
 
 
+@pytest.mark.slow
 def test_evaluating_again_finds_the_same(trained, arguments):
     assert run.main([*arguments, f"--workdir={trained}", "--mode=eval"]) == 0
     found = json.loads((trained / "eval.json").read_text())

@@ -40,6 +40,7 @@ def whole(arguments, tmp_path_factory):
     return command, folder
 
 
+@pytest.mark.slow
 def test_a_full_run_saves_a_model_and_evaluates_each_epoch(whole, tiny_model):
     _, folder = whole
     results = json.loads((folder / "results.json").read_text())

@@ -19,6 +19,7 @@ def cells_of(argument, *more):
     return run.parse_command([f"--config={argument}", *more]).cells
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", sweeps.BUDGETS)
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
 def test_every_sweep_has_cells_of_their_own_names_that_are_checked(file, budget):
@@ -111,6 +112,7 @@ def test_cells_that_share_a_name_are_refused(tmp_path):
         run.parse_command([f"--config={tmp_path / 'twice.py'}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("argv", "words"), [
     (["--config=experiments/compare.py:budget=tiny"], "budget=tiny: choose one of: long, short, smoke"),
     (["--config=experiments/compare.py:methods=lora+adpter"], "methods=adpter: all, article, or .*adapter"),

@@ -55,6 +55,7 @@ def mean_loss(logprobs_of, encoded):
     return float(np.mean(losses))
 
 
+@pytest.mark.slow
 def test_losses_equal_those_of_whole_logits(found, config, examples, logprobs_of, tiny_tokenizer):
     for name, given in (("", examples), ("probe_", PROBE)):
         expected = mean_loss(logprobs_of, encode_all(given, tiny_tokenizer, config.data)[0])

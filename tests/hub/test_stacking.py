@@ -48,6 +48,7 @@ def assert_same(left, right):
         assert one.dtype == other.dtype and np.array_equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "dtype"), [
     ({"double_quant": True}, "float32"),
     ({"quant_type": "fp4", "exclude_modules": ["down_proj"]}, "bfloat16"),
@@ -65,6 +66,7 @@ def test_loaded_leaves_are_those_that_init_makes(folder, arguments, dtype):
     assert_same(method.init(jax.random.key(0), loaded), expected)
 
 
+@pytest.mark.slow
 def test_of_a_chain_the_first_method_counts(folder):
     plain = load_pretrained(folder)[1]
     qlora = chain(quantize(double_quant=True), lora(r=2))
@@ -75,6 +77,7 @@ def test_of_a_chain_the_first_method_counts(folder):
         assert_same(load_pretrained(folder, method=method)[1], plain)
 
 
+@pytest.mark.slow
 def test_a_new_head_is_converted_as_init_would(tmp_path):
     from transformers import BertConfig, BertModel
 
@@ -86,6 +89,7 @@ def test_a_new_head_is_converted_as_init_would(tmp_path):
     assert_same(loaded, method.init(jax.random.key(0), load_pretrained(tmp_path, **head)[1]))
 
 
+@pytest.mark.slow
 def test_kernels_of_gpt2_lie_the_other_way_in_the_file(tmp_path):
     config = GPT2.read("gpt2", {"model_type": "gpt2", "vocab_size": 31, "n_embd": 32, "n_layer": 2, "n_head": 2,
                                 "n_positions": 32})
@@ -95,6 +99,7 @@ def test_kernels_of_gpt2_lie_the_other_way_in_the_file(tmp_path):
                 method.init(jax.random.key(0), load_pretrained(tmp_path)[1]))
 
 
+@pytest.mark.slow
 def test_no_more_than_one_tensor_is_plain_at_a_time(tmp_path, monkeypatch):
     """Arrays that were read die before the next is read, and no float array of jax's outlives its conversion."""
     saved(tmp_path, DEEP, dtype=jnp.bfloat16)
@@ -146,6 +151,7 @@ def test_weights_that_no_code_stands_for_are_named(tmp_path):
         load_pretrained(tmp_path, method=quantize())
 
 
+@pytest.mark.slow
 def test_what_stands_on_quantised_leaves_is_merged_before_it_is_saved(folder, tmp_path):
     qlora = chain(quantize(), lora(r=2))
     model, params = load_pretrained(folder, method=qlora)
@@ -163,6 +169,7 @@ def test_smollm2_is_quantised_to_the_same_bits(smollm2):
     assert_same(load_pretrained(REAL, method=method)[1], method.init(jax.random.key(0), smollm2[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [None, quantize("nf4", block_size=32, double_quant=True)], ids=["plain", "nf4"])
 def test_weights_go_from_the_file_to_the_devices_that_hold_them(tmp_path, method):
     """The same values as on one device; of a kernel or an embedding each device has a quarter (fsdp 2 x tensor 2)."""

@@ -208,6 +208,7 @@ def test_merged_on_a_quantised_base(case_of, name):
         np.testing.assert_allclose(peft_jax.quant.plain(ours[path]), leaf, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STACKED)
 def test_layers_that_are_not_adapted_stay_the_base_whatever_their_leaf_says(bases, name):
     """One leaf serves a whole stack: where a layer is off, neither the merge nor the count has it."""
@@ -221,6 +222,7 @@ def test_layers_that_are_not_adapted_stay_the_base_whatever_their_leaf_says(base
     peer.assert_close(peer.bound_logits(method, model, tuned), peer.forward(model, method.merge(tuned)), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in NO_FILE])
 def test_in_a_chain_it_is_stored_bit_for_bit(bases, case_of, name, tmp_path):
     """Behind it a method of another kind; each trains its own leaves, and one file holds both."""
@@ -256,6 +258,7 @@ def test_moved_here_opens_in_peft_or_loads_here(bases, case_of, name, tmp_path):
         peer.assert_close(ours, peer.torch_logits(peft.PeftModel.from_pretrained(torch_model(), tmp_path)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in NOT_OF_PEFT | FILE_OF_A_LORA | NO_FILE.keys()])
 def test_trained_by_peft_loads_here(bases, case_of, name, tmp_path):
     """Made by peft as our file says, trained there: the same logits here, and as many parameters."""

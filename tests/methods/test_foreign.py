@@ -104,6 +104,7 @@ def by_hand(params):
     return dense(norm(x, params["norm"]), jax.tree.map(np.asarray, params["score"]), 1)
 
 
+@pytest.mark.slow
 def test_axes_of_every_kernel(encoder):
     model, _, axes = encoder
     path, stack = ("layers", (DEPTH,)) if model.scanned else ("layers_1", ())
@@ -113,6 +114,7 @@ def test_axes_of_every_kernel(encoder):
     assert axes["score/kernel"] == KernelAxes("Dense", (), (WIDTH,), (5,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     {"rank_pattern": {"layers.0.attention.query": 4}, "alpha_pattern": {"layers.1.attention.out": 7}},
     {"layers_to_transform": 1, "exclude_modules": ("score",)},
@@ -144,6 +146,7 @@ def test_ranks_and_shapes_of_multi_dimensional_kernels(encoder):
         assert method.padding(unflatten(flat)) == 0
 
 
+@pytest.mark.slow
 def test_the_start_is_the_base_model_bit_for_bit(encoder):
     model, base, axes = encoder
     method = method_of(init_lora_weights=True)
@@ -151,6 +154,7 @@ def test_the_start_is_the_base_model_bit_for_bit(encoder):
     np.testing.assert_array_equal(bind(method, model)({"params": params}, X), model.apply({"params": base}, X))
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_leaf(encoder):
     model, base, axes = encoder
     method = method_of()
@@ -171,6 +175,7 @@ def test_plain_names_there_and_back(encoder, tmp_path):
     assert flatten(again.labels(loaded)) == flatten(method.labels(params))
 
 
+@pytest.mark.slow
 def test_dropout_draws_in_every_layer_or_says_why_not(encoder):
     model, base, axes = encoder
     method = method_of(lora_dropout=0.5)
@@ -207,6 +212,7 @@ def strange():
     return model, model.init(jax.random.key(0), X)["params"]
 
 
+@pytest.mark.slow
 def test_a_convolution_is_a_clear_error(strange):
     model, params = strange
     axes = kernel_axes(model, params, X)
@@ -229,6 +235,7 @@ def test_a_module_the_pass_leaves_out_is_an_error(strange):
         bind(method, model)({"params": tuned}, X, everything=False)
 
 
+@pytest.mark.slow
 def test_a_leaf_beside_a_module_that_is_not_there_is_an_error_under_scan():
     model = Encoder(scanned=True)
     base = model.init(jax.random.key(1), X)["params"]
@@ -240,6 +247,7 @@ def test_a_leaf_beside_a_module_that_is_not_there_is_an_error_under_scan():
         bind(method, model)({"params": params}, X)
 
 
+@pytest.mark.slow
 def test_half_precision_modules_compute_the_branch_in_their_own_dtype():
     class Wrap(nn.Module):
         @nn.compact

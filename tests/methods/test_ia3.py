@@ -58,6 +58,7 @@ def test_counts_are_the_closed_form():
     assert peft_jax.count(peft_jax.partition(params, method.labels(params))[0]) == 286_720
 
 
+@pytest.mark.slow
 def test_input_and_output_axes_of_dense_general():
     """Written out in numpy on kernels of several input and output axes."""
     model, x, base, axes = properties.generals()
@@ -70,6 +71,7 @@ def test_input_and_output_axes_of_dense_general():
     np.testing.assert_allclose(model.apply({"params": method.merge(params)}, x), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_meant_is_an_error(peer_bases):
     base = peer_bases["llama"][2]
     with pytest.raises(PeftJaxError, match=r"did you mean down_proj\?"):

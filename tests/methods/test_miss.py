@@ -19,6 +19,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_moved_here_opens_in_peft(peer_bases, case, tmp_path):
     name, options = CASES[case]
@@ -31,6 +32,7 @@ def test_trained_by_peft_loads_here(peer_bases, case, tmp_path):
     peer.check_loads_from_peft(peer_bases[name], peft.MissConfig(task_type="CAUSAL_LM", **options), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"r": 5, "bias": "all"}, {"r": 4, "mini_r": 8, "init_weights": "mini"}],
                          ids=["default", "mini"])
 def test_the_promises_of_a_method(peer_bases, options):
@@ -52,6 +54,7 @@ def test_layers_that_are_not_adapted_stay_the_base_whatever_their_leaf_says(peer
     properties.check_merge(method, model, base, peer.IDS)
 
 
+@pytest.mark.slow
 def test_input_and_output_axes_of_dense_general():
     """Written out in numpy on kernels of several input and output axes: row i of a kernel gets row i mod r of D."""
     model, x, base, axes = properties.generals()
@@ -68,6 +71,7 @@ def test_input_and_output_axes_of_dense_general():
     np.testing.assert_allclose(model.apply({"params": method.merge(params)}, x), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_dropout_needs_a_stream_and_changes_the_branch(peer_bases):
     _, model, base = peer_bases["llama"]
     method = miss(r=4, miss_dropout=0.5, init_weights=False)

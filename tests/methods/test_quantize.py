@@ -31,6 +31,7 @@ def test_only_the_layers_kernels_are_quantised_by_default(tied):
         assert (leaf.shape, leaf.dtype) == (flatten(base)[path].shape, flatten(base)[path].dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4", "int4_affine", "int8"])
 @pytest.mark.parametrize("block_size", [32, None])
 def test_each_type_computes_what_it_stands_for(tied, quant_type, block_size):
@@ -72,6 +73,7 @@ def test_a_saved_adapter_is_the_lora_alone_and_loads_on_a_quantised_base(tied, t
     np.testing.assert_array_equal(ours, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_loftq_starts_nearer_to_the_base(tied, rounds, tmp_path):
     """arXiv 2310.08659, algorithm 1: less error than quantising alone, at each layer."""
@@ -115,6 +117,7 @@ class Formulas(nn.Module):
         return nn.Einsum((4, 8, 5), "...nth,nhd->...td", name="out")(x)
 
 
+@pytest.mark.slow
 def test_einsum_and_dense_general_kernels():
     x = np.random.default_rng(0).normal(size=(2, 3, 32)).astype(np.float32)
     model = Formulas()
@@ -195,6 +198,7 @@ def test_a_head_that_is_untied_from_a_quantised_embedding_has_its_codes(tied):
     np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [peft_jax.prompt, lora])
 def test_a_quantised_module_cannot_be_saved_as_a_whole(tied, make):
     method = make(modules_to_save=("up_proj",))

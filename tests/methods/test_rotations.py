@@ -32,7 +32,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", peer.first_fast(CASES))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_moved_here_opens_in_peft(peer_bases, case, tmp_path):
     kind, name, options = CASES[case]
     peer.check_opens_in_peft(peer_bases[name], MAKE[kind](**options), tmp_path / "adapter")
@@ -124,6 +125,7 @@ def test_counts_are_the_closed_form():
         assert peft_jax.count(peft_jax.partition(params, method.labels(params))[0]) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKE)
 def test_input_and_output_axes_of_dense_general(kind):
     """Written out in numpy on kernels of several input and output axes: each reflection, each block by itself."""

@@ -24,7 +24,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", peer.first_fast(CASES))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_moved_here_opens_in_peft(peer_bases, case, tmp_path):
     name, options = CASES[case]
     peer.check_opens_in_peft(peer_bases[name], vera(**options), tmp_path / "adapter")
@@ -56,6 +57,7 @@ def test_counts_are_the_closed_form():
     assert peft_jax.count(peft_jax.partition(params, method.labels(params))[0]) == 43_008
 
 
+@pytest.mark.slow
 def test_input_and_output_axes_of_dense_general():
     """Written out in numpy on kernels of several input and output axes."""
     model, x, base, axes = properties.generals()
@@ -73,6 +75,7 @@ def test_input_and_output_axes_of_dense_general():
     np.testing.assert_allclose(model.apply({"params": method.merge(params)}, x), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_dropout_needs_a_stream_and_changes_the_branch(peer_bases):
     _, model, base = peer_bases["llama"]
     method = vera(r=4, vera_dropout=0.5, init_weights=False)
@@ -100,6 +103,7 @@ def test_a_file_without_projections_says_what_to_do(peer_bases, tmp_path):
         load_adapter(tmp_path, base)
 
 
+@pytest.mark.slow
 def test_beside_lora_in_a_chain(peer_bases, tmp_path):
     _, model, base = peer_bases["llama"]
     method = chain(lora(r=2, target_modules=("up_proj",)), vera(r=4))

@@ -54,6 +54,7 @@ def lowered(method, monkeypatch, implementation):
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [lora(r=2), prefix(num_virtual_tokens=4)], ids=["lora", "prefix"])
 def test_a_model_with_cudnn_lowers_to_flash_attention_forward_and_back(method, monkeypatch):
     text = lowered(method, monkeypatch, "cudnn")

@@ -60,6 +60,7 @@ def torch_output(name, model, ids, mask, types=None):
                      **given)[0].numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["BertModel", "RobertaModel", "DistilBertModel"])
 def test_more_tokens_than_positions_are_an_error(encoder_bases, name):
     _, model, params = encoder_bases(name)
@@ -70,6 +71,7 @@ def test_more_tokens_than_positions_are_an_error(encoder_bases, name):
     assert np.isfinite(model.apply({"params": params}, np.ones((1, most), int))).all()
 
 
+@pytest.mark.slow
 def test_outputs_with_padding(pair):
     """On both sides; transformers reads the answer for a text from the first token, which must then be a real one."""
     name, theirs, _, model, params = pair
@@ -85,6 +87,7 @@ def test_outputs_with_padding(pair):
     assert_close(ours[real], expected[real])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["first", "mean"])
 def test_the_answer_for_a_text_sees_neither_padding_nor_neighbours(pooling, tmp_path):
     reference("BertForSequenceClassification").save_pretrained(tmp_path)
@@ -115,6 +118,7 @@ def test_transformers_opens_what_is_saved(pair, tmp_path):
         assert config.num_labels == model.config.head.num_labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["RobertaForSequenceClassification", "DistilBertForSequenceClassification"])
 def test_rematerialised_gradients_are_the_same(name, tmp_path):
     reference(name).save_pretrained(tmp_path)
@@ -130,6 +134,7 @@ def test_rematerialised_gradients_are_the_same(name, tmp_path):
         assert "key/bias" in path or "k_lin/bias" in path or np.abs(leaf).max() > 1e-6 * most, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Bert", "Roberta", "DistilBert"])
 def test_a_head_that_the_checkpoint_lacks_starts_at_random(kind, tmp_path):
     """From a checkpoint of masked language modelling, with the prefix, and of the encoder alone, without it."""

@@ -35,6 +35,7 @@ def torch_logits(model, ids, mask):
                      position_ids=torch.tensor(positions)).logits.numpy()
 
 
+@pytest.mark.slow
 def test_logits_with_padding_and_packed(base):
     fresh, model, params = base
     ids, mask = np.random.default_rng(1).integers(0, 37, (3, 12)), np.ones((3, 12), np.int64)
@@ -48,6 +49,7 @@ def test_logits_with_padding_and_packed(base):
         assert_close(packed[own], torch_logits(fresh(), ids[:1][own][None], mask[:1][own][None])[0])
 
 
+@pytest.mark.slow
 def test_more_tokens_than_positions_are_an_error(base):
     _, model, params = base
     ids = np.ones((1, 33), int)
@@ -68,6 +70,7 @@ def test_transformers_opens_what_is_saved_and_bare_checkpoints_are_read(base, tm
     jax.tree.map(np.testing.assert_array_equal, load_pretrained(tmp_path / "bare")[1], params)
 
 
+@pytest.mark.slow
 def test_an_untied_head_is_written_and_read(base, tmp_path):
     _, model, params = base
     params = untie(params)
@@ -95,6 +98,7 @@ LORA = {"defaults": {"target_modules": ["c_attn"]}, "all": {"target_modules": "a
         "embedding": {"target_modules": ["c_fc"], "modules_to_save": ["wte"]}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LORA)
 def test_lora_is_exchanged_with_peft(base, case, tmp_path):
     fresh, model, params = base
@@ -108,6 +112,7 @@ def test_lora_is_exchanged_with_peft(base, case, tmp_path):
     peer.check_loads_from_peft(base, config, tmp_path / "theirs")
 
 
+@pytest.mark.slow
 def test_ia3_is_exchanged_with_peft(base, tmp_path):
     peer.check_opens_in_peft(base, ia3(**FEED), tmp_path / "ours")
     config = peft.IA3Config(task_type="CAUSAL_LM", fan_in_fan_out=True, **FEED)
@@ -121,6 +126,7 @@ def test_a_llama_adapter_says_no_fan_in_fan_out(peer_bases, tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"] is False
 
 
+@pytest.mark.slow
 def test_training_and_rematerialisation(base):
     _, model, params = base
     method = lora(r=2, target_modules=("c_attn", "c_fc"))
@@ -129,6 +135,7 @@ def test_training_and_rematerialisation(base):
     properties.check_remat(method, model, params, IDS)
 
 
+@pytest.mark.slow
 def test_loaded_leaves_are_where_they_were_saved_from(base, tmp_path):
     _, model, params = base
     method = lora(r=2, target_modules=("c_attn",), init_lora_weights=False)

@@ -76,6 +76,7 @@ def tokens(batch, length):
     return np.random.default_rng(1).integers(0, SIZES["vocab_size"], (batch, length))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_logits_with_padding(pair, side):
     theirs, ours = pair
@@ -86,6 +87,7 @@ def test_logits_with_padding(pair, side):
     assert_close(ours(ids, attention_mask=mask)[real], torch_logits(theirs, ids, mask)[real])
 
 
+@pytest.mark.slow
 def test_packed_segments_equal_separate_runs(pair):
     theirs, apply = pair
     ids, segments = tokens(1, 14), np.array([[1] * 5 + [2] * 7 + [0] * 2])

@@ -184,6 +184,7 @@ def test_a_mesh_that_does_not_fit_is_an_error(sizes, words):
         make_mesh(*sizes)
 
 
+@pytest.mark.slow
 def test_fused_products_know_one_device(base):
     params = jax.eval_shape(quantize("nf4", product="fused").init, jax.random.key(0), base)
     with pytest.raises(PeftJaxError, match="fused kernel"):

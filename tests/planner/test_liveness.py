@@ -51,6 +51,7 @@ def test_a_loop_in_a_branch_is_found_and_a_result_in_another_shape_does_not_wait
     assert waits == 804 and most >= 400  # what is held, the branch's result, and which branch
 
 
+@pytest.mark.slow
 def test_on_a_gpu_less_is_alive_and_less_waits(tiny_model):
     given = shapes(tiny_model[0].clone(remat=True), lora(r=4, target_modules="all-linear"), optax.adamw(1e-4), 2, 64)
     here, there = ({part.name: part.bytes for part in sum_of_parts(one, 512, cross_entropy)}

@@ -108,6 +108,7 @@ def test_adapters_of_a_quantised_base_are_mixed_too():
     assert any("mix_adapters" in reason.words for reason in found.reasons)
 
 
+@pytest.mark.slow
 def test_each_choice_says_why():
     found = recommend(SIZES, 10**11, devices=4, seq=64, tasks=3, latency="none", methods=("full", "prefix"))
     full, prefix = found.choices
@@ -142,6 +143,7 @@ def test_what_cannot_be_meant(change, words):
         recommend(**({"model": SIZES, "memory": 10**10, "seq": 32} | change))
 
 
+@pytest.mark.slow
 def test_a_method_without_settings_is_judged_with_its_defaults():
     (hra,) = recommend(SIZES, 10**11, seq=16, latency="none", methods=("hra",)).choices
     assert hra.fits and hra.allowed and hra.settings == {}

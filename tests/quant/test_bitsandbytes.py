@@ -36,6 +36,7 @@ def check(matrix, quant_type, block_size, dtype):
     return leaf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -44,6 +45,7 @@ def test_block_64_on_any_shape(quant_type, dtype, shape, zeros):
     check(weights(shape, zeros), quant_type, 64, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [32, 128, 256, 512, 1024, 2048, 4096])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -60,6 +62,7 @@ def test_an_embedding_is_taken_by_rows():
     assert np.array_equal(np.asarray(dequantize(leaf)), theirs.dequantize(packed, state, matrix.shape))
 
 
+@pytest.mark.slow
 def test_a_stack_and_several_axes_are_as_each_layer_alone():
     kernel = np.random.default_rng(0).normal(size=(2, 8, 16, 3, 5)).astype(np.float32)
     leaf = quantize_array(kernel, double_quant=True, stack=(2,), inputs=(8, 16), outputs=(3, 5))

@@ -36,6 +36,7 @@ def test_the_error_on_normal_weights(quant_type, expected):
     assert float(jnp.sqrt(jnp.mean((back - NORMAL) ** 2))) == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("quant_type, block_size, shape", [(t, b, s) for t in QUANT_TYPES for b, s in [
     (32, (128, 8)), (None, (128, 8)), (None, (7, 33)), (32, (33, 7))]])
@@ -140,6 +141,7 @@ def test_weights_that_are_not_finite_are_told(quant_type, value):
         quantize_array(array, quant_type)
 
 
+@pytest.mark.slow
 def test_a_leaf_is_not_quantised_twice():
     with pytest.raises(PeftJaxError, match="quantised already"):
         quantize_array(quantize_array(NORMAL[:64, :8]))

@@ -22,6 +22,7 @@ def close(ours, expected):
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("inputs, outputs", [((64,), (8,)), ((8, 12), (3, 5)), ((33,), (7,))], ids=str)
@@ -37,6 +38,7 @@ def test_dot_and_its_gradient(inputs, outputs, quant_type, double_quant):
     close(dot(x, kernel, axes=len(inputs)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("hidden", [64, 96, 33])
 def test_an_embedding_is_looked_up_and_multiplied(quant_type, hidden):
@@ -52,6 +54,7 @@ def test_an_embedding_is_looked_up_and_multiplied(quant_type, hidden):
     close(dot(normal(2, 11) * 0 + 1, table), np.ones((2, 11)) @ dense)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.uint32])
 def test_ids_of_any_integer_type(dtype):
     dense = dequantize(table := quantize_array(normal(300, 32), inputs=(300,), outputs=(32,), by_rows=True))
@@ -61,6 +64,7 @@ def test_ids_of_any_integer_type(dtype):
     assert np.isnan(take(table, last)).all() == (last[0] >= 300)
 
 
+@pytest.mark.slow
 def test_several_features_and_half_precision():
     table = quantize_array(normal(6, 4, 16), inputs=(6,), outputs=(4, 16), by_rows=True)
     found = take(table, np.array([[5]]), jnp.bfloat16)
@@ -74,6 +78,7 @@ def test_several_features_and_half_precision():
     assert plain(x) is x and np.array_equal(plain(leaf), dequantize(leaf))
 
 
+@pytest.mark.slow
 def test_a_stack_is_sliced_by_scan_vmap_and_flax():
     leaf, x = quantize_array(normal(3, 32, 32), block_size=32, double_quant=True), normal(5, 32)
     layers = [jax.tree.map(lambda a, i=i: a[i], leaf) for i in range(3)]
@@ -108,6 +113,7 @@ def temporaries(kernels, remat):
     return compiled.memory_analysis().temp_size_in_bytes, [v.aval for eqn in scans for v in eqn.outvars]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_one_layer_of_weights_is_decoded_at_a_time(quant_type):
     """With remat: the kept input of each layer, one layer's weights, and what a layer computes (five activations)."""
@@ -135,6 +141,7 @@ def test_layers_without_a_scan_are_not_all_decoded_at_the_start():
     assert compiled.memory_analysis().temp_size_in_bytes <= 2 * 4 * WIDTH**2 + 5 * 4 * TOKENS * WIDTH
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told():
     leaf = quantize_array(normal(2, 64, 8))
     layer = jax.tree.map(lambda a: a[0], leaf)

@@ -47,6 +47,7 @@ def close(found, x, weight):
     assert (np.abs(np.asarray(found, np.float64) - exact) <= allowed).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, block, double", CODECS)
 def test_ones_bring_the_decoded_values_to_the_bit(kind, block, double):
     leaf = leaf_of(kind, block, double)
@@ -59,6 +60,7 @@ def test_ones_bring_the_decoded_values_to_the_bit(kind, block, double):
         np.testing.assert_array_equal(pallas.times(jnp.eye(IN), leaf, True, tpu, True), weight.T)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens, dtype", [(1, jnp.float32), (37, jnp.bfloat16)])
 @pytest.mark.parametrize("find", [pallas.gpu_tiles, pallas.tpu_tiles])
 def test_values_with_the_tiles_of_each_platform(find, tokens, dtype):
@@ -83,6 +85,7 @@ def test_gradient_of_dot():
     close(pull(g)[0], g, matrices(leaf, jnp.float32))
 
 
+@pytest.mark.slow
 def test_dense_general_and_embeddings():
     heads = leaf_of("int8", shape=(2, 64, 4, 24), inputs=(2, 64), outputs=(4, 24), product="interpreted")
     x = rows(10, 128).reshape(5, 2, 2, 64)
@@ -109,6 +112,7 @@ def test_under_transformations(along):
         close(dx[i], g[i], weight)
 
 
+@pytest.mark.slow
 def test_bind_reads_it():
     model, x, found = nn.Dense(32, name="up_proj"), rows(5, 64), {}
     params = {"kernel": rows(64, 32, seed=1), "bias": jnp.ones(32)}
@@ -163,6 +167,7 @@ def decoded(text, leaf):
     return [shape for shape in shapes if np.prod([int(one) for one in shape.split("x")]) >= leaf.size]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, block, double, platform", [(*codec, platform) for platform in CALLS for codec in (
     CODECS[:1] if platform == "rocm" else CODECS)])
 def test_both_products_lower_and_hold_no_decoded_weight(kind, block, double, platform):
@@ -196,6 +201,7 @@ def test_the_setting():
     assert peft_jax.quantize().init(None, held)["q"]["kernel"].product == "plain"
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_asks_for_a_gpu(monkeypatch, capsys):
     from benchmarks import quant_kernel
 

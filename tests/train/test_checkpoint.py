@@ -39,6 +39,7 @@ def restore(folder, like):
         return checkpoints.restore(like)
 
 
+@pytest.mark.slow
 def test_what_was_saved_comes_back_bit_for_bit(tmp_path):
     trained = state_of(step=4)
     updates, opt_state = TX.update(trained.trainable, trained.opt_state, trained.trainable)
@@ -71,6 +72,7 @@ def halve(file):
     file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [Path.unlink, empty, halve])
 @pytest.mark.parametrize("file", ["default/_METADATA", "default/manifest.ocdbt", "the values"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_still_serves(tmp_path, damage, file):

@@ -88,6 +88,7 @@ def assert_same(one, other):
     jax.tree.map(np.testing.assert_array_equal, *((s.step, s.trainable, s.opt_state) for s in (one, other)))
 
 
+@pytest.mark.slow
 def test_an_interrupted_and_resumed_run_ends_bit_identical(setting, tmp_path):
     whole, _ = run(setting, tmp_path / "whole")
     stopped, _ = run(setting, tmp_path / "parts", Interrupting(setting.batches, step=3))
@@ -101,6 +102,7 @@ def test_an_interrupted_and_resumed_run_ends_bit_identical(setting, tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.slow
 def test_a_crash_between_checkpoints_repeats_the_steps_since(setting, tmp_path):
     class Crashing(Interrupting):
         def at(self, step):
@@ -158,6 +160,7 @@ def test_what_is_due_when():
     assert at == [[], [3, 6, 9], [3, 4, 8, 9]]
 
 
+@pytest.mark.slow
 def test_evaluations_on_the_way_are_logged_and_cost_no_training_time(setting, tmp_path):
     def run_evaluating(folder, batches=None):
         return run(setting, folder, batches, evaluate=lambda state: time.sleep(0.5) or {"loss": float(state.step)},

@@ -29,6 +29,7 @@ def chunked(hidden, head, target, weight, chunk, shards=1):
     return summed_loss(lambda states: states @ head, hidden, target, weight, chunk, shards=shards)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk, shards", [(1, 1), (4, 1), (15, 1), (1000, 1), (4, 3), (5, 3), (7, 2)])
 def test_equals_the_whole(inputs, chunk, shards):
     """Three rows: three shards have one each, two would have to share one, which is no error."""
@@ -79,6 +80,7 @@ def loss_of_chunks(hidden, target, weight, members):
                for chunk in map(np.array, members))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk, shards", IN_CHUNKS)
 def test_every_chunk_has_as_much_of_every_shard(chunk, shards):
     hidden, target, weight = rows_of_answers()
@@ -127,6 +129,7 @@ def test_on_a_mesh_nothing_but_sums_travels():
     assert {one.kind for one in collectives(program)} == {"all-reduce"}
 
 
+@pytest.mark.slow
 def test_errors_are_those_of_float32():
     """Of logits in bfloat16, whose own errors would be off by some thousandths."""
     hidden, target, weight = rows_of_answers()
@@ -137,6 +140,7 @@ def test_errors_are_those_of_float32():
     np.testing.assert_allclose(total, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_squared_errors_and_their_gradients(inputs):
     hidden, head, _, weight = inputs
     target = jnp.linspace(-1, 1, 15).reshape(3, 5)
@@ -163,6 +167,7 @@ def test_no_chunk_ever_holds_all_logits():
     assert f"[{tokens},{vocab}]" not in program and f"[1,{tokens},{vocab}]" not in program
 
 
+@pytest.mark.slow
 def test_pick():
     hidden = jnp.arange(12.0).reshape(1, 4, 3)
     np.testing.assert_array_equal(pick(hidden, jnp.array([[2, 0]])), [[[6, 7, 8], [0, 1, 2]]])

@@ -78,6 +78,7 @@ def whole_loss(method, tree_):
     return jax.jit(jax.value_and_grad(loss))(*tree_)
 
 
+@pytest.mark.slow
 def test_loss_norm_and_update_are_those_of_whole_logits(base, plain):
     method, trainable, frozen, _ = setting(base)
     loss, gradient = whole_loss(method, (trainable, frozen))
@@ -87,6 +88,7 @@ def test_loss_norm_and_update_are_those_of_whole_logits(base, plain):
     assert_close(moved, flatten(jax.tree.map(lambda leaf, g: leaf - g, trainable, gradient)))
 
 
+@pytest.mark.slow
 def test_accumulated_batches_equal_one_big_batch(base, plain):
     moved, metrics = after(base, micro=4)
     assert_close(moved, plain[0])
@@ -117,11 +119,13 @@ def test_a_penalty_moves_the_leaves_once_and_is_not_in_the_loss(base, plain):
     assert_close(moved, {path: plain[0][path] - leaf for path, leaf in trainable.items()})
 
 
+@pytest.mark.slow
 def test_a_trained_head_gets_the_same_gradient_in_chunks(base):
     options = {"modules_to_save": ("lm_head",)}
     assert_close(after(untie(base), chunk=5, micro=2, **options)[0], after(untie(base), **options)[0])
 
 
+@pytest.mark.slow
 def test_a_tied_embedding_gets_its_gradient_as_head_too(base):
     options = {"modules_to_save": ("embed_tokens",)}
     method, trainable, frozen, _ = setting(base, **options)
@@ -130,6 +134,7 @@ def test_a_tied_embedding_gets_its_gradient_as_head_too(base):
                  flatten(jax.tree.map(lambda leaf, g: leaf - g, trainable, gradient)))
 
 
+@pytest.mark.slow
 def test_dropout_in_layers_and_head_is_drawn_anew_each_step(base):
     method, trainable, frozen, tx = setting(untie(base), optax.sgd(0.0), target_modules=("q_proj", "lm_head"),
                                             lora_dropout=0.5)  # fmt: skip
@@ -158,6 +163,7 @@ def test_the_state_is_donated_and_the_base_is_not(base):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((base, trainable, frozen)))
 
 
+@pytest.mark.slow
 def test_clipping_sees_the_trainable_part_alone(base, plain):
     method, trainable, frozen, _ = setting(base)
     tx = make_optimizer(10, learning_rate=0.1, schedule="constant", warmup_ratio=0.0, clip_norm=0.01)

@@ -70,6 +70,7 @@ def peft_model(fresh, options):
     return peft.get_peft_model(fresh(), peft.LoraConfig(**{"r": 2, "task_type": "CAUSAL_LM", **options}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["patterns", "tied head and embedding"])
 def test_trained_here_opens_in_peft(peer_bases, case, tmp_path):
     method, before, model = made_here(peer_bases, case)
@@ -84,6 +85,7 @@ def test_trained_here_opens_in_peft(peer_bases, case, tmp_path):
     assert_close(forward(model, method.merge(params)), torch_logits(theirs.merge_and_unload()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_saved_here_opens_in_peft(peer_bases, case, tmp_path):
     method, params, model = moved_here(peer_bases, case)
@@ -105,6 +107,7 @@ def test_saved_and_loaded_are_the_same_bits(peer_bases, case, tmp_path):
     assert names == {"adapter", "adapter_config.json", "adapter_model.safetensors"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_trained_by_peft_loads_here(peer_bases, case, tmp_path):
     fresh, model, base = peer_bases[CASES[case][0]]

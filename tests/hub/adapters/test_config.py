@@ -67,6 +67,7 @@ ODD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "field", "value", "why"), ODD, ids=[f"{n} {f}={v}" for n, f, v, _ in ODD])
 def test_a_field_of_another_type_is_named_with_its_file(restated, tiny_model, name, field, value, why):
     with pytest.raises(PeftJaxError, match=rf"adapter_config\.json has {field}\b.*{why}") as error:

@@ -53,6 +53,7 @@ def output(method, model, params):
     return np.asarray(bind(method, model)({"params": params}, IDS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_made_here_opens_in_peft(encoder_bases, case, tmp_path):
     name, make, arguments, task_type, saved = CASES[case]
@@ -71,6 +72,7 @@ def test_made_here_opens_in_peft(encoder_bases, case, tmp_path):
         assert np.array_equal(leaf, flatten(loaded)[path]) or method.padding(params), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_trained_by_peft_loads_here(encoder_bases, case, tmp_path):
     """peft itself adds "classifier" and "score" to modules_to_save for a classification task."""

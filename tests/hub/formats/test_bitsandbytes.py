@@ -86,6 +86,7 @@ def assert_logits(model, params, theirs, tolerance, vocab=61):
     assert np.abs(ours - expected).max() <= tolerance * np.abs(expected).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("settings", "dtype"), [
     (NESTED, "float32"), ({"bnb_4bit_quant_type": "fp4"}, "float32"),
     ({"bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": torch.bfloat16}, "bfloat16"),
@@ -111,6 +112,7 @@ def test_rows_that_blocks_do_not_divide(tmp_path):
         assert_bits(ours, module)
 
 
+@pytest.mark.slow
 def test_kernels_of_gpt2_lie_the_other_way_in_plain_files(tmp_path):
     config = transformers.GPT2Config(vocab_size=61, n_embd=64, n_layer=2, n_head=2, n_positions=32)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "plain")
@@ -121,6 +123,7 @@ def test_kernels_of_gpt2_lie_the_other_way_in_plain_files(tmp_path):
     assert_logits(model, params, theirs, 1e-5)
 
 
+@pytest.mark.slow
 def test_qlora_begins_on_it_or_on_its_plain_values(nested):
     folder, _ = nested
     qlora = chain(quantize(double_quant=True), lora(r=2))
@@ -166,6 +169,7 @@ def restate(**changes):
     return change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "config", "message"), [
     (put(f"{UP}.quant_map", np.arange(16, dtype=np.float32)), {}, "'model.layers.1.mlp.up_proj.weight' has another "
      "quant_map than bitsandbytes' for nf4"),
@@ -198,6 +202,7 @@ def test_what_does_not_fit_or_is_not_read_is_named(nested, tmp_path, change, con
         load_pretrained(edited(nested[0], tmp_path / "edited", change, config))
 
 
+@pytest.mark.slow
 def test_layers_of_one_stack_are_quantised_alike(plain, tmp_path):
     quantised(tmp_path, plain, llm_int8_skip_modules=["model.layers.1.mlp.up_proj"])
     with pytest.raises(PeftJaxError, match=r"'model.layers.1.mlp.up_proj.weight' is plain, .* \(fp4, blocks of 64"):
@@ -238,6 +243,7 @@ def peft_logits(theirs, folder, ids):
     return tuned(torch.tensor(ids)).logits.detach().float().numpy()
 
 
+@pytest.mark.slow
 def test_an_adapter_trained_on_a_quantised_base_is_peft_s_on_bitsandbytes(plain, nested, tmp_path):
     """The base quantised here, the adapter trained on it; there bitsandbytes' base of the same weights."""
     (folder, _), ids = nested, np.arange(18).reshape(2, 9) % 61
@@ -266,6 +272,7 @@ def test_quantised_weights_are_saved_as_bitsandbytes_saves_them(nested, tmp_path
     assert_logits(model, params, again, 1e-5)
 
 
+@pytest.mark.slow
 def test_merged_and_quantised_again(plain, tmp_path):
     """The error is reported by leaf, and transformers opens what is saved with the same logits."""
     method = chain(quantize(), lora(r=2, target_modules=("q_proj",)))
@@ -286,6 +293,7 @@ def test_merged_and_quantised_again(plain, tmp_path):
         requantize(again, base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, words", [
     (quantize("int8"), "is int8 in blocks of 64, and quantised weights are saved as bitsandbytes'"),
     (chain(quantize(target_modules=("q_proj",)), quantize("fp4", target_modules=("v_proj",))), "in several ways"),

@@ -32,6 +32,7 @@ def assert_equal(kept, plain):
         assert np.array_equal(quant.plain(kept[path]), leaf) and kept[path].dtype == leaf.dtype, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CODECS)
 def test_kept_blocks_stand_for_what_gguf_dequantises(tmp_path, cache, kind):
     file = written(tmp_path, lambda name: kind)
@@ -70,6 +71,7 @@ def test_of_a_mixed_file_other_types_become_plain_or_what_the_method_says(tmp_pa
     assert np.array_equal(both["layers/mlp/down_proj/kernel"].codes, kept["layers/mlp/down_proj/kernel"].codes)
 
 
+@pytest.mark.slow
 def test_layers_of_several_types_are_one_leaf_where_the_method_makes_them_alike(tmp_path):
     file = written(tmp_path, lambda name: "F16" if name.startswith("blk.1.ffn_up") else "Q4_0")
     with pytest.raises(PeftJaxError, match=r"'model.layers.1.mlp.up_proj.weight' is plain, .* \(int4, blocks of 32\)"):
@@ -85,6 +87,7 @@ def test_layers_of_several_types_are_one_leaf_where_the_method_makes_them_alike(
         load_pretrained(file, method=quantize(), keep_quantised=True)
 
 
+@pytest.mark.slow
 def test_without_being_kept_blocks_are_quantised_anew_one_at_a_time(tmp_path, cache, monkeypatch):
     file = written(tmp_path, lambda name: "Q4_1")
     method = quantize("int8", block_size=None)

@@ -27,7 +27,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", peer.first_fast(CASES))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_moved_here_opens_in_peft(peer_bases, case, tmp_path):
     name, options = CASES[case]
     peer.check_opens_in_peft(peer_bases[name], adalora(**options), tmp_path / "adapter")
@@ -149,6 +150,7 @@ def test_a_cut_adapter_opens_in_peft_and_here(peer_bases, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, twice, loaded)
 
 
+@pytest.mark.slow
 def test_the_penalty_is_peft_s(peer_bases, tmp_path):
     fresh, _, base = peer_bases["llama"]
     theirs, _, _ = trained_there(fresh)

@@ -55,6 +55,7 @@ def file_keys(case, key):
     return "base_model.model." + (f"model.{key}" if key.startswith("layers") else key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_adapterhubs(golden, peer_bases, case, tmp_path):
     """Its tensors, under our file's names, load here and give its logits: placement, equation and file in one."""
@@ -110,6 +111,7 @@ def test_smollm2_gives_adapterhubs_logits(smollm2, tmp_path):
         assert np.abs(plain - golden[case]).max() > 0.02 * np.abs(plain).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_saved_and_loaded_are_the_same_bits(peer_bases, case, tmp_path):
     _, model, base = peer_bases["qwen2"]

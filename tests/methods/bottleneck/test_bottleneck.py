@@ -181,6 +181,7 @@ def test_half_precision_modules_compute_the_adapter_in_their_own_dtype(peer_base
         assert {leaf.dtype for leaf in jax.tree.leaves(trainable)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_dropout_acts_where_a_stream_is_given(peer_bases):
     _, model, base = peer_bases["llama"]
     method = bottleneck(dropout=0.5)
@@ -204,6 +205,7 @@ def test_decoding_with_a_cache_is_the_whole_pass(peer_bases):
     np.testing.assert_allclose(np.concatenate(out, 1), peer.bound_logits(method, model, params), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_chains(peer_bases, tmp_path):
     """With methods that act on kernels: either order is the same model, saved in one file."""
     _, model, base = peer_bases["qwen2"]

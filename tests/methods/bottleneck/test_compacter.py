@@ -10,6 +10,7 @@ from peft_jax import bind, compacter, houlsby
 from tests import peer, properties
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"factorized_phm_rule": True}, {"shared_phm_rule": False},
                                      {"factorized_phm_W": False, "phm_bias": False}])
 def test_it_is_a_houlsby_adapter_of_kronecker_products(peer_bases, options):
@@ -46,6 +47,7 @@ def test_counts_are_the_closed_form():
     assert peft_jax.count(trainable) == 2 * layers * (2 * r * (h + b) + b + h) + p**3 == 57_088
 
 
+@pytest.mark.slow
 def test_the_shared_rule_gets_the_gradient_of_all_modules(peer_bases):
     _, model, base = peer_bases["llama"]
     method = compacter(2)

@@ -50,6 +50,7 @@ def alone(tiny_model, adapters, name, ids):
     return np.asarray((bind(method, model) if name else model.apply)({"params": params}, ids))
 
 
+@pytest.mark.slow
 def test_rows_of_one_batch_equal_each_adapter_alone(tiny_model, adapters, mixed):
     method, params, apply = mixed
     for names in (["small", None, "wide"], ["one layer", "small", "one layer"]):
@@ -60,6 +61,7 @@ def test_rows_of_one_batch_equal_each_adapter_alone(tiny_model, adapters, mixed)
     assert np.abs(together[0] - alone(tiny_model, adapters, None, IDS[:1])[0]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_switch_never_recompiles(tiny_model, adapters, mixed):
     """Counted by the jit cache; the base itself is bit for bit the base model's."""
     method, params, _ = mixed
@@ -97,6 +99,7 @@ def test_adapters_of_one_shape_switch_by_combine_without_recompiling(tiny_model)
     assert len(traces) == 1 and np.abs(one - two).max() > 0.01
 
 
+@pytest.mark.slow
 def test_rows_decode_as_each_adapter_alone(tiny_model, adapters, mixed):
     model, base = tiny_model
     method, params, _ = mixed
@@ -157,6 +160,7 @@ def of_another_model(changes, tiny_model):
     return method, method.init(jax.random.key(0), params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("changes", "sizes"), [
     ({"hidden_size": 24}, r"\(2, 24, 32\), in base_params it is \(2, 32, 32\)"),
     ({"num_hidden_layers": 3}, r"\(3, 32, 32\), in base_params it is \(2, 32, 32\)"),
@@ -175,6 +179,7 @@ def test_an_adapter_of_a_head_wants_a_base_with_a_head(tiny_model):
         mix_adapters({"head": (method, params)}, base)
 
 
+@pytest.mark.slow
 def test_heads_are_mixed_too(tiny_model):
     """A kernel that stands alone, in no stack."""
     model, whole = tiny_model[0], untie(tiny_model[1])
@@ -206,6 +211,7 @@ def test_adapters_of_the_wrong_type_are_errors(tiny_model, adapters, mixed):
         use_adapters(mixed[0], None, "small")
 
 
+@pytest.mark.slow
 def test_params_without_the_leaves_are_an_error(tiny_model, adapters, mixed):
     base, (method, params) = tiny_model[1], adapters["small"]
     with pytest.raises(PeftJaxError, match="adapter 'plain' has params without 'lora_a' leaves"):

@@ -50,6 +50,7 @@ def both(peer_bases, adapters, theirs, names, weights, kind, **options):
     return peer.forward(model, method.merge(params)), peer.torch_logits(theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [[0.7, 0.6], [1.5, -0.5]])
 @pytest.mark.parametrize("kind", [*EQUAL, *UNEQUAL])
 def test_combined_equals_peft(peer_bases, adapters, theirs, kind, weights):
@@ -67,6 +68,7 @@ def test_majority_by_frequency_and_a_given_rank(peer_bases, adapters, theirs):
     peer.assert_close(*both(peer_bases, adapters, theirs, ("one", "wide"), [0.5, 0.8], "svd", svd_rank=2))
 
 
+@pytest.mark.slow
 def test_cat_is_the_exact_sum(peer_bases, adapters):
     """And neither the base nor the adapters change."""
     base = flatten(peer_bases["llama"][2])
@@ -163,6 +165,7 @@ def test_options_of_another_kind_are_errors(peer_bases, adapters, options, why):
         weighted_adapter(*given, **{"density": 0.5, "rng": np.random.default_rng(0), **options})
 
 
+@pytest.mark.slow
 def test_adapters_must_fit_the_base(peer_bases, adapters):
     """A deeper base, a tied one under an adapted head, and params that are not the adapter's."""
     base, (method, params) = peer_bases["llama"][2], adapters["one"]

@@ -25,7 +25,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", peer.first_fast([case for case in CASES if case != "tied head"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case != "tied head"])
 def test_moved_here_opens_in_peft(peer_bases, case, tmp_path):
     name, options = CASES[case]
     base, method = peer_bases[name], dora(**options)
@@ -41,6 +42,7 @@ def test_trained_by_peft_loads_here(peer_bases, case, tmp_path):
     peer.check_loads_from_peft(peer_bases[name], config, tmp_path, relative=1e-5)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_peft_s(peer_bases):
     """The norm counts as a constant: else the gradients of A and B would differ. Dropout is off."""
     import torch
@@ -74,6 +76,7 @@ def test_the_gradient_is_peft_s(peer_bases):
         np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_dense_general_written_out_in_numpy():
     model, x, base, axes = properties.generals()
     method = dora(r=2, lora_alpha=3, target_modules=("split", "out"))

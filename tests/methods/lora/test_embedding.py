@@ -119,6 +119,7 @@ def test_all_linear_leaves_embeddings_alone(peer_bases, tmp_path):
     assert "embed_tokens" not in load_adapter(tmp_path, base)[0].config["target_modules"]
 
 
+@pytest.mark.slow
 def test_an_embedding_of_any_model_written_out_in_numpy():
     class Foreign(nn.Module):
         @nn.compact

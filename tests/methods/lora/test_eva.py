@@ -36,6 +36,7 @@ def prepared(known, batches, **options):
     return method, np.asarray(method.init(jax.random.key(0), known[1])["out"]["lora_a"])
 
 
+@pytest.mark.slow
 def test_vectors_are_those_of_the_centred_real_inputs(known):
     """In two batches of different length with padding; rank times rho is full, so that nothing is cut between them."""
     real = np.ones_like(IDS)
@@ -51,6 +52,7 @@ def test_vectors_are_those_of_the_centred_real_inputs(known):
     assert method.prepare is None and method.config["rank_pattern"] == {}
 
 
+@pytest.mark.slow
 def test_it_ends_when_no_vector_turns(known):
     """The same batch again turns nothing, so the third is never taken."""
     taken = []
@@ -64,6 +66,7 @@ def test_it_ends_when_no_vector_turns(known):
     assert taken == [0, 1]
 
 
+@pytest.mark.slow
 def test_vectors_and_ranks_are_peft_s(peer_bases):
     import torch
     from peft.tuners.lora.eva import get_eva_state_dict
@@ -102,6 +105,7 @@ def test_the_file_opens_in_peft(peer_bases, make, tmp_path):
     peer.check_opens_in_peft((fresh, model, base), method, tmp_path, change=peer.trained_here((fresh, model, base)))
 
 
+@pytest.mark.slow
 def test_the_start_is_the_base_and_the_scales_stay(peer_bases):
     _, model, base = peer_bases["llama"]
     method = chain(lora(**OPTIONS), ia3(target_modules=("k_proj",), feedforward_modules=()))

@@ -43,6 +43,7 @@ def in_dtype(model, params, dtype):
     return model.clone(dtype=dtype, param_dtype=dtype), jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "remat"), [(jnp.float32, False), (jnp.bfloat16, True)])
 def test_the_start_is_the_base_model_bit_for_bit(base, dtype, remat):
     model, params = in_dtype(MODEL.clone(remat=remat), base, dtype)
@@ -51,6 +52,7 @@ def test_the_start_is_the_base_model_bit_for_bit(base, dtype, remat):
     np.testing.assert_array_equal(logits(bind(method, model), tuned), logits(model.apply, params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance", "options"), [
     (jnp.bfloat16, 0.04, {"target_modules": "all-linear", "use_rslora": True}), (jnp.float32, 1e-5, UNEVEN),
 ])
@@ -135,6 +137,7 @@ BATCH = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("remat", "options"), [
     (False, {**UNEVEN, "bias": "all"}),
     (True, {"target_modules": "all-linear", "modules_to_save": ("norm", "lm_head"), "lora_dropout": 0.2}),
@@ -174,6 +177,7 @@ def dropped(base):
     return logits(apply, params), keyed, params
 
 
+@pytest.mark.slow
 def test_dropout_needs_a_key_and_follows_it(dropped):
     plain, (first, again, other), params = dropped
     exact = lora(r=2, init_lora_weights=False)
@@ -188,6 +192,7 @@ class OneDense(nn.Module):
         return nn.Dense(9, use_bias=False, name="q")(x)
 
 
+@pytest.mark.slow
 def test_dropout_acts_on_the_branchs_input_alone_and_is_unbiased():
     model, x = OneDense(), jax.random.normal(jax.random.key(0), (3, 7))
     base = model.init(jax.random.key(1), x)["params"]
@@ -236,6 +241,7 @@ def test_a_single_module_to_save_may_be_a_string(base):
     assert lora(modules_to_save="norm").config["modules_to_save"] == ("norm",)
 
 
+@pytest.mark.slow
 def test_untying_changes_no_logit_and_trains_apart(base):
     untied = untie(base)
     np.testing.assert_array_equal(untied["lm_head"]["kernel"], base["embed_tokens"]["embedding"].T)
@@ -247,6 +253,7 @@ def test_untying_changes_no_logit_and_trains_apart(base):
         untie({"norm": base["norm"]})
 
 
+@pytest.mark.slow
 def test_a_longer_stack_compiles_to_the_same_program_size(base):
     """The branch lies inside the scan: six layers are no more equations than three."""
 

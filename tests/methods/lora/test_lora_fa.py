@@ -11,6 +11,7 @@ from tests import peer, properties
 peft = pytest.importorskip("peft")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"target_modules": "all-linear"}, {"layers_to_transform": [0, 2], "bias": "all"}])
 def test_the_file_opens_in_peft_and_loads_as_a_lora(peer_bases, options, tmp_path):
     fresh, model, base = peer_bases["qwen2"]

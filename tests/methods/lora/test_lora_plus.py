@@ -59,6 +59,7 @@ def test_the_groups_train_as_with_peft_s_optimiser(peer_bases, bias, decay, tmp_
         np.testing.assert_allclose(leaf, expected[path], rtol=1e-4, atol=1e-3 * moved, err_msg=path)
 
 
+@pytest.mark.slow
 def test_the_first_step_of_adam_shows_the_rates(peer_bases):
     """Adam's first step moves every leaf with a gradient by its rate."""
     _, model, base = peer_bases["llama"]

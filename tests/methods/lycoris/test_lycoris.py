@@ -28,7 +28,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", peer.first_fast(CASES))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_moved_here_opens_in_peft(peer_bases, case, tmp_path):
     kind, name, options = CASES[case]
     padded = "rank_pattern" in options
@@ -74,6 +75,7 @@ def test_sides_divide_as_in_peft():
             assert divided(width, most) == factorization(width, most), (width, most)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKE)
 def test_input_and_output_axes_of_dense_general(kind):
     """Written out in numpy on kernels of several input and output axes: flattened, then the equation."""
@@ -99,6 +101,7 @@ def test_input_and_output_axes_of_dense_general(kind):
     np.testing.assert_allclose(model.apply({"params": method.merge(params)}, x), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKE)
 def test_dropouts_switch_outputs_and_modules_off(kind):
     model, x = nn.Dense(400, use_bias=False), np.ones((3, 4), np.float32)

@@ -106,6 +106,7 @@ def test_several_output_axes_and_norms(peer_bases):
     assert np.abs(params["ln"]["bias"]).max() > 0.1 and "bitfit_bias" not in out
 
 
+@pytest.mark.slow
 def test_beside_lora(peer_bases):
     _, model, base = peer_bases["llama"]
     method = chain(lora(r=2), bitfit(add_missing=True))

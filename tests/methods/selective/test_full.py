@@ -42,6 +42,7 @@ def test_everything_trains_and_counts_as_100_percent(peer_bases):
         assert parameter_counts(method, base, params) == (peft_jax.count(base), peft_jax.count(base))
 
 
+@pytest.mark.slow
 def test_one_step_of_sgd_is_the_plain_gradient(peer_bases):
     """Of a stack of which some layers train the gradient is that of the whole stack, in those layers."""
     _, model, base = peer_bases["llama"]
@@ -79,6 +80,7 @@ def test_what_trains(peer_bases):
     assert trained_leaves(full(last_n_layers=3, embeddings=True), base) == everything
 
 
+@pytest.mark.slow
 def test_layers_that_are_modules_of_their_own(peer_bases):
     """Without a scan, and with a scan over DenseGeneral kernels, the last layer is found too."""
 
@@ -113,6 +115,7 @@ def test_layers_that_are_modules_of_their_own(peer_bases):
                                    model.apply({"params": method.merge(params)}, x), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [LAST, {"last_n_layers": 1, "embeddings": True}, {"head": False},
                                      {"patterns": ("norm/.*", ".*q_proj.*")}])
 @pytest.mark.parametrize("name", ["tied", "qwen2"])
@@ -136,6 +139,7 @@ def test_a_part_of_a_model_that_is_not_ours_is_stored_too(tmp_path):
     peer.check_same_bits(None, base, method, tuned, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_whole_is_stored_as_a_model(peer_bases, tmp_path):
     transformers = pytest.importorskip("transformers")
     _, model, base = peer_bases["qwen2"]
@@ -173,6 +177,7 @@ def test_integers_do_not_train():
         full().init(jax.random.key(0), {"codes": jnp.ones(3, jnp.int32)})
 
 
+@pytest.mark.slow
 def test_a_head_of_its_own_on_a_tied_model(peer_bases, tmp_path):
     _, model, base = peer_bases["tied"]
     method, base = full("lm_head/.*"), untie(base)

@@ -125,6 +125,7 @@ def test_what_cannot_be_meant_is_an_error(peer_bases):
     assert trainable_tokens(np.array([4, 2]).tolist()).config["token_indices"] == (4, 2)
 
 
+@pytest.mark.slow
 def test_many_tokens_in_any_shape_of_ids():
     from flax import linen as nn
 

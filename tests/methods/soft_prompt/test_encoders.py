@@ -54,6 +54,7 @@ def saved(name):
     return None if name.endswith("Model") else ("classifier",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "case"), PAIRS)
 def test_made_here_opens_in_peft(encoder_bases, name, case, tmp_path):
     (fresh, model, base), (make, options, _) = encoder_bases(name), METHODS[case]
@@ -113,6 +114,7 @@ def test_peft_has_no_prefix_for_distilbert(encoder_bases):
         theirs(torch.tensor(IDS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [f"DistilBert{SEQUENCE}", f"Bert{TOKEN}"])
 def test_the_equation_of_a_prefix_written_out(encoder_bases, name):
     """Each layer's attention, from its queries, keys and values: every token sees the prefix and every token."""
@@ -141,6 +143,7 @@ def test_the_equation_of_a_prefix_written_out(encoder_bases, name):
         np.testing.assert_allclose(out[0], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "pooling", "jitted"), [
     ("prefix", "first", True), ("prefix", "mean", True), ("prompt", "first", True), ("prompt", "mean", True),
     ("prompt", "first", False), ("ptuning", "first", True)])  # fmt: skip
@@ -175,6 +178,7 @@ def test_more_texts_than_were_told_are_seen(encoder_bases):
     assert np.isnan(states[0, 4:]).all() and not np.isnan(states[0, :4]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["prompt", "ptuning"])
 def test_the_mean_is_over_the_text_alone(encoder_bases, case):
     (make, options, _), (_, bare, base) = METHODS[case], encoder_bases("BertModel")
@@ -220,6 +224,7 @@ def test_a_run_prepares_it_for_its_batches(encoder_bases, case, collate):
         assert all(np.abs(leaf).max() > 0 for leaf in peft_jax.flatten(gradient).values())
 
 
+@pytest.mark.slow
 def test_what_an_encoder_cannot_do_is_an_error(encoder_bases, tmp_path):
     _, model, base = encoder_bases(f"DistilBert{SEQUENCE}")
     with pytest.raises(PeftJaxError, match="keys of a text can be had from a decoder"):

@@ -21,7 +21,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", peer.first_fast([case for case in CASES if case != "mlp"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case != "mlp"])
 def test_moved_here_opens_in_peft(peer_bases, case, tmp_path):
     peer.check_opens_in_peft(peer_bases["llama"], ptuning(4, **CASES[case]), tmp_path / "adapter")
 
@@ -77,6 +78,7 @@ def test_packing_padding_and_a_cache_change_nothing(peer_bases):
     properties.check_decoding(method, model, base, peer.IDS)
 
 
+@pytest.mark.slow
 def test_dropout_between_the_layers_of_the_lstm(peer_bases):
     _, model, base = peer_bases["llama"]
     method = ptuning(4, "LSTM", encoder_hidden_size=8, encoder_dropout=0.5)

@@ -73,6 +73,7 @@ def test_packing_padding_and_a_cache_change_nothing(peer_bases, shifted):
     properties.check_decoding(method, *peer_bases["llama"][1:], peer.IDS)
 
 
+@pytest.mark.slow
 def test_the_equation_written_out(tiny_model):
     """One layer's attention with grouped heads, from its queries, keys and values."""
     model, base = tiny_model
@@ -102,6 +103,7 @@ def test_the_equation_written_out(tiny_model):
     assert len(seen["layers"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shifted", [True, False])
 def test_a_prefix_from_a_text_is_that_text_in_front(peer_bases, shifted):
     _, model, base = peer_bases["qwen2"]
@@ -206,6 +208,7 @@ def test_counts_are_the_closed_form(layers, width, tokens, count):
     assert peft_jax.count(peft_jax.partition(params, method.labels(params))[0]) == count
 
 
+@pytest.mark.slow
 def test_in_bfloat16_it_stays_float32(tiny_model):
     model, base = tiny_model
     params = prefix(4).init(jax.random.key(0), jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), base))

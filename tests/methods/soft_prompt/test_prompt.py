@@ -14,6 +14,7 @@ peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
 
 
+@pytest.mark.slow
 def test_of_a_tied_embedding_moved_here_opens_in_peft(peer_bases, tmp_path):
     peer.check_opens_in_peft(peer_bases["tied"], prompt(4), tmp_path / "adapter")
 
@@ -40,6 +41,7 @@ def test_in_a_window_it_slides_out_of_sight_as_in_peft(peer_bases, tmp_path):
     properties.check_decoding(prompt(4), *base[1:], peer.IDS)
 
 
+@pytest.mark.slow
 def test_starts_from_embeddings_of_a_text(peer_bases):
     """The same as that text in front; a text that is too short is repeated, as in peft."""
     _, model, base = peer_bases["llama"]
@@ -58,6 +60,7 @@ def test_starts_from_the_vocabulary():
     assert found.any(1).all() and found.any(0).sum() > 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_as_in_peft(peer_bases, tmp_path, side):
     """peft counts padding on the left as positions; given those, the logits are the same."""
@@ -78,6 +81,7 @@ def test_padding_as_in_peft(peer_bases, tmp_path, side):
     peer.assert_close(counted, alone[0], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [1, -1])
 def test_beside_lora_in_one_file(peer_bases, tmp_path, order):
     _, model, base = peer_bases["qwen2"]
@@ -146,6 +150,7 @@ def test_other_models_are_an_error():
         bind(prompt(4), Other())({"params": params}, ids)
 
 
+@pytest.mark.slow
 def test_adapters_of_two_decoders_are_refused_by_name(peer_bases, tmp_path):
     import json
 

@@ -42,7 +42,8 @@ def gpt2(tmp_path_factory):
     return lambda: transformers.GPT2LMHeadModel.from_pretrained(folder).eval(), *peft_jax.load_pretrained(folder)
 
 
-@pytest.mark.parametrize("case", peer.first_fast(CASES))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_moved_here_opens_in_peft(gpt2, case, tmp_path):
     make, options, _ = CASES[case]
     peer.check_opens_in_peft(gpt2, make(4, **options), tmp_path / "adapter")
@@ -84,6 +85,7 @@ def test_generates_as_peft_does(gpt2, tmp_path):
     peer.check_generates_as_peft(gpt2, methods, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("make", [prefix, prompt])
 def test_padding_as_in_peft(gpt2, make, side, tmp_path):
@@ -103,6 +105,7 @@ def test_padding_as_in_peft(gpt2, make, side, tmp_path):
     peer.assert_close(ours[mask], theirs[mask])
 
 
+@pytest.mark.slow
 def test_starts_from_a_text(gpt2):
     """A prompt and a prefix of a text are that text in front."""
     _, model, base = gpt2
@@ -143,6 +146,7 @@ def test_a_saved_module_is_exchanged_with_peft(gpt2, make, tmp_path):
         make(4, modules_to_save="ln_x").init(jax.random.key(0), gpt2[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [prefix, prompt])
 def test_more_tokens_than_positions_are_an_error(gpt2, make):
     """Padding is not counted, nor are positions that are given: of those that there are not the states are NaN."""

@@ -43,6 +43,7 @@ def page_of(records, command=""):
     return Page(html_page.page(records, drawings([run_of(record) for record in records]), command))
 
 
+@pytest.mark.slow
 def test_everything_is_on_the_page():
     page = page_of([examples.record("lora"), examples.record("ia3"), examples.failed()], "python run.py --config=a.py")
     ids = [value for name, value in page.attributes if name == "id"]
@@ -55,6 +56,7 @@ def test_everything_is_on_the_page():
         assert words in page.text
 
 
+@pytest.mark.slow
 def test_a_run_that_was_chosen_was_trained_once():
     tried, best = examples.record(chosen=None), examples.record()
     best["run_info"]["experiment_name"] = "lora/lora-best-seed-0"
@@ -62,6 +64,7 @@ def test_a_run_that_was_chosen_was_trained_once():
     assert "3.33 minutes of training in all" in page_of([best, examples.record(seed=1)]).text
 
 
+@pytest.mark.slow
 def test_every_reference_stays_inside_the_page():
     page = page_of([examples.record("lora")])
     ids = {value for name, value in page.attributes if name == "id"}
@@ -71,6 +74,7 @@ def test_every_reference_stays_inside_the_page():
     assert all(found in ids for found in re.findall(r"url\(#([^)]+)\)", styles))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("records", [examples.hostile(), [examples.failed("a/<b>")],
                                      [examples.peft_record(), *examples.hostile()]])  # fmt: skip
 def test_text_is_text(records):
@@ -80,6 +84,7 @@ def test_text_is_text(records):
     assert "<script>alert(3)</script>" in page.text and "\x1b" not in page.text
 
 
+@pytest.mark.slow
 def test_a_report_is_a_folder_of_whole_files(tmp_path):
     paths = report(tmp_path, [examples.record("lora"), examples.failed()], "python run.py")
     names = {str(path.relative_to(tmp_path)) for path in paths}

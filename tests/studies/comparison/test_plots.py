@@ -76,6 +76,7 @@ def lines_of(text):
     return ["".join(element.itertext()) for element in tree.iter("{http://www.w3.org/2000/svg}text")]
 
 
+@pytest.mark.slow
 def test_every_plot_of_a_comparison():
     found = {plot.name: plot for plot in drawings([run_of(record) for record in examples.comparison(seeds=2)])}
     assert set(found) == {"metric-parameters", "metric-memory", "forgetting-newspaper", "forgetting-amazon", "loss",
@@ -90,11 +91,13 @@ def test_every_plot_of_a_comparison():
     assert "14.0" in lines_of(found["latency"].svg) or "14.1" in lines_of(found["latency"].svg)
 
 
+@pytest.mark.slow
 def test_the_same_records_give_the_same_bytes():
     first, second = (ablations(swept({"method.r": (4, 8)}), plot_style.styles(["lora"])) for _ in range(2))
     assert first == second
 
 
+@pytest.mark.slow
 def test_hostile_names_damaged_numbers_and_missing_keys_are_drawn_without_a_warning():
     nothing = examples.record("ia3", peft_jax=None)
     nothing["peft_jax"] = {"metric": "among_choices"}
@@ -139,6 +142,7 @@ def test_losses_are_smoothed_over_a_twentieth_of_their_values():
     assert mean[[31, 32]].tolist() == [30.0, 31.5] and np.isnan(std).all()
 
 
+@pytest.mark.slow
 def test_rows_measured_on_validation_are_not_drawn_among_those_measured_on_test():
     found = rows(map(run_of, [examples.record("lora"), examples.record("ia3", chosen=False)]))
     for plot in comparison_plots(found, plot_style.styles(row.name for row in found)):
@@ -170,6 +174,7 @@ def test_a_map_has_every_value_written_in():
     assert sorted(shown) == sorted([f"{run.values['test']:.3f}" for run in runs] + ["1.100"] * 3)  # the losses below
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"method.r": (1, 4)}, {"method.init": ("default", "pissa")},
                                   {"method.r": (4, 8), "method.init": ("default", "pissa")},
                                   {"a": (1, 2), "b": (1, 2), "c": (1, 2)}])  # fmt: skip
@@ -185,6 +190,7 @@ def test_an_ablation_shows_every_loss_that_all_its_runs_have(axes):
     assert "answers" not in " ".join(lines_of(partly.svg))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [2, 16])  # side by side, and stacked
 def test_every_panel_of_a_map_has_its_rows_in_the_order_of_the_sweep(columns):
     runs = swept({"init": ("default", "pissa"), "r": tuple(range(columns))}, seeds=1)

@@ -61,6 +61,7 @@ def test_a_damaged_file_is_a_failed_run_that_names_it_and_the_others_load(tmp_pa
     assert str(tmp_path / "ia3--tiny-seed0.json") in damaged.error and words in damaged.error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change, words", [
     (lambda record: record.update(meta_info=[]), "meta_info is [], not a JSON object"),
     (lambda record: record["meta_info"].update(model_info=3), ""),
