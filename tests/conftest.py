@@ -58,7 +58,7 @@ def compiled_once():
             shutil.rmtree(other, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)  # of subprocesses too
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _versions_and_processor() -> str:

@@ -45,7 +45,7 @@ def _instead(monkeypatch, code, then=lambda: None):
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Cells run here, where all is imported and compiled; that they have processes of their own is tested elsewhere."""
+    """Cells run here, where all is imported and compiled; the test of a failed cell starts real ones."""
     popen = sweeps.subprocess.Popen
 
     class Here:
@@ -132,7 +132,7 @@ def test_other_settings_are_refused_before_anything_runs(compared, arguments, ca
     assert "optim.steps was 2, now 3" in capsys.readouterr().err
 
 
-def test_a_failed_cell_says_why_does_not_stop_the_rest_and_is_run_again(compared, arguments, tmp_path, capsys):
+def test_a_failed_cell_says_why_does_not_stop_the_rest_and_is_run_again(compared, arguments, tmp_path, capsys, request):
     folder = _copied(compared, tmp_path)
     names = ["lora--lora-learning_rate-0.001-seed-0", "full--full-best-seed-0"]
     for name in names:
@@ -145,6 +145,7 @@ def test_a_failed_cell_says_why_does_not_stop_the_rest_and_is_run_again(compared
     failed = json.loads((folder / "results" / f"{names[0]}.json").read_text())
     assert failed["train_info"]["status"] == "failed" and "not a JSON object" in failed["run_info"]["error_msg"]
     shutil.rmtree(folder / "runs" / "lora-learning_rate-0.001-seed-0")
+    request.getfixturevalue("in_this_process")
     assert run.main([*arguments, f"--workdir={folder}"]) == 0
     assert "lora-learning_rate-0.001-seed-0: -loss" in capsys.readouterr().out
 
