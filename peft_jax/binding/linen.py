@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.core import Tracer
 from jax.sharding import Mesh
 
 from peft_jax.binding import linen_quantised
@@ -96,7 +97,7 @@ def _checked(method: Method, forward: Callable[[Mapping], Any], params: Mapping)
     """
     flat, program, shapes = _traced(forward, params)
     _check_program(method, flat, program)
-    if not isinstance(jnp.zeros(()), jax.core.Tracer):
+    if not isinstance(jnp.zeros(()), Tracer):
         return forward(params)
     values = jaxpr_as_fun(program)(*jax.tree.leaves(flat))
     return jax.tree.unflatten(jax.tree.structure(shapes), values)
