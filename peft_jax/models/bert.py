@@ -11,11 +11,12 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from peft_jax.core.remat import POLICY, keep
+from peft_jax.core.remat import keep
 from peft_jax.errors import PeftJaxError
 from peft_jax.models import masks
 from peft_jax.models.attention import AttentionCore
 from peft_jax.models.heads import Head, mean_of_seen
+from peft_jax.models.layers import scan_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,15 +161,7 @@ class Layers(Part):
     def __call__(self, x, mask):
         """(B, S, D) -> (B, S, D)."""
         layer = DistilBertLayer if self.config.model_type == "distilbert" else BertLayer
-        stack = nn.scan(
-            nn.remat(layer, prevent_cse=False, policy=None if self.remat else POLICY),
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] (flax leaves it out of the type)
-            length=self.config.num_hidden_layers,
-            # Flax checks what is broadcast, here nothing, by tracing a layer twice; only random draws depend on it.
-            check_constancy_invariants=self.has_rng("params") or self.has_rng("dropout"),
-        )
+        stack = scan_layers(self, layer)
         return self._part(stack, "layer")(x, mask)[0]
 
 

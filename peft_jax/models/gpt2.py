@@ -12,9 +12,10 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from peft_jax.core.remat import POLICY, keep
+from peft_jax.core.remat import keep
 from peft_jax.models import cache, masks
 from peft_jax.models.attention import AttentionCore
+from peft_jax.models.layers import scan_layers
 
 # How weights are cut over a mesh: see peft_jax.parallel.partitioning.
 SHARDING = (
@@ -104,15 +105,7 @@ class GPT2(nn.Module):
 
     def setup(self):
         c, kinds = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        stack = nn.scan(
-            nn.remat(Block, prevent_cse=False, policy=None if self.remat else POLICY),
-            variable_axes={"params": 0, "cache": 0, "intermediates": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] (flax leaves it out of the type)
-            length=c.num_hidden_layers,
-            # Flax checks what is broadcast, here nothing, by tracing a layer twice; only random draws depend on it.
-            check_constancy_invariants=self.has_rng("params") or self.has_rng("dropout"),
-        )
+        stack = scan_layers(self, Block)
         self.wte = nn.Embed(c.vocab_size, c.hidden_size, **kinds)
         self.wpe = nn.Embed(c.max_position_embeddings, c.hidden_size, **kinds)
         self.h = stack(c, **kinds)

@@ -1,8 +1,11 @@
 """A small comparison, run once."""
 
+import contextlib
+
 import pytest
 
 import run
+from peft_jax.cli import sweeps
 
 
 @pytest.fixture(scope="module")
@@ -25,3 +28,22 @@ def compared(arguments, tmp_path_factory):
     for index in range(7):
         assert run.main([*arguments, f"--workdir={folder}", f"--sweep_index={index}"]) == 0
     return folder
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Cells run here, where all is imported and compiled; the test of a failed cell starts real ones."""
+    popen = sweeps.subprocess.Popen
+
+    class Here:
+        def __init__(self, command, stdout, stderr):
+            with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
+                self.code = run.main(command[2:])
+
+        def wait(self):
+            return self.code
+
+    def started(command, **options):
+        return (Here if any("--sweep_index" in part for part in command) else popen)(command, **options)
+
+    monkeypatch.setattr(sweeps.subprocess, "Popen", started)

@@ -1,6 +1,5 @@
 """A sweep from end to end on the tiny model: records, what is chosen and measured, resuming, failures."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -41,25 +40,6 @@ def _instead(monkeypatch, code, then=lambda: None):
 
     monkeypatch.setattr(sweeps.subprocess, "Popen", started)
     return commands
-
-
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Cells run here, where all is imported and compiled; the test of a failed cell starts real ones."""
-    popen = sweeps.subprocess.Popen
-
-    class Here:
-        def __init__(self, command, stdout, stderr):
-            with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
-                self.code = run.main(command[2:])
-
-        def wait(self):
-            return self.code
-
-    def started(command, **options):
-        return (Here if any("--sweep_index" in part for part in command) else popen)(command, **options)
-
-    monkeypatch.setattr(sweeps.subprocess, "Popen", started)
 
 
 def _terminate_soon(seconds):
