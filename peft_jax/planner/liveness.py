@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from peft_jax.core import tree
-from peft_jax.core._compat import ClosedJaxpr, Jaxpr, Literal, dce_jaxpr
+from peft_jax.core._compat import ClosedJaxpr, Jaxpr, Literal, dce_jaxpr, scan_counts
 
 
 def kept(function: Callable, wrt: Any, *rest: Any) -> int:
@@ -127,8 +127,7 @@ def _flattened(jaxpr: Jaxpr) -> tuple[dict, list[Flat], list[Value]]:
 
 def _turn(equation) -> tuple[int, ...]:
     """Of a scan, how many arguments of its body are the same in every turn, and how many it hands on."""
-    scan = equation.primitive.name == "scan"
-    return (equation.params["num_consts"], equation.params["num_carry"]) if scan else ()
+    return scan_counts(equation.params) if equation.primitive.name == "scan" else ()
 
 
 def peak(jaxpr: Jaxpr, same: int | None = None, carried: int = 0, adds: bool = False) -> int:
