@@ -2,6 +2,8 @@
 
 import difflib
 from collections.abc import Collection, Iterable, Mapping
+from importlib import import_module
+from types import ModuleType
 
 
 class PeftJaxError(ValueError):
@@ -32,3 +34,27 @@ def faults_text(faults: Mapping[str, Collection[str]]) -> str:
 def some(items: list[str], most: int = 5) -> str:
     """The first few of a list and how many more there are."""
     return ", ".join(items[:most]) + (f", and {len(items) - most} more" if len(items) > most else "")
+
+
+def root_cause(error: BaseException) -> str:
+    """The first error of a chain that each wrapped, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def needed(name: str, purpose: str) -> ModuleType:
+    """The module ``name`` of a package that only some jobs need; ``purpose`` completes the error where it is lacking.
+
+    >>> needed("jsonn", "to read a file")
+    Traceback (most recent call last):
+    ...
+    peft_jax.errors.PeftJaxError: the package jsonn is needed to read a file, and is not installed: pip install jsonn
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:  # installed, but broken
+            raise
+        raise PeftJaxError(
+            f"the package {name} is needed {purpose}, and is not installed: pip install {name}") from None

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_jax.data.tables import KNOWN, named_columns, read_hub, read_table, table_examples
+from peft_jax.data.files import read_table
+from peft_jax.data.tables import named_columns, read_hub, table_examples
 from peft_jax.errors import PeftJaxError, nearest
 
 Example = dict[str, Any]
@@ -200,10 +201,8 @@ def _reference_task(task):
 
 
 def _file_task(task):
-    columns = list(named_columns(task).values()) or [name for use in KNOWN for name in use.values()]
-
     def read(path):
-        return table_examples(task, read_table(path, columns), path)
+        return table_examples(task, read_table(path), path)
 
     return read(task.source), read(task.validation_source) if task.validation_source else None
 

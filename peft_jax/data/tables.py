@@ -1,13 +1,10 @@
-"""Tables of prompts and answers: local files and the Hugging Face Hub, both through ``datasets``."""
+"""Rows of a table as examples, by what their columns hold; and tables of the Hugging Face Hub."""
 
-import json
 import math
-import tempfile
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-from peft_jax.errors import PeftJaxError, nearest
+from peft_jax.errors import PeftJaxError, nearest, needed, root_cause
 
 # Columns whose names say what they hold, for a task that names none. "input" is what an instruction is about.
 KNOWN = (
@@ -21,67 +18,6 @@ KNOWN = (
     {"prompt": "instruction", "completion": "response", "input": "context"},
     {"text": "text"},
 )
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
-def read_table(path: str, columns: Sequence[str] = ()) -> list[dict]:
-    """Rows of a local .jsonl, .json, .csv or .parquet file, or of all files that a pattern such as ``a/*.csv`` matches.
-
-    Args:
-      columns: read as text from .csv, so that "007" or "NA" stay what they are.
-    Raises:
-      PeftJaxError: missing file, unknown ending, unreadable content (by line where the line can be told).
-    """
-    files = _matching_files(path)
-    suffix = files[0].suffix
-    if suffix not in READERS:
-        raise PeftJaxError(
-            f"cannot read {files[0]}: {suffix or 'no ending'!r} is not a known file ending; {nearest(suffix, READERS)}"
-        )
-    import datasets
-
-    options = {"keep_default_na": False, "converters": dict.fromkeys(columns, str)} if suffix == ".csv" else {}
-    # A cache of its own, gone after the read: a local file is its own cache, and a changed file is never served old.
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            names = [str(file) for file in files]
-            table = datasets.load_dataset(READERS[suffix], data_files=names, split="train", cache_dir=cache, **options)
-            return table.to_list()
-        except Exception as error:  # `datasets` wraps whatever its readers raise
-            raise PeftJaxError(_bad_line(files) or f"cannot read {path}: {_root_cause(error)}") from error
-
-
-def _matching_files(path: str) -> list[Path]:
-    if not path:
-        raise PeftJaxError("task.source is empty: name a data file")
-    given = Path(path).expanduser()
-    beside = sorted(given.parent.iterdir()) if given.parent.is_dir() else []
-    files = [given] if given.is_file() else [file for file in beside if file.match(given.name) and file.is_file()]
-    if not files:
-        raise PeftJaxError(f"no data file at {path!r}; {nearest(given.name, [file.name for file in beside])}")
-    return files
-
-
-def _bad_line(files: Sequence[Path]) -> str | None:
-    """What is wrong with the first .csv without rows, or .jsonl that is empty or has a line that is no JSON object."""
-    for file in files:
-        if file.suffix == ".csv" and len(file.read_bytes().strip().splitlines()) < 2:
-            return f"{file} has no rows: put the columns' names on the first line and one example on each line below"
-        if file.suffix == ".jsonl" and not file.read_bytes().strip():
-            return f"{file} is empty: put one JSON object on each line"
-        for number, line in enumerate(file.read_bytes().split(b"\n"), start=1) if file.suffix == ".jsonl" else ():
-            try:
-                if line.strip() and not isinstance(json.loads(line), dict):
-                    return f"{file}, line {number}: not a JSON object: {line[:60]!r}"
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-                return f"{file}, line {number}: not valid JSON ({error})"
-    return None
-
-
-def _root_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def read_hub(source: str, subset: str, split: str) -> list[dict]:
@@ -92,14 +28,13 @@ def read_hub(source: str, subset: str, split: str) -> list[dict]:
     """
     if not source:
         raise PeftJaxError("task.source is empty: name a data set of the Hugging Face Hub")
-    import datasets
-
+    datasets = needed("datasets", "for a data set of the Hugging Face Hub")
     try:
         return datasets.load_dataset(source, subset or None, split=split).to_list()
     except Exception as error:  # requests, hub, fsspec and datasets errors alike
         raise PeftJaxError(
             f"cannot load the data set {source!r} (subset {subset or 'default'}, split {split}) from the Hugging Face "
-            f"Hub: {_root_cause(error)}; check the names, the network and HF_TOKEN, or use a local file with task=file"
+            f"Hub: {root_cause(error)}; check the names, the network and HF_TOKEN, or use a local file with task=file"
         ) from error
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from peft_jax.core import files
-from peft_jax.errors import PeftJaxError
+from peft_jax.errors import PeftJaxError, needed
 
 
 class MetricsLog:
@@ -55,6 +55,5 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def _open_board(folder: Path, first_step: int):
-    from tensorboardX import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=first_step + 1)
+    purpose = "to write for TensorBoard (run.py: --config.log.tensorboard=False does without)"
+    return needed("tensorboardX", purpose).SummaryWriter(str(folder), purge_step=first_step + 1)

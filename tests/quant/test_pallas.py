@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import sys
+from inspect import signature
 
 import jax
 import jax.numpy as jnp
@@ -148,8 +149,9 @@ def test_on_a_cpu_fused_is_plain_and_no_tokens_are_no_error():
     assert quant.dot(x[:0], product(leaf, "interpreted")).shape == (0, OUT)
 
 
+PLATFORM = {"platform": "gpu"} if "platform" in signature(jax.sharding.AbstractDevice).parameters else {}
 H100 = jax.sharding.AbstractMesh((1,), ("data",), (jax.sharding.AxisType.Explicit,), abstract_device=(
-    jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")))
+    jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, **PLATFORM)))
 CALLS = {"cuda": "xla.gpu.triton", "rocm": "xla.gpu.triton", "tpu": "tpu_custom_call"}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from peft_jax.errors import PeftJaxError
+from peft_jax.errors import PeftJaxError, needed
 from peft_jax.hub import download, model_config
 from peft_jax.models import rope
 
@@ -78,10 +78,9 @@ def _cached(path: Path) -> Path:
 
 def opened(path: Path):
     """The ``gguf`` package's reader of a file."""
-    from gguf import GGUFReader
-
+    gguf = needed("gguf", f"to read {path}")
     try:
-        return GGUFReader(path)
+        return gguf.GGUFReader(path)
     except (ValueError, IndexError, OSError) as error:
         raise PeftJaxError(f"{path} cannot be read as a GGUF file (damaged, or another format): {error}") from error
 

@@ -1,0 +1,143 @@
+"""Rows of local files: .jsonl, .json and .csv as they are written, and .parquet through ``datasets``."""
+
+import csv
+import json
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from peft_jax.errors import PeftJaxError, nearest, needed, root_cause
+
+
+class WrittenNumber(float):
+    """A number whose text is the one in the file: ``1e-5`` or ``10000000.0``, where a float's would be another."""
+
+    def __new__(cls, text: str):
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def read_table(path: str) -> list[dict]:
+    """Rows of a local .jsonl, .json, .csv or .parquet file, or of all files that a pattern such as ``a/*.csv`` matches.
+
+    What a .csv holds is text, "007" and "NA" too. In JSON a string is a string whatever it looks like, and a number's
+    ``str()`` is what the file says. A row without a key that others have holds ``None`` for it.
+
+    Raises:
+      PeftJaxError: missing file, unknown ending, unreadable content (by line where the line can be told), no rows.
+    """
+    rows = [row for file in _matching_files(path) for row in _reader(file)(file)]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [{key: row.get(key) for key in keys} for row in rows]
+
+
+def _matching_files(path: str) -> list[Path]:
+    if not path:
+        raise PeftJaxError("task.source is empty: name a data file")
+    pattern = Path(path).expanduser()
+    beside = sorted(pattern.parent.iterdir()) if pattern.parent.is_dir() else []
+    files = [pattern] if pattern.is_file() else [one for one in beside if one.match(pattern.name) and one.is_file()]
+    if not files:
+        raise PeftJaxError(f"no data file at {path!r}; {nearest(pattern.name, [file.name for file in beside])}")
+    return files
+
+
+def _reader(file: Path):
+    if file.suffix not in READERS:
+        raise PeftJaxError(f"cannot read {file}: {file.suffix or 'no ending'!r} is not a known file ending; "
+                           f"{nearest(file.suffix, READERS)}")
+    return READERS[file.suffix]
+
+
+def _json_lines(file: Path) -> list[dict]:
+    content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if not content.strip():
+        raise PeftJaxError(f"{file} is empty: put one JSON object on each line")
+    return [_object(line, f"{file}, line {number}")
+            for number, line in enumerate(content.split(b"\n"), start=1) if line.strip()]
+
+
+def _object(line: bytes, where: str) -> dict:
+    row = _json(line, where)
+    if not isinstance(row, dict):
+        raise PeftJaxError(f"{where}: not a JSON object: {line[:60]!r}")
+    return row
+
+
+def _json(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(content.decode(), parse_float=WrittenNumber, parse_constant=WrittenNumber)
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are of the first kind
+        raise PeftJaxError(f"{where}: not valid JSON ({error})") from error
+
+
+def _json_array(file: Path) -> list[dict]:
+    """Of one array of objects; else of one object on each line, as some write under this ending, too."""
+    content = file.read_bytes().removeprefix(b"\xef\xbb\xbf").strip()
+    if not content.startswith(b"["):
+        lines = content.splitlines()
+        if len(lines) < 2 or not lines[0].strip().endswith(b"}"):
+            raise PeftJaxError(f"{file} must hold one JSON array of objects, [{{...}}, {{...}}], or an object on each "
+                               f"line; it starts with {content[:40]!r}")
+        return _json_lines(file)
+    rows = _json(content, str(file))
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise PeftJaxError(f"{file}, entry {number}: not a JSON object: {str(row)[:60]!r}")
+    return rows
+
+
+def _csv(file: Path) -> list[dict]:
+    csv.field_size_limit(sys.maxsize)
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            return _csv_rows(file, csv.reader(lines, strict=True))
+    except UnicodeDecodeError as error:
+        raise PeftJaxError(f"cannot read {file}: it is not UTF-8 ({error}); save it as UTF-8") from error
+
+
+def _csv_rows(file: Path, lines: Any) -> list[dict]:
+    names, rows = None, []
+    try:
+        for fields in lines:
+            if not fields:  # an empty line
+                continue
+            if names is None:
+                names = _column_names(file, fields)
+            elif len(fields) != len(names):
+                raise PeftJaxError(f"{file}: the row that ends on line {lines.line_num} has {len(fields)} fields, the "
+                                   f"first line names {len(names)}; put quotes around text that holds a comma")
+            else:
+                rows.append(dict(zip(names, fields)))
+    except csv.Error as error:
+        raise PeftJaxError(f"{file}, line {lines.line_num}: {error}") from error
+    if not rows:
+        raise PeftJaxError(f"{file} has no rows: put the columns' names on the first line and one example on each line "
+                           "below")
+    return rows
+
+
+def _column_names(file: Path, fields: list[str]) -> list[str]:
+    twice = [name for name in dict.fromkeys(fields) if fields.count(name) > 1]
+    if twice:
+        raise PeftJaxError(f"{file}: two columns are called {twice[0]!r}; rename one")
+    return fields
+
+
+def _parquet(file: Path) -> Iterable[dict]:
+    datasets = needed("datasets", f"to read {file}")
+    # A cache of its own, gone after the read: a local file is its own cache, and a changed file is never served old.
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            return datasets.load_dataset("parquet", data_files=[str(file)], split="train", cache_dir=cache).to_list()
+        except Exception as error:  # `datasets` wraps whatever its readers raise
+            raise PeftJaxError(f"cannot read {file}: {root_cause(error)}") from error
+
+
+READERS = {".jsonl": _json_lines, ".json": _json_array, ".csv": _csv, ".parquet": _parquet}
