@@ -13,9 +13,9 @@ from pathlib import Path
 # Before jax is imported anywhere, which reads these once; subprocesses inherit them. Unoptimised, with the older
 # loop emitters (which jaxlib 0.11 no longer has: it ends at a flag that it does not know) and in one part, a training
 # step of two layers compiles in 0.8 seconds of a core instead of 9.
-OLDER_EMITTERS = ["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib").startswith("0.10.") else []
 os.environ["XLA_FLAGS"] = " ".join([
-    os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", *OLDER_EMITTERS,
+    os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8",
+    "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else "",
     "--xla_cpu_parallel_codegen_split_count=1"])  # fmt: skip
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 # XLA's threads, else as many as devices: all-reduces of two independent groups may take them all, each device waiting

@@ -1,6 +1,10 @@
 """How jax runs, as the command line says: where compiled programs are kept, and several processes joined."""
 
 import os
+import re
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
 
 import jax
 
@@ -8,19 +12,55 @@ from peft_jax.errors import PeftJaxError
 from peft_jax.hub import download
 
 GRACE = 60  # seconds; jax's 300 would keep a process that met an error waiting for those that wait for it
+NO_DEVICE = ("plan", "recommend")  # modes that compute from shapes alone
+PLUGIN = re.compile(r"(jax[-_](cuda|rocm)\w*[-_]plugin|libtpu)$")  # distributions that bring jax to an accelerator
+CARDS = {"an NVIDIA card": "/dev/nvidia0", "an AMD card": "/dev/kfd", "a TPU": "/dev/accel0"}  # and where each shows
 
 
 def start(command) -> None:
     """Settle how jax runs, as the command line says, and join the other processes where there are some.
 
     Compiled programs are kept with the downloads, in ``PEFT_JAX_CACHE``, unless ``JAX_COMPILATION_CACHE_DIR`` says
-    where. Raises ``PeftJaxError`` where other processes cannot be found.
+    where. Prints one line where an accelerator is at hand and jax computes on the CPU. Raises ``PeftJaxError`` where
+    other processes cannot be found.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(download.cache_folder("compiled")))
     jax.config.update("jax_debug_nans", command.debug_nans)
-    if not command.distributed:
-        return
+    if command.distributed:
+        _join(command)
+    asked = jax.config.jax_platforms
+    if command.mode not in NO_DEVICE and not asked and jax.default_backend() == "cpu":
+        cards = [name for name, device in CARDS.items() if Path(device).exists()]
+        if note := unused_accelerator(plugins(), cards):
+            print(note, flush=True)
+
+
+def plugins() -> dict[str, str]:
+    """{name: version} of the installed distributions that bring jax to an accelerator."""
+    names = {one.metadata["Name"]: one.version for one in metadata.distributions()}
+    return {name: version for name, version in names.items() if name and PLUGIN.match(name)}
+
+
+def unused_accelerator(versions: Mapping[str, str], cards: list[str]) -> str | None:
+    """What to tell a person whose jax computes on the CPU, beside these plugins ({name: version}) and ``cards``.
+
+    >>> print(unused_accelerator({"jax-cuda13-plugin": "0.1.0"}, []))  # doctest: +ELLIPSIS
+    computing on the CPU, although jax-cuda13-plugin 0.1.0 is installed: it must be of jax's version, ...
+    """
+    if versions:
+        names = ", ".join(f"{name} {version}" for name, version in versions.items())
+        other = not set(versions.values()) & {jax.__version__} and "libtpu" not in versions
+        why = (f"it must be of jax's version, {jax.__version__}" if other else
+               "jax cannot use it here; python -c 'import jax; jax.devices(\"gpu\")' says why")
+        return f"computing on the CPU, although {names} is installed: {why} (JAX_PLATFORMS=cpu: without this line)"
+    if cards:
+        return (f"computing on the CPU, although this machine has {cards[0]}: jax's plugin for it is not installed; "
+                "pip install 'jax[cuda13]', or cuda12, or tpu, brings it (JAX_PLATFORMS=cpu: without this line)")
+    return None
+
+
+def _join(command) -> None:
     place = {"coordinator_address": command.coordinator, "num_processes": command.num_processes,
              "process_id": command.process_id}
     try:

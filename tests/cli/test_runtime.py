@@ -1,9 +1,15 @@
 """run.py's flags about devices and processes: what cannot be meant is one line, what is asked for is done."""
 
+import os
+import subprocess
+import sys
+
+import jax
 import pytest
 
 import run
 from peft_jax import PeftJaxError
+from peft_jax.cli import runtime
 
 pytestmark = pytest.mark.usefixtures("at_the_root")
 TWO = ["--distributed", "--num_processes=2", "--process_id=1"]
@@ -63,3 +69,32 @@ def test_a_run_of_one_step_says_that_it_has_no_profile(arguments, tmp_path, caps
 def test_cudnn_where_there_is_none_is_one_line(arguments, tmp_path, capsys):
     assert run.main([*arguments, f"--workdir={tmp_path}", "--config.model.attn_implementation=cudnn"]) == 2
     assert "attn_implementation='cudnn'" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_accelerator_that_is_not_used_is_told():
+    """Of a plugin that another jax was installed beside, as a pin of ours once did; and of a card without one."""
+    assert runtime.unused_accelerator({}, []) is None
+    told = runtime.unused_accelerator({"jax-cuda13-plugin": "0.1.0"}, ["an NVIDIA card"])
+    assert f"jax-cuda13-plugin 0.1.0 is installed: it must be of jax's version, {jax.__version__}" in told
+    assert "says why" in runtime.unused_accelerator({"jax-cuda13-plugin": jax.__version__}, [])
+    assert "has an NVIDIA card: jax's plugin for it is not installed" in runtime.unused_accelerator({}, [
+        "an NVIDIA card"])
+    assert [runtime.PLUGIN.match(name) is not None for name in (
+        "jax-cuda13-plugin", "jax_cuda12_plugin", "jax-rocm7-plugin", "libtpu", "jax-cuda13-pjrt", "jaxlib")] == [
+        True, True, True, True, False, False]
+
+
+@pytest.mark.slow
+def test_the_line_comes_first(tiny_folder, films, tmp_path):
+    """A plugin's name on the path is enough to be found; what JAX_PLATFORMS asks for is nobody's surprise."""
+    plugin = tmp_path / "site" / "jax_cuda13_plugin-0.1.0.dist-info"
+    plugin.mkdir(parents=True)
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: jax-cuda13-plugin\nVersion: 0.1.0\n")
+    command = [sys.executable, "run.py", f"--config=experiments/lora.py:model={tiny_folder},task={films(4)}",
+               "--mode=generate", "--prompt=a", f"--workdir={tmp_path / 'run'}"]
+    outputs = {}
+    for platforms in ("", "cpu"):
+        environment = {**os.environ, "JAX_PLATFORMS": platforms, "PYTHONPATH": str(plugin.parent)}
+        outputs[platforms] = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+    assert outputs[""].startswith("computing on the CPU, although jax-cuda13-plugin 0.1.0 is installed")
+    assert "computing on the CPU" not in outputs["cpu"]
