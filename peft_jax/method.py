@@ -75,6 +75,10 @@ class Method(NamedTuple):
     base_quantization: "Method | None" = None
     along: Mapping[str, tuple[str | None, ...]] = MappingProxyType({})
 
+    def __repr__(self) -> str:
+        """Its kind, or those of a chain: what a message or a notebook can show."""
+        return f"Method({' + '.join(part.config.get('peft_type', '?') for part in self.parts or (self,))})"
+
     @property
     def mergeable(self) -> bool:
         """Whether the method can be folded into the weights of the model."""
@@ -123,8 +127,8 @@ def chain(*methods: Method) -> Method:
     if not methods:
         raise PeftJaxError("chain() was given no method: name at least one.")
     if odd := [one for one in methods if not isinstance(one, Method)]:
-        raise PeftJaxError(f"chain() was given {arguments.described(odd[0])}: give methods, one by one, chain(lora(), "
-                           "ia3()).")
+        raise PeftJaxError(f"chain: an argument is {arguments.described(odd[0])}: give methods, one by one, "
+                           "chain(lora(), ia3()).")
     return Method(
         init=partial(_init_chain, methods),
         intercept=partial(_intercept_chain, methods),

@@ -73,8 +73,8 @@ def bind(method: Method, model: nn.Module, mesh: Mesh | None = None) -> Callable
 
 def _params_of(method: Method, variables: Any) -> Mapping[str, Any]:
     if not isinstance(variables, Mapping) or (method.leaves and "params" not in variables):
-        raise PeftJaxError(f"a bound apply was given {arguments.described(variables)}: give {{'params': params}} "
-                           "first, then the model's inputs, as of model.apply.")
+        raise PeftJaxError(f"a bound apply: the first argument is {arguments.described(variables)}: give "
+                           "{'params': params} first, then the inputs, as to model.apply.")
     return variables.get("params", {})
 
 

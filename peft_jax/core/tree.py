@@ -37,6 +37,19 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def flatten_arrays(params: Mapping[str, Any]) -> dict[str, Any]:
+    """:func:`flatten` of a tree whose leaves are arrays, or shapes of some.
+
+    Raises ``PeftJaxError`` for any other leaf, such as one in a box of ``nn.with_partitioning``.
+    """
+    flat = flatten(params)
+    for path, leaf in flat.items():
+        if not hasattr(leaf, "shape"):
+            unbox = ": params = flax.core.meta.unbox(params) first" if hasattr(leaf, "unbox") else ""
+            raise PeftJaxError(f"the leaf '{path}' is {arguments.described(leaf)}: give arrays{unbox}.")
+    return flat
+
+
 def unflatten(flat: Mapping[str, Any]) -> Tree:
     """The inverse of :func:`flatten`. Raises ``PeftJaxError`` where a path is both a leaf and a folder."""
     arguments.check_tree("unflatten", flat)
@@ -60,6 +73,7 @@ def map_paths(function: Callable[[str, Any], Any], tree: Mapping[str, Any], pref
     >>> map_paths(lambda path, leaf: f"{path} is {leaf}", {"a": {"b": 1}})
     {'a': {'b': 'a/b is 1'}}
     """
+    arguments.check_tree("map_paths", tree)
     mapped: Tree = {}
     kind: Any = type(tree)
     for key, value in tree.items():
