@@ -22,11 +22,11 @@ from peft_jax.parallel.mesh import output_apart
 
 @dataclasses.dataclass(frozen=True)
 class Context(InterceptorContext):
-    """Flax's ``module``, ``method_name`` and ``orig_method``, and of the whole call:
+    """What an interceptor knows of a module's call: Flax's ``module``, ``method_name``, ``orig_method``, and
 
-    rngs: the names of its random streams; a module inside a lifted transform may see fewer, here a method can tell.
+    rngs: the names of the random streams that ``apply`` was called with. A module in a lifted transform may see fewer.
     params: the whole parameter tree, for leaves that several modules share.
-    notes: empty at the start of the pass; what an interceptor saw in one module and needs in a later one.
+    notes: a dict, empty at the start of the pass. An interceptor writes there what it needs in a later module.
     """
 
     rngs: frozenset[str]
@@ -85,7 +85,7 @@ def _streams(rngs) -> frozenset[str]:
 
 
 def _in_context(mesh, intercept, rngs, params, notes, next_fun, args, kwargs, context):
-    # What the module's own method is to all methods:
+    # To every interceptor this is the module's own method; it reads quantised leaves.
     reading = partial(with_interceptor, partial(linen_quantised.read, mesh), next_fun, context)
     whole = Context(context.module, context.method_name, reading, rngs, params, notes)
     args, kwargs = kernel_axes.input_first(context.module, context.method_name, args, kwargs)

@@ -1,6 +1,6 @@
-"""Whether the arguments of a public function are what they should be: two that are swapped are an error of one line.
+"""Checks of the arguments of public functions: two swapped ones are an error of one line.
 
-Each name stands for one thing in all public functions. ROLES says how to know it, and what to give.
+A name of an argument means the same in all public functions. ROLES says how to recognise it, and what to give.
 """
 
 import os

@@ -94,8 +94,8 @@ def first_match(rules: Iterable[tuple[str, Any]], path: str, default: Any) -> An
 def partition(params: Mapping[str, Any], labels: Any, frozen: str = "frozen") -> tuple[Tree, Tree]:
     """Split ``params`` into ``(trainable, frozen)`` by label; leaves of the other part are absent, not ``None``.
 
-    Every label but ``frozen`` counts as trainable, so that a method may name groups with rates of their own. The first
-    tree is all that needs a gradient, an optimiser state, or a place in a checkpoint.
+    Every label but ``frozen`` counts as trainable: a method may name groups that learn at rates of their own. Only the
+    first tree needs gradients, an optimiser state, and a place in a checkpoint.
 
     Args:
       params: the whole tree.
@@ -165,7 +165,7 @@ def check_method_leaves(method: Any, params: Mapping[str, Any]) -> None:
 
 
 def count(tree: Any) -> int:
-    """Elements of all leaves; of a quantised one those of the array that it stands for.
+    """The number of elements of all leaves. A quantised leaf counts as the array that it stands for.
 
     Raises ``PeftJaxError`` for a leaf that is no array, nor the shape of one.
     """
@@ -175,7 +175,7 @@ def count(tree: Any) -> int:
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of all leaves, of arrays or of their shapes; of a quantised one those of its packed buffers.
+    """The bytes of all leaves, which are arrays or shapes. A quantised leaf counts with its packed buffers.
 
     >>> nbytes({"a": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)}), nbytes(jax.eval_shape(jax.random.key, 0))
     (12, 8)
