@@ -80,7 +80,7 @@ ROLES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def _is_typed_key(value: Any) -> bool:
-    return jnp.issubdtype(getattr(value, "dtype", None), jax.dtypes.prng_key)
+    return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
 
 
 def check(function: str, values: Mapping[str, Any], optional: Collection[str] = ()) -> None:
