@@ -83,10 +83,10 @@ def sweep(config: ConfigDict, budget: str, **settings: Any) -> ConfigDict:
 def metrics_of(task: ConfigDict) -> tuple[str, ...]:
     """The metrics that runs of a task may be compared by, the usual one first; "-" in front of those of which less is
     better."""
-    rated = task.kind == "rating"
+    rating = task.kind == "rating"
     return {
-        "word": (*(("among_choices", "exact", "spearman") if rated else ()), "-loss", "-perplexity"),
-        "class": ("accuracy", *(("spearman",) if rated else ()), "-text_loss"),
+        "word": (*(("among_choices", "exact", "spearman") if rating else ()), "-loss", "-perplexity"),
+        "class": ("accuracy", *(("spearman",) if rating else ()), "-text_loss"),
         "score": ("spearman", "-rmse"),
     }[task.answer]
 
@@ -164,14 +164,14 @@ def best_of(config: ConfigDict, rates: Mapping[str, Sequence[float]]) -> list[Ce
     All at their first rate come before any at its second, so that a comparison cut short is balanced.
     """
     base = cell(config, {"measure.of": "base"}, "base", measure=True)._replace(name="base")
-    tried: dict[str, list[Cell]] = {name: [] for name in rates}
+    trials: dict[str, list[Cell]] = {name: [] for name in rates}
     for name, values in rates.items():
         own = as_experiment(config, name)
         for rate in values[:config.sweep.rates]:
             settings = {"optim.learning_rate": rate, "seed": config.sweep.seeds[0]}
-            tried[name].append(cell(own, settings, name, ("optim.learning_rate",)))
-    first = [one for turn in itertools.zip_longest(*tried.values()) for one in turn if one]
-    names = {name: tuple(one.name for one in found) for name, found in tried.items()}
-    last = [cell(found[0].config, {"seed": seed}, name, best_of=names[name], measure=True)
-            ._replace(name=f"{name}-best-seed-{seed}") for seed in config.sweep.seeds for name, found in tried.items()]
+            trials[name].append(cell(own, settings, name, ("optim.learning_rate",)))
+    first = [one for turn in itertools.zip_longest(*trials.values()) for one in turn if one]
+    names = {name: tuple(one.name for one in cells) for name, cells in trials.items()}
+    last = [cell(cells[0].config, {"seed": seed}, name, best_of=names[name], measure=True)
+            ._replace(name=f"{name}-best-seed-{seed}") for seed in config.sweep.seeds for name, cells in trials.items()]
     return [base, *first, *last]

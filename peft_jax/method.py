@@ -1,4 +1,4 @@
-"""What a fine-tuning method is, how two become one, and how one is bound to a model."""
+"""What a fine-tuning method is, and how several become one."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -30,33 +30,33 @@ class Method(NamedTuple):
     """A fine-tuning method: pure functions over a parameter tree.
 
     Fields:
-      init: ``(rng, params, axes=None) -> params``. Adds leaves beside those that they change. Works on the tree alone,
-        so on shapes too, under ``jax.eval_shape``. ``axes`` comes from :func:`peft_jax.kernel_axes`.
+      init: ``(rng, params, axes=None) -> params``. Adds the method's leaves beside those that it changes. It needs no
+        values, so it works on shapes too, under ``jax.eval_shape``. ``axes`` comes from :func:`peft_jax.kernel_axes`.
       intercept: ``(next_fun, args, kwargs, context) -> output``, a flax.linen interceptor that reads those leaves;
         ``context`` is a :class:`Context`.
       labels: ``(params) -> labels``: a string for each leaf, ``"frozen"`` or the name of an optimiser group.
       fold: ``(params) -> params`` with the method's leaves folded into the weights and gone; ``None`` where that cannot
         be done. Callers use :meth:`merge` and :attr:`mergeable`.
       config: the method's arguments in Hugging Face peft's words, with ``peft_type``; what a saved adapter states.
-      padding: ``(params) -> int``: trainable elements that are only there to give stacked layers one shape. They are
-        zero, stay zero, and are not counted as parameters.
-      stored: how an adapter file holds the leaves, ``None`` where it does not.
-      optimizer: ``(optax transformation, steps of the training) -> optax transformation`` over the trainable leaves,
-        where a method has a say in what a step does to them.
-      penalty: ``(params) -> float32 scalar``, added to the loss, in nats per answer token, where the method wants one.
-      parts: the methods of a chain.
-      prepare: ``(model, base params, batches) -> Method``, of a method whose ``init`` needs to see data first: what it
-        gives is used in its place. ``batches`` can be gone through more than once, each is a dict of arrays as in
-        training.
-      convert: ``(path, array, KernelAxes, names) -> leaf`` of one entry of a leaf's stack, where the method changes a
-        leaf's type: so weights can be read from a file without all of them being there in high precision. ``names`` are
-        all the names of the leaf's module. ``init`` leaves alone what was converted.
-      leaves: the names of all leaves that the method itself adds, trained and frozen; one that ends in a slash is a
-        folder of such leaves. Empty where the method adds none, or does not say.
-      base_quantization: the quantisation, a method with ``convert``, that ``init`` itself gives a plain base (LoftQ). A
-        saved adapter belongs to a base that was quantised so.
-      along: of leaves beside a kernel, what their axes run along, the stack left out: "inputs" or "outputs" of the
-        kernel, or ``None``. On a mesh they are cut as it is.
+      padding: ``(params) -> int``: how many trainable elements only fill stacked layers up to one shape. They are zero,
+        stay zero, and do not count as parameters.
+      stored: how an adapter file holds the leaves; ``None`` where no file can.
+      optimizer: ``(optax transformation, steps of the training) -> optax transformation`` over the trainable leaves.
+        A method sets it to change the steps: AdaLoRA sets ranks to zero in them.
+      penalty: ``(params) -> float32 scalar``, added to the loss, in nats per answer token; ``None`` for no penalty.
+      parts: the methods of a chain; empty for one that is none.
+      prepare: ``(model, base params, batches) -> Method``, where ``init`` needs to see data; ``None`` elsewhere. The
+        method that it returns is the one to use. It may go through ``batches`` more than once; each is a dict of
+        arrays, as in training.
+      convert: ``(path, array, KernelAxes, names) -> leaf``, where the method changes a leaf's type. ``array`` is one
+        entry of the leaf's stack, so that a file can be read piece by piece and its weights never lie in memory in
+        high precision. ``names`` are those of the module, one for each entry. ``init`` leaves such leaves as they are.
+      leaves: the names of all leaves that the method adds, trained or frozen. A name that ends in a slash is a folder
+        of such leaves. Empty where the method adds none, or does not tell.
+      base_quantization: a method with ``convert``, where ``init`` itself quantises a plain base, as LoftQ does. A
+        saved adapter then fits only a base that was quantised in this way.
+      along: ``{leaf: (for each of its axes behind the stack)}``: "inputs" or "outputs" where the axis runs along the
+        kernel's, else ``None``. A mesh cuts such an axis as it cuts the kernel's.
     """
 
     init: Callable[..., tree.Tree]
@@ -74,6 +74,10 @@ class Method(NamedTuple):
     convert: Callable[..., Any] | None = None
     base_quantization: "Method | None" = None
     along: Mapping[str, tuple[str | None, ...]] = MappingProxyType({})
+
+    def __repr__(self) -> str:
+        """Its kind, or those of a chain: what a message or a notebook can show."""
+        return f"Method({' + '.join(part.config.get('peft_type', '?') for part in self.parts or (self,))})"
 
     @property
     def mergeable(self) -> bool:
@@ -114,17 +118,18 @@ BASE = Method(init=lambda rng, params, axes=None: params, intercept=_pass, label
 
 
 def chain(*methods: Method) -> Method:
-    """Several methods as one; the first is applied first. A leaf trains where any of them says so, one that a
-    method added only where that method does.
+    """Several methods as one; the first is applied first.
 
-    Raises ``PeftJaxError`` for no method, and on ``init`` and ``labels`` where two give one leaf different optimiser
-    groups or one would train a trained leaf of the other.
+    A leaf that a method added trains if that method trains it. Any other leaf trains if one of the methods trains it.
+
+    Raises ``PeftJaxError`` for no method. ``init`` and ``labels`` of the chain raise it where two methods put one leaf
+    into different optimiser groups, and where one method would train a trained leaf of another.
     """
     if not methods:
         raise PeftJaxError("chain() was given no method: name at least one.")
     if odd := [one for one in methods if not isinstance(one, Method)]:
-        raise PeftJaxError(f"chain() was given {arguments.described(odd[0])}: give methods, one by one, chain(lora(), "
-                           "ia3()).")
+        raise PeftJaxError(f"chain: an argument is {arguments.described(odd[0])}: give methods, one by one, "
+                           "chain(lora(), ia3()).")
     return Method(
         init=partial(_init_chain, methods),
         intercept=partial(_intercept_chain, methods),
@@ -186,7 +191,9 @@ def _prepare_chain(methods, model, params, batches) -> Method:
 
 
 def _conversion(methods: Sequence[Method]) -> Callable[..., Any] | None:
-    """Those of the first methods one by one; what stands behind another would not see what that does to plain weights.
+    """The conversions of the methods in front, in order, up to the first method without one.
+
+    A method behind it would have to see what that one does to plain weights.
     """
     first = [one.convert for one in itertools.takewhile(lambda one: one.convert, methods) if one.convert]
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 import peft_jax
 from peft_jax import PeftJaxError
@@ -148,6 +149,52 @@ def test_messages_say_what_was_given_and_what_to_give(call, words, things):
     with pytest.raises(PeftJaxError) as error:
         call(things["params"])
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("name", peft_jax.METHODS)
+def test_a_methods_own_functions_say_that_they_want_a_tree(name):
+    """In a loop: ``method.labels`` goes to optax, which may call it with anything."""
+    method = peft_jax.METHODS[name](**({"token_indices": (1,)} if name == "trainable_tokens" else {}))
+    base = {"up": {"kernel": jnp.ones((4, 4))}}
+    calls = (lambda: method.labels(MODEL), lambda: method.init(base, jax.random.key(0)))
+    for call in calls + ((lambda: method.merge(MODEL),) if method.mergeable else ()):
+        with pytest.raises(PeftJaxError, match=r"the tree is a (model|random key): give nested dicts of arrays"):
+            call()
+
+
+@pytest.mark.parametrize("method", [METHOD, peft_jax.full(), peft_jax.quantize(target_modules=("q_proj",))])
+def test_a_leaf_that_is_no_array_is_an_error_that_names_it(method):
+    boxed = {"q_proj": {"kernel": nn.Partitioned(jnp.ones((4, 4)), names=(None, None))}}
+    with pytest.raises(PeftJaxError, match=r"'q_proj/kernel' is of type Partitioned: give arrays: params = .*unbox"):
+        method.init(jax.random.key(0), boxed)
+    with pytest.raises(PeftJaxError, match=r"'q_proj/kernel' is of type list: give arrays\.$"):
+        method.init(jax.random.key(0), {"q_proj": {"kernel": [[1.0]]}})
+    with pytest.raises(PeftJaxError, match="'q_proj/kernel' is of type Partitioned"):
+        peft_jax.kernel_axes(nn.Dense(4), boxed, jnp.ones((1, 4)))
+
+
+def test_a_method_in_a_message_is_short():
+    with pytest.raises(PeftJaxError, match=r"^r=Method\(QUANTIZE \+ LORA\): a rank is a whole number of at least 1.$"):
+        peft_jax.lora(peft_jax.chain(peft_jax.quantize("int8"), METHOD))
+
+
+def test_kernels_of_unknown_axes_are_told_apart():
+    """One of three axes may be a stack, where no axes were passed; where they were, passing them is no advice."""
+    params = {"conv": {"kernel": jnp.ones((3, 4, 5))}}
+    method, axes = peft_jax.lora(r=2, target_modules=("conv",)), "pass axes=peft_jax.kernel_axes"
+    with pytest.raises(PeftJaxError, match=f"'conv/kernel' of three axes was read as a stack of layers: {axes}"):
+        method.init(jax.random.key(0), params)
+    with pytest.raises(PeftJaxError, match=f"a kernel of 4 axes of unknown .*: exclude it, or {axes}"):
+        method.init(jax.random.key(0), {"conv": {"kernel": jnp.ones((3, 3, 4, 5))}})
+    layouts = peft_jax.kernel_axes(Convolution(), params, jnp.ones((1, 7, 4)))
+    with pytest.raises(PeftJaxError, match=r"'conv' is a Conv of unknown input and output axes: exclude it\.$"):
+        method.init(jax.random.key(0), params, layouts)
+
+
+class Convolution(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Conv(5, (3,), use_bias=False, name="conv")(x)
 
 
 class Plain:

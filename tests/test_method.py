@@ -135,6 +135,27 @@ def test_a_leaf_the_pass_never_reads_is_an_error(jitted):
         apply({"params": params}, X, second=False)
 
 
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("mutable", [True, "params", ["params", "intermediates"]])
+def test_a_leaf_that_comes_back_with_mutable_parameters_is_not_read_by_that(mutable, jitted):
+    method = on("first", "third")
+    params = method.init(jax.random.key(0), PARAMS)
+    apply = partial(bind(method, MODEL), mutable=mutable)
+    with pytest.raises(PeftJaxError, match=r"never reads 2 trainable leaves, the first is 'third/lora_a'"):
+        (jax.jit(apply) if jitted else apply)({"params": params}, X)
+
+
+@pytest.mark.parametrize("name", ["__call__", "double", Net.__call__])
+def test_parameters_without_the_methods_leaves_are_an_error_in_every_method_of_the_model(name):
+    """Else the base model would answer, and nothing would say so."""
+    method = on("first")
+    apply = bind(method, MODEL)
+    apply({"params": method.init(jax.random.key(0), PARAMS)}, X, method=name)
+    for _ in range(2):
+        with pytest.raises(PeftJaxError, match="hold none of LORA's leaves"):
+            apply({"params": PARAMS}, X, method=name)
+
+
 def test_under_jit_the_first_call_traces_the_model_once_and_is_like_the_next():
     """The check reads the program that gives the result."""
     calls = []

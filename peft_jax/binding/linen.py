@@ -22,11 +22,11 @@ from peft_jax.parallel.mesh import output_apart
 
 @dataclasses.dataclass(frozen=True)
 class Context(InterceptorContext):
-    """Flax's ``module``, ``method_name`` and ``orig_method``, and of the whole call:
+    """What an interceptor knows of a module's call: Flax's ``module``, ``method_name``, ``orig_method``, and
 
-    rngs: the names of its random streams; a module inside a lifted transform may see fewer, here a method can tell.
+    rngs: the names of the random streams that ``apply`` was called with. A module in a lifted transform may see fewer.
     params: the whole parameter tree, for leaves that several modules share.
-    notes: empty at the start of the pass; what an interceptor saw in one module and needs in a later one.
+    notes: a dict, empty at the start of the pass. An interceptor writes there what it needs in a later module.
     """
 
     rngs: frozenset[str]
@@ -37,16 +37,19 @@ class Context(InterceptorContext):
 def bind(method: Method, model: nn.Module, mesh: Mesh | None = None) -> Callable[..., Any]:
     """``model.apply`` with the method in the forward pass: same signature, same results otherwise.
 
-    The first call of the whole model (no ``method=`` argument) on a new tree structure also checks that the output
-    depends on every trainable leaf that the method added, and raises ``PeftJaxError`` naming those it does not; not
-    with a ``cache``, which may hold what was computed from them. It raises, too, where the parameters hold none of the
-    method's leaves. Arguments of another kind are a ``PeftJaxError`` at once.
-    Dropout of a method is active where a ``dropout`` key is in ``rngs``, and only there. Quantised leaves are read
-    under any method. On a ``mesh`` (:func:`peft_jax.make_mesh`) every module's output, an array with rows in front, has
-    its rows split over it: so weights travel to the rows.
+    The first call on a new tree structure checks the parameters. It raises ``PeftJaxError``
+
+    * where they hold none of the method's leaves;
+    * where the output does not depend on one of the leaves that train, and names it. Only a call of the whole model,
+      without ``method=``, checks this; a call with a ``cache`` does not, as the cache may depend on that leaf.
+
+    Arguments of the wrong kind raise ``PeftJaxError`` at once.
+    A method's dropout is active if ``rngs`` has a ``dropout`` key, else not. Quantised leaves are read under any
+    method. On a ``mesh`` (:func:`peft_jax.make_mesh`) the rows of every module's output are split over the devices:
+    so weights travel to the rows, not rows to the weights.
     """
     arguments.check("bind", {"method": method, "model": model, "mesh": mesh}, optional=("mesh",))
-    sound: set[Any] = set()  # (name of the model's method, structure of the variables) of calls that were checked
+    sound: set[Any] = set()  # of calls that were checked: (whether of the whole model, structure of the variables)
 
     def apply(variables, *args, rngs=None, **kwargs):
         kwargs |= {} if rngs is None else {"rngs": rngs}
@@ -57,21 +60,21 @@ def bind(method: Method, model: nn.Module, mesh: Mesh | None = None) -> Callable
                 return model.apply({**variables, "params": params}, *args, **kwargs)
 
         params = _params_of(method, variables)
-        name = kwargs.get("method")
-        if name in (None, "hidden") and (call := (name, jax.tree.structure(variables))) not in sound:
-            check_method_leaves(method, params)
-            result = _checked(method, run, params) if name is None and "cache" not in variables else run(params)
-            sound.add(call)
-            return result
-        return run(params)
+        whole = kwargs.get("method") is None and "cache" not in variables
+        if (call := (whole, jax.tree.structure(variables))) in sound:
+            return run(params)
+        check_method_leaves(method, params)
+        result = _checked(method, run, params, kwargs.get("mutable", False)) if whole else run(params)
+        sound.add(call)
+        return result
 
     return apply
 
 
 def _params_of(method: Method, variables: Any) -> Mapping[str, Any]:
     if not isinstance(variables, Mapping) or (method.leaves and "params" not in variables):
-        raise PeftJaxError(f"a bound apply was given {arguments.described(variables)}: give {{'params': params}} "
-                           "first, then the model's inputs, as of model.apply.")
+        raise PeftJaxError(f"a bound apply: the first argument is {arguments.described(variables)}: give "
+                           "{'params': params} first, then the inputs, as to model.apply.")
     return variables.get("params", {})
 
 
@@ -82,25 +85,34 @@ def _streams(rngs) -> frozenset[str]:
 
 
 def _in_context(mesh, intercept, rngs, params, notes, next_fun, args, kwargs, context):
-    # What the module's own method is to all methods:
+    # To every interceptor this is the module's own method; it reads quantised leaves.
     reading = partial(with_interceptor, partial(linen_quantised.read, mesh), next_fun, context)
     whole = Context(context.module, context.method_name, reading, rngs, params, notes)
     args, kwargs = kernel_axes.input_first(context.module, context.method_name, args, kwargs)
     return output_apart(mesh, intercept(reading, args, kwargs, whole))
 
 
-def _checked(method: Method, forward: Callable[[Mapping], Any], params: Mapping) -> Any:
-    """``forward(params)``, after a check that it reads every trainable leaf.
+def _checked(method: Method, forward: Callable[[Mapping], Any], params: Mapping, mutable: Any) -> Any:
+    """``forward(params)``, after a check that it reads every trainable leaf; ``mutable`` as of ``model.apply``.
 
-    Inside ``jax.jit`` the model is traced once: the result comes from the program that was checked. Outside, where a
-    model may look at the values of its inputs, it runs after the check.
+    Inside ``jax.jit`` the model is traced once: the result comes from the program that was checked. Outside, the model
+    runs after the check.
     """
     flat, program, shapes = _traced(forward, params)
-    _check_program(method, flat, program)
+    _check_program(method, flat, program, _outputs(shapes, mutable))
     if not isinstance(jnp.zeros(()), Tracer):
         return forward(params)
     values = jaxpr_as_fun(program)(*jax.tree.leaves(flat))
     return jax.tree.unflatten(jax.tree.structure(shapes), values)
+
+
+def _outputs(result: Any, mutable: Any = False) -> list[bool]:
+    """Whether each array of ``result`` is output: mutable parameters, which come back with it, are not."""
+    if mutable is False:
+        return [True] * len(jax.tree.leaves(result))
+    output, variables = result
+    changed = {name: jax.tree.map(lambda _, name=name: name != "params", own) for name, own in variables.items()}
+    return _outputs(output) + jax.tree.leaves(changed)
 
 
 def _traced(forward: Callable[[Mapping], Any], params: Mapping) -> tuple[dict[str, Any], ClosedJaxpr, Any]:
@@ -111,15 +123,15 @@ def _traced(forward: Callable[[Mapping], Any], params: Mapping) -> tuple[dict[st
 
 
 def check_read(method: Method, forward: Callable[[Mapping], Any], params: Mapping) -> None:
-    """Raise ``PeftJaxError`` naming trainable leaves without influence on ``forward(params)``; only traces."""
+    """Raise ``PeftJaxError`` where ``forward(params)`` does not depend on a trainable leaf; nothing is computed."""
     arguments.check("check_read", {"method": method, "forward": forward, "params": params})
     check_method_leaves(method, params)
-    flat, program, _ = _traced(forward, params)
-    _check_program(method, flat, program)
+    flat, program, shapes = _traced(forward, params)
+    _check_program(method, flat, program, _outputs(shapes))
 
 
-def _check_program(method: Method, flat: dict[str, Any], program: ClosedJaxpr) -> None:
-    _, used = dce_jaxpr(program.jaxpr, [True] * len(program.out_avals))
+def _check_program(method: Method, flat: dict[str, Any], program: ClosedJaxpr, outputs: list[bool]) -> None:
+    _, used = dce_jaxpr(program.jaxpr, outputs)
     read = jax.tree.unflatten(jax.tree.structure(flat), used)
     labels = tree.flatten(method.labels(tree.unflatten(flat)))
     idle = [path for path in flat if labels[path] != FROZEN and not any(jax.tree.leaves(read[path]))]

@@ -34,13 +34,13 @@ def run(command) -> int:
 
 def _run(folder: Path, command, cell, whole) -> int:
     """``whole`` is the cell with the settings that it chose."""
-    began, when = time.perf_counter(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    start, when = time.perf_counter(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     place = folder / "runs" / whole.name
     files.remove(results.record_of(folder, cell))  # of a start that failed, or was not the last word
     own = command._replace(config=whole.config, workdir=str(place), cells=[], sweep_index=None)
 
     def write(error: str = "") -> None:
-        outcome = Outcome(when, time.perf_counter() - began, error)
+        outcome = Outcome(when, time.perf_counter() - start, error)
         record.write(folder / results.RESULTS, compose(folder, cell, whole, command.config.sweep.metric, outcome))
 
     try:

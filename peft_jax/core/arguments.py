@@ -1,6 +1,6 @@
-"""Whether the arguments of a public function are what they should be: two that are swapped are an error of one line.
+"""Checks of the arguments of public functions: two swapped ones are an error of one line.
 
-Each name stands for one thing in all public functions. ROLES says how to know it, and what to give.
+A name of an argument means the same in all public functions. ROLES says how to recognise it, and what to give.
 """
 
 import os
@@ -79,6 +79,10 @@ ROLES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+def _is_typed_key(value: Any) -> bool:
+    return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+
+
 def check(function: str, values: Mapping[str, Any], optional: Collection[str] = ()) -> None:
     """Raise ``PeftJaxError`` for the first argument that is not what its name stands for in :data:`ROLES`.
 
@@ -97,13 +101,13 @@ def check(function: str, values: Mapping[str, Any], optional: Collection[str] = 
 def check_tree(function: str, value: Any) -> None:
     """Raise ``PeftJaxError`` where ``value`` is no nested dict."""
     if not isinstance(value, Mapping):
-        raise PeftJaxError(f"{function} was given {described(value)}: give a tree, nested dicts of arrays.")
+        raise PeftJaxError(f"{function}: the tree is {described(value)}: give nested dicts of arrays.")
 
 
 def described(value: Any) -> str:
     """What ``value`` is, in a few words."""
     known = {"a Method": is_method, "a model": is_model, "an optax transformation": is_optimizer, "labels": is_labels,
-             "a tree with 'params' inside": is_variables, "a parameter tree": is_params}
+             "a tree with 'params' inside": is_variables, "a parameter tree": is_params, "a random key": _is_typed_key}
     if value is None or isinstance(value, str | bool | int | float):
         return repr(value)
     if isinstance(value, type):

@@ -42,10 +42,10 @@ def kernel_axes(model: nn.Module, params: Mapping[str, Any], *inputs, **kwargs) 
                 layouts["/".join((*module.path, leaf))] = (type(module).__name__, shape, input_count(module))
         return next_fun(*args, **keywords)
 
+    flat = tree.flatten_arrays(params)
     shapes = tree.map_paths(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)  # quantised ones too
     with nn.intercept_methods(note):
         jax.eval_shape(lambda p: model.apply({"params": p}, *inputs, **kwargs), shapes)
-    flat = tree.flatten(params)
     return {path: _layout(path, flat[path].shape, *layout) for path, layout in layouts.items()}
 
 

@@ -96,13 +96,13 @@ class Format(NamedTuple):
         ``PREFIX`` where peft has it; raises where a trained leaf has no place.
       fields: ``(config, flat params, naming) -> {field: value}``, fields of the config beside or instead of the
         arguments.
-      silent: fields that change nothing about what a stored adapter computes.
+      silent: fields that do not change what a stored adapter computes.
       read: ``(arguments of the file, where) -> arguments`` as ``make`` takes them; raises ``PeftJaxError`` naming the
         file ``where`` for a value that is not supported.
       claims: ``(config file's content) -> bool``, where several methods share a ``peft_type``.
       plain: ``(config, flat params) -> (config, flat params)`` without what only training needed, before saving.
-      unsavable_because: ``(config, flat params) -> reason`` why no adapter file can hold these parameters: nobody else
-        has the base that they need. ``""`` where one can. Then the whole model is saved instead.
+      unsavable_because: ``(config, flat params) -> reason`` why an adapter file of these parameters would be useless,
+        as nobody else has the base that they need; ``""`` where it would not. With a reason the whole model is saved.
     """
 
     kind: str

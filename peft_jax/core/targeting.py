@@ -18,6 +18,7 @@ Patterns = str | tuple[str, ...] | list[str] | None
 # What Hugging Face puts in front of the names of the model proper; a regex may or may not spell it out.
 PREFIXES = ("", "model.", "transformer.", "bert.", "roberta.", "distilbert.")
 STACKS = ("layers", "layer", "h", "blocks", "block")
+_PASS_AXES = "pass axes=peft_jax.kernel_axes(model, params, *inputs)"
 HEADS = ("lm_head", "score", "classifier", "embed_out", "output_projection")
 
 
@@ -154,7 +155,7 @@ def find(params: Mapping[str, Any], axes: Mapping[str, KernelAxes] | None, selec
     nothing is chosen or one entry of a list matches no kernel, naming the nearest.
     """
     wanted = ("kernel",) if selection["target_modules"] == "all-linear" else holders
-    everything = [_target(path, leaf, axes) for path, leaf in tree.flatten(params).items()
+    everything = [_target(path, leaf, axes) for path, leaf in tree.flatten_arrays(params).items()
                   if path.rsplit("/", 1)[-1] in wanted]
     _check_patterns(selection["target_modules"], everything)
     _check_layers(selection["layers_to_transform"], selection["layers_pattern"], everything)
@@ -186,8 +187,9 @@ def _target(path, leaf, axes) -> Target:
 
 def _understood(target: Target) -> Target:
     if not target.axes.inputs:
-        raise PeftJaxError(f"'{target.path}' is a {target.axes.kind} of unknown input and output axes: "
-                           "exclude it, or pass axes=peft_jax.kernel_axes(model, params, *inputs).")
+        more = f", or {_PASS_AXES}" if target.axes.kind.startswith("kernel of") else ""  # else they were passed
+        raise PeftJaxError(f"'{target.path}' is a {target.axes.kind} of unknown input and output axes: exclude it"
+                           f"{more}.")
     return target
 
 
@@ -201,6 +203,10 @@ def _check_patterns(target_modules, everything) -> None:
     names = [name for t in everything for name in t.names]
     tied = " A head that is tied to the embedding has none: peft_jax.untie(params) gives it one."
     if (entry := unmatched(target_modules, names, _meant)) is not None:
+        stacks = [t.path for t in everything if t.axes.stack and listed((entry,), t.path.replace("/", "."))]
+        if stacks:
+            raise PeftJaxError(f"target_modules has '{entry}', and '{stacks[0]}/kernel' of three axes was read as a "
+                               f"stack of layers: {_PASS_AXES}.")
         raise PeftJaxError(f"target_modules has '{entry}', which matches no kernel of this model: "
                            f"{nearest(entry, (n.rsplit('.', 1)[-1] for n in names))}"
                            f"{tied if entry.endswith('lm_head') else ''}")

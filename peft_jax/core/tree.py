@@ -37,6 +37,19 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def flatten_arrays(params: Mapping[str, Any]) -> dict[str, Any]:
+    """:func:`flatten` of a tree whose leaves are arrays, or shapes of some.
+
+    Raises ``PeftJaxError`` for any other leaf, such as one in a box of ``nn.with_partitioning``.
+    """
+    flat = flatten(params)
+    for path, leaf in flat.items():
+        if not hasattr(leaf, "shape"):
+            unbox = ": params = flax.core.meta.unbox(params) first" if hasattr(leaf, "unbox") else ""
+            raise PeftJaxError(f"the leaf '{path}' is {arguments.described(leaf)}: give arrays{unbox}.")
+    return flat
+
+
 def unflatten(flat: Mapping[str, Any]) -> Tree:
     """The inverse of :func:`flatten`. Raises ``PeftJaxError`` where a path is both a leaf and a folder."""
     arguments.check_tree("unflatten", flat)
@@ -60,6 +73,7 @@ def map_paths(function: Callable[[str, Any], Any], tree: Mapping[str, Any], pref
     >>> map_paths(lambda path, leaf: f"{path} is {leaf}", {"a": {"b": 1}})
     {'a': {'b': 'a/b is 1'}}
     """
+    arguments.check_tree("map_paths", tree)
     mapped: Tree = {}
     kind: Any = type(tree)
     for key, value in tree.items():
@@ -80,8 +94,8 @@ def first_match(rules: Iterable[tuple[str, Any]], path: str, default: Any) -> An
 def partition(params: Mapping[str, Any], labels: Any, frozen: str = "frozen") -> tuple[Tree, Tree]:
     """Split ``params`` into ``(trainable, frozen)`` by label; leaves of the other part are absent, not ``None``.
 
-    Every label but ``frozen`` counts as trainable, so that a method may name groups with rates of their own. The first
-    tree is all that needs a gradient, an optimiser state, or a place in a checkpoint.
+    Every label but ``frozen`` counts as trainable: a method may name groups that learn at rates of their own. Only the
+    first tree needs gradients, an optimiser state, and a place in a checkpoint.
 
     Args:
       params: the whole tree.
@@ -151,7 +165,7 @@ def check_method_leaves(method: Any, params: Mapping[str, Any]) -> None:
 
 
 def count(tree: Any) -> int:
-    """Elements of all leaves; of a quantised one those of the array that it stands for.
+    """The number of elements of all leaves. A quantised leaf counts as the array that it stands for.
 
     Raises ``PeftJaxError`` for a leaf that is no array, nor the shape of one.
     """
@@ -161,7 +175,7 @@ def count(tree: Any) -> int:
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of all leaves, of arrays or of their shapes; of a quantised one those of its packed buffers.
+    """The bytes of all leaves, which are arrays or shapes. A quantised leaf counts with its packed buffers.
 
     >>> nbytes({"a": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)}), nbytes(jax.eval_shape(jax.random.key, 0))
     (12, 8)

@@ -10,7 +10,7 @@ from peft_jax.errors import PeftJaxError, nearest
 
 
 def check_modules(name: str, modules: Any) -> None:
-    """Raise ``PeftJaxError`` where ``modules`` is no list of names, regex or ``None``."""
+    """Raise ``PeftJaxError`` unless ``modules`` is a list of names, a regex or ``None``."""
     entries = modules if isinstance(modules, list | tuple) else (modules,)
     if not all(one is None or isinstance(one, str) for one in entries):
         raise PeftJaxError(f"{name}={modules!r}: give names or None.")
@@ -46,7 +46,7 @@ def is_id(one: Any) -> bool:
 
 
 def check_ids(name: str, ids: Any) -> None:
-    """Raise ``PeftJaxError`` where ``ids`` is neither ``None`` nor token ids, at least one."""
+    """Raise ``PeftJaxError`` unless ``ids`` is ``None`` or at least one token id."""
     numbers = ids.tolist() if hasattr(ids, "tolist") else ids  # arrays, whose numbers are no Integral in jax
     several = isinstance(numbers, Collection) and len(numbers)
     if ids is not None and not (several and all(map(is_id, numbers))):
@@ -72,7 +72,7 @@ def check_probability(name: str, value: Any) -> None:
 
 
 def check_patterns(config: Mapping[str, Any], rank: str, alpha: str) -> None:
-    """Raise ``PeftJaxError`` where a rank or an alpha, by itself or in its pattern, is none."""
+    """Raise ``PeftJaxError`` where ``rank`` or ``rank_pattern`` has what is no rank; of ``alpha`` likewise."""
     for name, pattern, check in ((rank, "rank_pattern", check_rank), (alpha, "alpha_pattern", check_alpha)):
         check_pattern(pattern, config[pattern])
         check(name, config[name])
@@ -81,7 +81,7 @@ def check_patterns(config: Mapping[str, Any], rank: str, alpha: str) -> None:
 
 
 def check_pattern(name: str, pattern: Any) -> None:
-    """Raise ``PeftJaxError`` where ``pattern`` is no ``{regex: value}`` or ``None``."""
+    """Raise ``PeftJaxError`` unless ``pattern`` is ``{regex: value}`` or ``None``."""
     if not isinstance(pattern, Mapping | None) or not all(isinstance(key, str) for key in pattern or ()):
         raise PeftJaxError(f"{name}={pattern!r}: give a dict, such as {{'layers.0.self_attn.q_proj': 4}}.")
     check_regexes(list(pattern or ()))

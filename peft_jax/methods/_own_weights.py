@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax import quant
-from peft_jax.core import kernel_axes, targeting, tree
+from peft_jax.core import arguments, kernel_axes, targeting, tree
 from peft_jax.core.peft_format import PREFIX, Naming, Slot
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.method import FROZEN, TRAINABLE, check_leaves
@@ -33,7 +33,7 @@ def init(method: str, params: Mapping[str, Any], axes: Mapping[str, kernel_axes.
 
     Raises ``PeftJaxError`` where nothing is chosen, a chosen leaf is no plain float array, or marks are there already.
     """
-    flat = tree.flatten(params)
+    flat = tree.flatten_arrays(params)
     if method in params:
         raise PeftJaxError(f"the parameters already hold '{method}' leaves: start from the base's, or merge first.")
     new, marks, stacks = dict(flat), {}, targeting.stacks(flat, axes)
@@ -79,6 +79,7 @@ def marks_of(flat: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def labels(method: str, params: Mapping[str, Any]) -> tree.Tree:
     """``"trainable"`` for leaves that train in place and for the layers' copies."""
+    arguments.check_tree("labels", params)
     marks = params.get(method, {})
     copies = {f"{method}/{name}" for name, mark in marks.items() if mark.ndim}
 

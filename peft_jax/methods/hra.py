@@ -36,7 +36,7 @@ def hra(r: int = 8, apply_GS: bool = False, target_modules: Patterns = ("q_proj"
     """HRA with the arguments, meanings and defaults of Hugging Face peft's ``HRAConfig``, linear modules only.
 
     Args:
-      r: number of reflections. Odd ones cannot start in pairs: then training does not start from the base model.
+      r: number of reflections. An odd number does not start in pairs: training does not start from the base model.
       apply_GS: make the columns orthonormal. Reflections in orthogonal directions cannot cancel, so training does not
         start from the base model either; all columns then start at random.
       bias: which biases train: "none", "all", "hra_only" (of adapted modules).

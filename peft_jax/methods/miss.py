@@ -50,7 +50,7 @@ def _leaves(config: dict[str, Any], key: jax.Array, target: Target, kernel: Any)
     shape = (*stack, r, mini_r) if (mini := config["init_weights"] == "mini") else (*stack, r, *outputs)
     if r > prod(inputs) or (mini and (len(outputs) > 1 or prod(outputs) % mini_r)):
         raise PeftJaxError(f"'{target.path}' has inputs {inputs} and outputs {outputs}: r={r} can be at most the "
-                           f"inputs; with init_weights='mini' mini_r={mini_r} must divide outputs of one axis.")
+                           f"inputs{f', and mini_r={mini_r} must divide outputs of one axis' if mini else ''}.")
     block = jnp.zeros(shape) if config["init_weights"] else jax.random.uniform(key, shape, minval=-1) * 0.1
     return {"miss_block": block, "miss_on": kernel_adapter.switch(config, target)}
 
@@ -62,7 +62,7 @@ def _intercept(config: dict[str, Any], next_fun: Any, args: Any, kwargs: Any, co
     wide = _wide(config, kernel := module.get_variable("params", "kernel"), *leaves).astype(y.dtype)
     x = kernel_axes.inputs_last(module, args[0]).reshape(-1, prod(kernel.shape) // wide.shape[-1])
     x = kernel_adapter.dropped(module, context, x, config["miss_dropout"], "miss_dropout").astype(y.dtype)
-    shards = jnp.pad(x, ((0, 0), (0, -x.shape[-1] % len(wide)))).reshape(len(x), -1, len(wide))
+    shards = jnp.pad(x, ((0, 0), (0, -x.shape[1] % len(wide)))).reshape(len(x), -(-x.shape[1] // len(wide)), len(wide))
     return y + (shards.sum(1) @ wide).reshape(y.shape)
 
 

@@ -2,8 +2,8 @@
 
     W ~ table[codes] * scale        scale = max |W| of a block; with double_quant in 8 bits itself, less its mean
 
-Each chosen ``kernel``, or ``embedding``, becomes a :class:`peft_jax.QuantizedArray` in its place; nothing trains. What
-stands beside it does, by another method: QLoRA is ``chain(quantize(double_quant=True), lora(...))``. A method in front
+Each chosen ``kernel`` or ``embedding`` becomes a :class:`peft_jax.QuantizedArray` in its place; nothing trains. Another
+method of a chain trains leaves beside it: QLoRA is ``chain(quantize(double_quant=True), lora(...))``. A method in front
 sees the plain weights: ``chain(lora(init_lora_weights="pissa"), quantize())`` quantises what PiSSA leaves of them.
 """
 
@@ -31,12 +31,13 @@ def quantize(quant_type: str = "nf4", block_size: int | None = 64, double_quant:
     """Weights in four or eight bits; ``bind`` knows how to read them under any other method.
 
     Args:
-      quant_type: "nf4", "fp4", "int4", "int4_affine" or "int8", see :func:`peft_jax.quantize_array`; as the other two
-        bitsandbytes' ``bnb_4bit_quant_type``, its block size, and ``bnb_4bit_use_double_quant``.
-      block_size: how many values along the inputs share a scale; ``None``: all of an output.
-      double_quant: the scales in 8 bits, 256 of them with one scale of their own.
+      quant_type: "nf4", "fp4", "int4", "int4_affine" or "int8", see :func:`peft_jax.quantize_array`; bitsandbytes'
+        ``bnb_4bit_quant_type``.
+      block_size: how many values along the inputs share a scale; ``None`` gives each output one scale.
+      double_quant: keep the scales in 8 bits, 256 of them with one scale of their own; bitsandbytes'
+        ``bnb_4bit_use_double_quant``.
       target_modules: as of :func:`peft_jax.lora`; "all-linear" is every kernel but the output head. Embeddings are
-        quantised where they are named. exclude_modules: taken out again, bitsandbytes' ``llm_int8_skip_modules``.
+        quantised where they are named. exclude_modules: modules to leave out; bitsandbytes' ``llm_int8_skip_modules``.
       product: "plain" decodes a weight before each product with it. "fused" decodes it inside of the product, by a
         Pallas kernel for GPUs and TPUs that nobody has timed yet: for bfloat16 and float32 activations and blocks of
         32, 64 or 128; not for weights sharded over devices. Where there is no such kernel, it is "plain".
@@ -49,9 +50,8 @@ def quantize(quant_type: str = "nf4", block_size: int | None = 64, double_quant:
     >>> params["up_proj"]["kernel"].codes.shape, params["up_proj"]["kernel"].nbytes
     ((8, 32), 288)
 
-    Raises ``PeftJaxError`` for no such codec, and from ``init`` for target_modules that match nothing, layers of one
-    stack of which only some are meant, weights that train, are quantised otherwise already, or hold infinite values
-    or NaN.
+    Raises ``PeftJaxError`` for an unknown codec. ``init`` raises it for target_modules that match nothing or only some
+    layers of a stack, and for weights that train, are quantised in another way, or hold infinite values or NaN.
     """
     config = {"peft_type": "QUANTIZE", "quant_type": quant_type, "block_size": block_size,
               "double_quant": double_quant, "target_modules": target_modules, "exclude_modules": exclude_modules,
@@ -127,11 +127,11 @@ def _convert(config: Mapping[str, Any], holders: Sequence[str], path: str, array
 
 
 def requantize(params: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[tree.Tree, dict[str, float]]:
-    """What ``base`` has quantised, quantised again in ``params``, which a merge made plain; and what that costs.
+    """Quantise the weights of a merged model again, as ``base`` has them, and measure the error.
 
     Args:
-      params: plain, of the same model, such as ``method.merge(...)`` gives.
-      base: the parameters with the quantised leaves that the merge began with.
+      params: plain parameters, such as ``method.merge(...)`` gives.
+      base: the parameters before the merge, with quantised leaves.
 
     Returns the new tree and, for each quantised leaf by path, the root mean square of the error over that of the plain
     leaf. Codes can hold an adapter's update only where it is larger than their steps: look at the errors, and at the

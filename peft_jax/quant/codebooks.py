@@ -66,12 +66,12 @@ def dynamic() -> np.ndarray:
     >>> dynamic()[[0, 127, 255]].round(4).tolist() == [np.float32(-0.9930), 0.0, 1.0]
     True
     """
-    found = [np.float32(0), np.float32(1)]
+    values = [np.float32(0), np.float32(1)]
     for decade in range(7):
         ends = _linspace(2**decade + 1)
         means = np.float32(10.0 ** (decade - 6)) * ((ends[:-1] + ends[1:]) / np.float32(2))
-        found += [*means, *-means]
-    return np.sort(np.array(found, np.float32))
+        values += [*means, *-means]
+    return np.sort(np.array(values, np.float32))
 
 
 def _linspace(count: int) -> np.ndarray:

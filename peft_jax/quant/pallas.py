@@ -90,9 +90,9 @@ def multiply(x: jax.Array, leaf: QuantizedArray, over_columns: bool, plain: Call
     """
     if not len(x) or unfit(leaf, x.dtype):
         return plain(x, leaf)
-    chosen = [find(leaf, len(x), x.dtype) for find in (gpu_tiles, tpu_tiles)]
+    choices = [tiles_of(leaf, len(x), x.dtype) for tiles_of in (gpu_tiles, tpu_tiles)]
     gpu, tpu = (plain if tiles is None else partial(times, over_columns=over_columns, tiles=tiles,
-                                                    interpret=leaf.product == "interpreted") for tiles in chosen)
+                                                    interpret=leaf.product == "interpreted") for tiles in choices)
     if leaf.product == "interpreted":
         return gpu(x, leaf)
     return jax.lax.platform_dependent(x, leaf, cuda=gpu, rocm=gpu, tpu=tpu, default=plain)
@@ -114,18 +114,18 @@ def times(x: jax.Array, leaf: QuantizedArray, over_columns: bool, tiles: Tiles, 
 
 def _call(x, leaf, over_columns, tiles, interpret):
     """(1, T, R), or (parts, T, stored columns), of x (parts, T, stored columns), or (1, T, R)."""
-    stored, tile = leaf.codes.shape, (tiles.rows, tiles.columns)
-    contracted, free = (1, 0) if over_columns else (0, 1)
-    steps = stored[contracted] // tile[contracted]
-    block = tuple(stored[axis] if tiles.loops and axis == contracted else tile[axis] for axis in (0, 1))
-    out = (1 if over_columns else _parts(leaf), x.shape[1], stored[free])
+    shape, tile = leaf.codes.shape, (tiles.rows, tiles.columns)
+    inner, outer = (1, 0) if over_columns else (0, 1)  # the axis that is summed over, and the other
+    steps = shape[inner] // tile[inner]
+    block = tuple(shape[axis] if tiles.loops and axis == inner else tile[axis] for axis in (0, 1))
+    out = (1 if over_columns else _parts(leaf), x.shape[1], shape[outer])
     scales, scale_spec = _scales(leaf, block, over_columns, tiles)
     return pl.pallas_call(
         partial(_body, leaf.quant_type, over_columns, steps if tiles.loops else 1, tiles.loops), interpret=interpret,
-        grid=(x.shape[1] // tiles.tokens, stored[free] // tile[free], *(() if tiles.loops else (steps,))),
-        in_specs=[pl.BlockSpec((len(x), tiles.tokens, block[contracted]), lambda token, free, step=0: (0, token, step)),
+        grid=(x.shape[1] // tiles.tokens, shape[outer] // tile[outer], *(() if tiles.loops else (steps,))),
+        in_specs=[pl.BlockSpec((len(x), tiles.tokens, block[inner]), lambda token, outer, step=0: (0, token, step)),
                   pl.BlockSpec(block, _place(over_columns)), *[scale_spec] * len(scales)],
-        out_specs=pl.BlockSpec((out[0], tiles.tokens, tile[free]), lambda token, free, step=0: (0, token, free)),
+        out_specs=pl.BlockSpec((out[0], tiles.tokens, tile[outer]), lambda token, outer, step=0: (0, token, outer)),
         out_shape=jax.ShapeDtypeStruct(out, x.dtype if tiles.loops else jnp.float32),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2) if tiles.loops else
         mosaic.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
@@ -134,15 +134,15 @@ def _call(x, leaf, over_columns, tiles, interpret):
 
 def _place(over_columns):
     """Which tile (of rows, of columns) a program of the grid reads."""
-    return lambda token, free, step=0: (free, step) if over_columns else (step, free)
+    return lambda token, outer, step=0: (outer, step) if over_columns else (step, outer)
 
 
 def _scales(leaf, block, over_columns, tiles):
     """(float32 scales and offsets (R, K), how a program reads them); on a TPU rows run along the last axis, which is
     padded to 128 there, and K values of a tile are few.
     """
-    held = [float_scales(leaf)] + ([] if leaf.offsets is None else [leaf.offsets])
-    arrays = [array.astype(jnp.float32) for array in held]
+    factors = [float_scales(leaf)] + ([] if leaf.offsets is None else [leaf.offsets])
+    arrays = [array.astype(jnp.float32) for array in factors]
     block, place = (block[0], block[1] * _parts(leaf) // leaf.block_size), _place(over_columns)
     if tiles.loops:
         return arrays, pl.BlockSpec(block, place)
@@ -158,12 +158,12 @@ def _body(quant_type, over_columns, steps, loops, x_ref, codes_ref, *refs):
     axis = 1 if over_columns else 0
 
     def add(step, sums):
-        stored = _read(codes_ref, axis, step, steps)
-        scales = [_spread(_read(ref, axis, step, steps), stored.shape, loops) for ref in scale_refs]
+        codes = _read(codes_ref, axis, step, steps)
+        scales = [_spread(_read(ref, axis, step, steps), codes.shape, loops) for ref in scale_refs]
         sums = list(sums)
         for part in range(1 if quant_type == "int8" else 2):
             x = _read(x_ref, 1, step, steps, part if over_columns else 0)
-            weights = _decode(quant_type, part, stored, *scales).astype(x.dtype)
+            weights = _decode(quant_type, part, codes, *scales).astype(x.dtype)
             sums[0 if over_columns else part] += _dot(x, weights, axis)
         return tuple(sums)
 
@@ -194,11 +194,11 @@ def _spread(scales, shape, by_rows):
     return jnp.broadcast_to(scales[:, None, :], (groups, columns // groups, rows)).reshape(columns, rows).T
 
 
-def _decode(quant_type, part, stored, scales, offsets=None):
+def _decode(quant_type, part, codes, scales, offsets=None):
     """float32 values (rows, columns) of a tile's high (part 0) or low (1) nibbles, or of its bytes."""
     if quant_type == "int8":
-        return stored.astype(jnp.float32) * scales
-    code = stored.astype(jnp.int32)
+        return codes.astype(jnp.float32) * scales
+    code = codes.astype(jnp.int32)
     code = code >> 4 if part == 0 else code & 15
     if quant_type in ("nf4", "fp4"):
         return _select(code, [jnp.full(code.shape, value) for value in codebooks.table(quant_type)]) * scales
@@ -234,5 +234,5 @@ def _power(size: int, most: int) -> int:
 
 def _multiple(size: int, unit: int, most: int) -> int:
     """The largest multiple of a unit, up to ``most``, that divides a size; else all of a small size; else 0."""
-    found = [one for one in range(unit, most + 1, unit) if size % one == 0]
-    return found[-1] if found else size * (size <= TPU_WHOLE)
+    divisors = [one for one in range(unit, most + 1, unit) if size % one == 0]
+    return divisors[-1] if divisors else size * (size <= TPU_WHOLE)

@@ -1,8 +1,10 @@
 """MiSS: the promises of every method, its equation, and its exchange with real peft."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from peft_jax import PeftJaxError, bind, miss
 from tests import peer, properties
@@ -81,6 +83,14 @@ def test_dropout_needs_a_stream_and_changes_the_branch(peer_bases):
     assert (still != one).any() and (one != other).any()
     plain = miss(r=4, init_weights=False)
     np.testing.assert_array_equal(bind(plain, model)({"params": params}, peer.IDS), still)
+
+
+def test_no_rows_give_no_rows():
+    """An empty last batch, as of any other method."""
+    dense, x = nn.Dense(6), jnp.ones((0, 8))
+    method = miss(r=3, target_modules=("up",))
+    params = method.init(jax.random.key(0), {"up": {"kernel": jnp.ones((8, 6)), "bias": jnp.zeros(6)}})["up"]
+    assert bind(method, dense)({"params": params}, x).shape == (0, 6)
 
 
 def test_what_cannot_be_meant_is_an_error(peer_bases):

@@ -16,32 +16,32 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 _SEVERAL = {bool: "truth values", int: "whole numbers", float: "numbers", str: "strings"}
 
 
-def check_flags(path: Path, given: Mapping[str, Any]) -> None:
+def check_flags(path: Path, content: Mapping[str, Any]) -> None:
     """Raise ``PeftJaxError`` where a field that is true or false, whatever the method, is neither."""
     for name in _FLAGS:
-        if name in given:
-            _check(path, name, given[name], bool | None)
+        if name in content:
+            _check(path, name, content[name], bool | None)
 
 
-def check(path: Path, found: Mapping[str, Any], make: Callable[..., Any]) -> None:
+def check(path: Path, fields: Mapping[str, Any], make: Callable[..., Any]) -> None:
     """Raise ``PeftJaxError`` where a field is not what ``make`` says of its argument, or holds a regex that is none.
 
     Args:
-      found: fields as JSON gives them.
+      fields: the file's, as JSON gives them.
       make: the method's function; its annotations are the types.
     """
     parameters = inspect.signature(make).parameters
-    for name in [name for name in found if name in parameters]:
+    for name in [name for name in fields if name in parameters]:
         kind = parameters[name].annotation
-        _check(path, name, found[name], kind)
+        _check(path, name, fields[name], kind)
         if any(_several(one) for one in _kinds(kind)):
-            _check_regexes(path, name, found[name])
+            _check_regexes(path, name, fields[name])
 
 
 def _check(path: Path, name: str, value: Any, kind: Any) -> None:
     if not any(_fits(value, one) for one in _kinds(kind)):
-        said = " or ".join(dict.fromkeys(map(_said, _kinds(kind))))
-        raise PeftJaxError(f"{path} has {name}={reprlib.repr(value)}, where {said} belongs: correct it or save the "
+        words = " or ".join(dict.fromkeys(map(_phrase, _kinds(kind))))
+        raise PeftJaxError(f"{path} has {name}={reprlib.repr(value)}, where {words} belongs: correct it or save the "
                            "adapter again.")
 
 
@@ -71,14 +71,14 @@ def _item(kind: Any) -> Any:
 
 def _fits(value: Any, kind: Any) -> bool:
     if not _several(kind):
-        wanted = (int, float) if kind is float else kind
-        return isinstance(value, wanted) and (kind is bool or not isinstance(value, bool))
+        kinds = (int, float) if kind is float else kind
+        return isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
     if issubclass(get_origin(kind), Mapping):
         return isinstance(value, dict) and all(_fits(one, _item(kind)) for one in value.values())
     return isinstance(value, list) and all(_fits(one, _item(kind)) for one in value)
 
 
-def _said(kind: Any) -> str:
+def _phrase(kind: Any) -> str:
     if not _several(kind):
         return _WORDS[kind]
     item, mapping = _item(kind), issubclass(get_origin(kind), Mapping)

@@ -61,7 +61,7 @@ def load_adapter(source: str | os.PathLike, base_params: Mapping[str, Any],
         naming = naming_of(flat, axes, family)
         owners = [ours for ours, _ in naming.owners]
         modules = [path.rpartition("/")[0].replace("/", ".") for path in flat]
-        method = adapter_config.made(part, owners, modules)
+        method = adapter_config.method_of(part, owners, modules)
         params = _with_leaves(method, params, axes, folder, tensors)
         flat = tree.flatten(params)
         trained, naming = trained_leaves(method, params, flat), naming_of(flat, axes, family)
@@ -69,7 +69,7 @@ def load_adapter(source: str | os.PathLike, base_params: Mapping[str, Any],
         methods.append(method)
     base = tree.flatten(base_params)
     adapter_tensors.check(folder, tensors, slots, flat, model_tensors(family, base), base)
-    params = tree.unflatten(flat | adapter_tensors.filled(tensors, slots, flat))
+    params = tree.unflatten(flat | adapter_tensors.leaves_of(tensors, slots, flat))
     return methods[0] if len(methods) == 1 else chain(*methods), params
 
 
@@ -108,5 +108,5 @@ def _unties(family: Family | None, parts, tensors) -> bool:
     followed = f"{PREFIX}{family.modules[embedding].name}."
     own = [key for key in tensors if key.startswith(f"{followed}lora_embedding_") or (
         key.startswith(head) and key not in adapter_tensors.TIED and key.replace(head, followed) not in tensors)]
-    return bool(own) or any(targeting.saved(part.stated.get("modules_to_save"), name) for part in parts
+    return bool(own) or any(targeting.saved(part.arguments.get("modules_to_save"), name) for part in parts
                             for name in ("lm_head", embedding))

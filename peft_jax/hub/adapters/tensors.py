@@ -15,23 +15,21 @@ from peft_jax.errors import PeftJaxError
 from peft_jax.method import FROZEN, Method
 
 TIED = (f"{PREFIX}lm_head.weight", f"{PREFIX}lm_head.base_layer.weight")  # which peft stores of a tied head as well
-
-
 MOST_LAYERS = 1000  # a leaf of a scanned stack is padded to its largest layer, and so larger than its tensors
 
 
 def check_sizes(method: Method, init: Callable[[], tree.Tree], folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Raise ``PeftJaxError``, before ``init`` makes any, for leaves that are far too large for the file to fill."""
-    held = sum(tensor.size for tensor in tensors.values())
+    size = sum(tensor.size for tensor in tensors.values())
     try:
-        made = jax.eval_shape(init)
-        labels, flat = tree.flatten(method.labels(made)), tree.flatten(made)
-        asked = sum(leaf.size for path, leaf in flat.items() if labels[path] != FROZEN)
+        params = jax.eval_shape(init)
+        labels, flat = tree.flatten(method.labels(params)), tree.flatten(params)
+        need = sum(leaf.size for path, leaf in flat.items() if labels[path] != FROZEN)
     except (MemoryError, OverflowError):
-        asked = np.inf
-    if asked > MOST_LAYERS * held:
-        raise PeftJaxError(f"the config of the adapter in {folder} asks for {asked:.0g} numbers to train, its file has "
-                           f"{held}: one of them is damaged; save the adapter again.")
+        need = np.inf
+    if need > MOST_LAYERS * size:
+        raise PeftJaxError(f"the config of the adapter in {folder} asks for {need:.0g} numbers to train, its file has "
+                           f"{size}: one of them is damaged; save the adapter again.")
 
 
 def check(folder, tensors, slots, flat, own, base) -> None:
@@ -51,8 +49,8 @@ def check(folder, tensors, slots, flat, own, base) -> None:
                                       if not jnp.issubdtype(tensors[key].dtype, jnp.floating)],
         "with NaN or infinite values": [key for key in shapes.keys() & tensors.keys() if not _is_finite(tensors[key])],
     }
-    if said := errors.faults_text(faults):
-        raise PeftJaxError(f"the adapter in {folder} does not fit the model or its own config. {said}.")
+    if text := errors.faults_text(faults):
+        raise PeftJaxError(f"the adapter in {folder} does not fit the model or its own config. {text}.")
 
 
 def _is_finite(tensor) -> bool:
@@ -71,11 +69,11 @@ def _says_nothing_new(key: str, tensor, slots, own, base) -> bool:
     slot = own.get(name) or (own.get(embedding) if key in TIED else None)
     if slot is None:
         return False
-    held = slot.tensor(np.asarray(base[slot.path]))
-    return held.shape == tensor.shape and bool((held == tensor.astype(held.dtype)).all())
+    weight = slot.tensor(np.asarray(base[slot.path]))
+    return weight.shape == tensor.shape and bool((weight == tensor.astype(weight.dtype)).all())
 
 
-def filled(tensors, slots, flat) -> dict[str, jax.Array]:
+def leaves_of(tensors, slots, flat) -> dict[str, jax.Array]:
     """The leaves that the file holds; what it does not say of them is as the method starts it."""
     leaves = {slot.path: np.array(flat[slot.path], np.float32) for slot in slots.values()}
     for key, slot in slots.items():

@@ -3,8 +3,8 @@
     y = x W + s ((drop(x) A) * e) B        s = lora_alpha / (init_r + 1e-5)
 
 A (in, r), e (r) and B (r, out) play the part of a singular value decomposition: a penalty on the loss keeps A' A and
-B B' near I, and ``allocation.py`` sets to zero, as training goes on, the entries of e that matter
-least in the whole model. No shape changes, so nothing is compiled again. Beside each adapted ``kernel`` stand
+B B' near I, and ``allocation.py`` sets to zero, as training goes on, the entries of e that matter least in the whole
+model. No shape changes, so nothing is compiled again. Beside each adapted ``kernel`` stand
 ``adalora_a`` (*stack, *in, r), ``adalora_e`` (*stack, r), ``adalora_b`` (*stack, r, *out) and the frozen
 ``adalora_scaling`` (*stack), s, and zero for layers of a stack that are not adapted. e starts at zero, so that training
 starts from the base model. What is saved leaves the zero entries out, as peft does.

@@ -58,17 +58,17 @@ def lora(r: int = 8, lora_alpha: float = 8, target_modules: Patterns = ("q_proj"
         list or regex may name embeddings: a tied head then changes with it (peft's ensure_weight_tying); after
         ``peft_jax.untie`` it does not (peft's default). peft never keeps GPT-2's ``wte`` tied: untie it to save it.
       lora_dropout: probability that an input element of the branch is dropped; needs ``rngs={"dropout": key}``.
-      exclude_modules: as target_modules, taken out again.
-      layers_to_transform: layer numbers; layers_pattern: the word in front of the number, any where absent.
+      exclude_modules: modules to leave out, written as target_modules.
+      layers_to_transform: layer numbers; layers_pattern: the word in front of the number, ``None`` for any.
       rank_pattern, alpha_pattern: ``{regex for the end of a name: value}``, exceptions from r and lora_alpha.
       bias: which biases train: "none", "all", "lora_only" (of adapted modules).
       modules_to_save: endings of names of modules that train as a whole. On a model whose head is tied,
         "embed_tokens" keeps the tie (peft's ensure_weight_tying); after ``peft_jax.untie`` it does not (peft's
         default).
-      init_lora_weights: True for A uniform within 1/sqrt(in), "gaussian" for A normal with deviation 1/r; "orthogonal",
-        "pissa", "pissa_niter_4" and "olora" as in init.py; "eva" as in eva.py, for which ``prepare`` sees data
-        first; "loftq" as in loftq.py, which quantises the kernel; False for A and B both uniform (not the base model at
-        the start; for tests).
+      init_lora_weights: True for A uniform within 1/sqrt(in); "gaussian" for A normal with deviation 1/r; "orthogonal",
+        "pissa", "pissa_niter_4" and "olora", see init.py; "eva", see eva.py: call ``prepare`` with data first;
+        "loftq", see loftq.py: it quantises the kernel; False for A and B both uniform (for tests: training does not
+        start from the base model).
       eva_config: ``{"rho", "tau", "whiten", "adjust_scaling_factors"}``, of peft's ``EvaConfig``.
       loftq_config: ``{"quant_type", "block_size", "double_quant"}``, as of ``quantize``, and ``"loftq_iter"``.
 
@@ -105,8 +105,8 @@ def build(config: Mapping[str, Any], starts: Mapping[str, jax.Array] | None, aga
     """What LoRA and DoRA have in common: ``parts`` of ``_kernel_adapter.method``, and a start that may need data.
 
     Args:
-      starts: A by path, from data, where there is one.
-      again: ``(config, starts) -> Method``, the method once the data was seen.
+      starts: ``{path: A}`` for the modules whose A comes from data.
+      again: ``(config, starts) -> Method``, the method after it has seen data.
     """
 
     def prepare(*args: Any, **kwargs: Any) -> Method:

@@ -28,7 +28,7 @@ KEYS = {"bitfit_bias": "bitfit_bias"}
 
 def bitfit(target_modules: Patterns = None, *, exclude_modules: Patterns = None,
            modules_to_save: tuple[str, ...] | None = None, add_missing: bool = False) -> Method:
-    """BitFit; Hugging Face peft has none of its own, its words for modules are used.
+    """BitFit. Hugging Face peft has no such method; modules are named as in its others.
 
     Args:
       target_modules: modules whose bias trains, as of :func:`peft_jax.lora`; ``None`` is every bias, norms' too, and

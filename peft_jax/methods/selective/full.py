@@ -1,5 +1,5 @@
-"""Full fine-tuning, and parts of it: the model's own leaves train, all, those of some names, or the last layers'
-(how many of these are needed: arXiv 1911.03090).
+"""Full fine-tuning, or part of it: all leaves of the model train, or those of some names, or of the last layers
+(arXiv 1911.03090 asks how many layers are enough).
 
     y = f(x; W),   W trains
 
@@ -28,14 +28,14 @@ def full(patterns: str | Sequence[str] = (".*",), *, exclude: str | Sequence[str
 
     Args:
       patterns: regexes for whole paths of leaves, ``layers/self_attn/q_proj/kernel``; what one of them matches trains.
-      exclude: the same, taken out again.
+      exclude: regexes for leaves that do not train.
       last_n_layers: of the layers only the last n train; what stands outside of layers (the final norm) does too.
       embeddings: whether embeddings train; ``None``: yes, but not with last_n_layers.
       head: whether a head of its own trains. A head that is tied to the embedding is the embedding; ``untie`` it first
         to train one of them.
 
-    In a chain name it first. Returns a :class:`Method`; of a run with all the defaults nothing is stored as an adapter,
-    the whole model is: ``save_pretrained(folder, model, method.merge(params))``.
+    In a chain name it first. Returns a :class:`Method`. With the defaults there is no adapter to save: save the whole
+    model, ``save_pretrained(folder, model, method.merge(params))``.
 
     >>> import jax.numpy as jnp
     >>> method = full()
