@@ -6,11 +6,15 @@
 
 Random weights of Llama 3.2's 1 B and 3.1's 8 B sizes; LoRA r 16 on all linear layers, QLoRA the same on NF4 with double
 quantisation; AdamW; loss on every token. Both libraries have the same rows; torch uses gradient checkpointing, too.
-Prints medians of ``--steps`` steps, in turn, and utilisation: the FLOPs that the method needs (forward, and the
-gradients of activations; frozen weights have none; nothing for remat) over seconds and the card's peak in bfloat16.
+Prints medians of ``--steps`` steps, in turn, and utilisation: the FLOPs that the method needs over seconds and what the
+card could do in bfloat16. Those are 4 N a token for N weights, and attention: forward, and the gradients of activations; frozen
+weights have none, and remat counts for nothing. "Peak" is the most memory that jax held, beside what the compiled
+program says and what ``peft_jax.plan`` said before; a CPU tells no peak. peft is left out, and that is said, where it
+is not installed (``--alone``: asked to).
 """
 
 import argparse
+import importlib.util
 import statistics
 import sys
 import tempfile
@@ -24,9 +28,10 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from peft_jax import bind, chain, lora, quantize
+from peft_jax import bind, chain, lora, plan, quantize
 from peft_jax.core import tree
 from peft_jax.models.llama import CausalLM, LlamaConfig
+from peft_jax.planner.compiled import memory_of
 from peft_jax.train.step import init_state, make_step
 
 SIZES = {
@@ -39,7 +44,7 @@ LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
 def ours(sizes: LlamaConfig, quantised: bool, ids: np.ndarray):
-    """A function that runs one training step here."""
+    """(a function that runs one training step here, bytes that its program says it needs, bytes of the plan)."""
     model = CausalLM(sizes, jnp.bfloat16, jnp.bfloat16, remat=True)
     method = chain(quantize("nf4", double_quant=True), lora(**LORA)) if quantised else lora(**LORA)
     base = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
@@ -52,13 +57,15 @@ def ours(sizes: LlamaConfig, quantised: bool, ids: np.ndarray):
     batch = {"input_ids": ids, "segment_ids": np.ones_like(ids), "positions": whole, "loss_index": whole[:, :-1],
              "loss_target": ids[:, 1:], "loss_weight": np.ones_like(whole[:, 1:], np.float32)}
     batch = jax.device_put({name: np.ascontiguousarray(array[None]) for name, array in batch.items()})
+    compiled = memory_of(step.lower(state, frozen, batch).compile()).total
+    planned = plan(method, model, tx, *ids.shape).program.memory.total
 
     def run():
         nonlocal state
         state, metrics = step(state, frozen, batch)
         return float(metrics["loss"])
 
-    return run
+    return run, compiled, planned
 
 
 def theirs(sizes: LlamaConfig, quantised: bool, ids: np.ndarray):
@@ -111,30 +118,54 @@ def needed(sizes: LlamaConfig, rows: int, length: int) -> int:
     return rows * length * (4 * weights + 2 * 3 * attention)
 
 
+def peft_is_here() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("torch", "transformers", "peft"))
+
+
+def in_turn(runs: dict, steps: int) -> dict[str, float]:
+    """Median seconds of a step of each, run in turn; the first two turns compile and warm up."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(steps + 2):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            taken[name] += [time.perf_counter() - began] if turn > 1 else []
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def row(title: str, sizes: LlamaConfig, quantised: bool, ids: np.ndarray, args) -> str:
+    run, compiled, planned = ours(sizes, quantised, ids)
+    runs = {"ours": run} | ({} if args.alone else {"theirs": theirs(sizes, quantised, ids)})
+    medians = in_turn(runs, args.steps)
+    here, there = medians["ours"], medians.get("theirs")
+    device = jax.devices()[0]
+    peak = next((value for name, value in PEAKS.items() if name in device.device_kind), None)
+    held = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    cells = [title, f"{ids.size / here:,.0f}", f"{100 * needed(sizes, *ids.shape) / here / peak:.1f} %" if peak else "",
+             f"{held / 1e9:.3g}" if held else "", f"{compiled / 1e9:.3g}", f"{planned / 1e9:.3g}",
+             f"{ids.size / there:,.0f}" if there else "", f"{here / there:.2f}" if there else ""]
+    return "| " + " | ".join(cells) + " |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="1b", choices=SIZES)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--methods", default="LoRA,QLoRA")
+    parser.add_argument("--alone", action="store_true", help="without peft")
     args = parser.parse_args()
     sizes, kind = SIZES[args.size], jax.devices()[0].device_kind
-    peak = next((value for name, value in PEAKS.items() if name in kind), None)
     ids = np.random.default_rng(0).integers(0, sizes.vocab_size, (args.rows, args.length)).astype(np.int32)
-    print(f"{args.size}, {args.rows} x {args.length} tokens, {kind}\n\n"
-          "| | tokens/s | utilisation | peft, tokens/s | ratio of step times |\n|---|---|---|---|---|")
-    for name, quantised in (("LoRA", False), ("QLoRA", True)):
-        taken = {"ours": [], "theirs": []}
-        runs = {"ours": ours(sizes, quantised, ids), "theirs": theirs(sizes, quantised, ids)}
-        for turn in range(args.steps + 2):
-            for side, run in runs.items():
-                began = time.perf_counter()
-                run()
-                taken[side] += [time.perf_counter() - began] if turn > 1 else []
-        here, there = (statistics.median(taken[side]) for side in ("ours", "theirs"))
-        tokens = args.rows * args.length
-        use = f"{100 * needed(sizes, args.rows, args.length) / here / peak:.1f} %" if peak else "peak not known"
-        print(f"| {name} | {tokens / here:,.0f} | {use} | {tokens / there:,.0f} | {here / there:.2f} |", flush=True)
+    print(f"{args.size}, {args.rows} x {args.length} tokens, {kind}, jax {jax.__version__}")
+    if not args.alone and not peft_is_here():
+        args.alone = True
+        print("without peft, which is not installed here")
+    print("\n| | tokens/s | utilisation | peak, GB | compiled, GB | plan, GB | peft, tokens/s | ratio of step times |\n"
+          + "|---" * 8 + "|")
+    for name in args.methods.split(","):
+        print(row(name, sizes, name == "QLoRA", ids, args), flush=True)
 
 
 if __name__ == "__main__":
