@@ -21,6 +21,9 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 # XLA's threads, else as many as devices: all-reduces of two independent groups may take them all, each device waiting
 # for another, until XLA ends the process (tests/parallel/test_partitioning.py with houlsby, on two cores).
 os.environ["NPROC"] = "32"
+# The workers of pytest share the cores: a second thread of torch or OpenBLAS would only wait, and burn its core. When
+# thirty threads of XLA each ask OpenBLAS for the QR of a layer, that takes minutes with threads of its own.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -176,7 +176,10 @@ def check_same_bits(model, params, method, tuned, folder):
 
 def check_loads_from_peft(base, config, folder, relative=1e-4, whole=True):
     """Made and trained by peft with ``config``, saved, loaded here: the same logits and, where the ``whole`` of what
-    peft trained is in its file, as many trained parameters."""
+    peft trained is in its file, as many trained parameters.
+
+    What can be merged is merged, for that compiles nothing: :func:`check_opens_in_peft` shows it to be the same.
+    """
     import peft
     import torch
 
@@ -190,7 +193,8 @@ def check_loads_from_peft(base, config, folder, relative=1e-4, whole=True):
     assert np.abs(expected - before).max() > 1e-2 * np.abs(before).max()
     theirs.save_pretrained(folder)
     method, tuned = load_adapter(folder, params)
-    assert_close(bound_logits(method, model, tuned), expected, relative)
+    ours = forward(model, method.merge(tuned)) if method.mergeable else bound_logits(method, model, tuned)
+    assert_close(ours, expected, relative)
     trainable, _ = partition(tuned, method.labels(tuned))
     assert not whole or peft_jax.count(trainable) - method.padding(tuned) == count
     return method, tuned
@@ -201,7 +205,7 @@ import sys, json, torch, transformers, peft
 folder, names, ids, new = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4])
 ids, found = torch.tensor(ids), {}
 for name in names:
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder + "/base").eval()
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder + "/" + name.split("/")[0] + "/base").eval()
     model = peft.PeftModel.from_pretrained(base, folder + "/" + name).eval()
     tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
                             eos_token_id=None, pad_token_id=0)
@@ -210,23 +214,24 @@ print(json.dumps(found))
 """
 
 
-def check_generates_as_peft(base, methods, folder, new=6):
-    """Greedy decoding of two prompts of one length gives peft's tokens, with each of ``{name: method}``.
+def check_generates_as_peft(cases, folder, new=6):
+    """Greedy decoding of two prompts of one length gives peft's tokens, with each of ``cases``.
+
+    These are ``{"model/method": (base, method)}``; all of them are generated in one process of peft.
 
     peft 0.21 gives other tokens with transformers 5.24 (LOG.md): setup.py keeps the tests below it.
     """
-    fresh, model, params = base
-    tuned = {name: moved(method, method.init(jax.random.key(0), params)) for name, method in methods.items()}
-    fresh().save_pretrained(folder / "base")
-    for name, method in methods.items():
-        save_adapter(folder / name, method, model, tuned[name])
-    arguments = str(folder), json.dumps(list(methods)), json.dumps(IDS.tolist()), str(new)
+    ours = {}
+    for name, ((fresh, model, params), method) in cases.items():
+        tuned = moved(method, method.init(jax.random.key(0), params))
+        save_adapter(folder / name, method, model, tuned)
+        fresh().save_pretrained((folder / name).parent / "base")
+        ours[name] = peft_jax.generate(bind(method, model), model, tuned, IDS, np.ones_like(IDS), max_new_tokens=new,
+                                       stop_ids=(SIZES["vocab_size"],))
+    arguments = str(folder), json.dumps(list(cases)), json.dumps(IDS.tolist()), str(new)
     run = subprocess.run([sys.executable, "-c", GENERATE, *arguments], check=True, stdout=subprocess.PIPE, text=True)
-    theirs = json.loads(run.stdout.splitlines()[-1])
-    for name, method in methods.items():
-        ours = peft_jax.generate(bind(method, model), model, tuned[name], IDS, np.ones_like(IDS), max_new_tokens=new,
-                                 stop_ids=(SIZES["vocab_size"],))
-        np.testing.assert_array_equal(ours, theirs[name], err_msg=name)
+    for name, theirs in json.loads(run.stdout.splitlines()[-1]).items():
+        np.testing.assert_array_equal(ours[name], theirs, err_msg=name)
 
 
 def check_virtual_on_real(fresh, model, params, ids, method, config, folder):

@@ -297,13 +297,3 @@ def test_a_bug_keeps_its_traceback(arguments, monkeypatch, tmp_path):
     monkeypatch.setattr(Batches, "at", buggy)
     with pytest.raises(RuntimeError, match="a bug"):
         run.main([*arguments, "--config.eval.before=False", f"--workdir={tmp_path}"])
-
-
-def test_a_run_is_kept_under_the_name_of_its_experiment():
-    for experiment in ("lora", "full"):
-        assert run.parse_command([f"--config=experiments/{experiment}.py"]).workdir == f"runs/{experiment}"
-
-
-def test_empty_entries_of_a_list_of_adapters_are_none():
-    argv = ["--config=experiments/lora.py", "--mode=generate", "--adapters=runs/a/adapter,"]
-    assert run.parse_command(argv).adapters == ["runs/a/adapter"]

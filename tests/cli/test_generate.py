@@ -49,3 +49,8 @@ def test_a_folder_without_an_adapter_is_named(tiny_folder, adapters, capsys):
 def test_adapters_belong_to_generate(tiny_folder, adapters, capsys):
     assert generate(tiny_folder, [adapters / "one" / "adapter"], "--mode=eval") == 2
     assert "--adapters is for --mode=generate" in capsys.readouterr().err
+
+
+def test_empty_entries_of_a_list_of_adapters_are_none():
+    argv = ["--config=experiments/lora.py", "--mode=generate", "--adapters=runs/a/adapter,"]
+    assert run.parse_command(argv).adapters == ["runs/a/adapter"]

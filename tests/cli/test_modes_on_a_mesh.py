@@ -66,8 +66,6 @@ def test_merge(trained, lying, tmp_path):
     assert lying == [1, 4]
 
 
-# Whose method it is does not matter any more: what generates is the params that `test_eval` looks at for both.
-@pytest.mark.parametrize("trained", ["lora"], indirect=True)
 def test_generate(trained, lying, capsys):
     command, _ = trained
     said = []

@@ -112,8 +112,10 @@ def test_other_settings_are_refused_before_anything_runs(compared, arguments, ca
     assert "optim.steps was 2, now 3" in capsys.readouterr().err
 
 
-def test_a_failed_cell_says_why_does_not_stop_the_rest_and_is_run_again(compared, arguments, tmp_path, capsys, request):
+def test_a_failed_cell_says_why_does_not_stop_the_rest_and_is_run_again(
+        compared, arguments, tmp_path, capsys, in_this_process):
     folder = _copied(compared, tmp_path)
+    in_this_process.append(_index(TRIED[6:-5], arguments))
     names = ["lora--lora-learning_rate-0.001-seed-0", "full--full-best-seed-0"]
     for name in names:
         (folder / "results" / f"{name}.json").unlink()
@@ -125,7 +127,7 @@ def test_a_failed_cell_says_why_does_not_stop_the_rest_and_is_run_again(compared
     failed = json.loads((folder / "results" / f"{names[0]}.json").read_text())
     assert failed["train_info"]["status"] == "failed" and "not a JSON object" in failed["run_info"]["error_msg"]
     shutil.rmtree(folder / "runs" / "lora-learning_rate-0.001-seed-0")
-    request.getfixturevalue("in_this_process")
+    in_this_process.clear()
     assert run.main([*arguments, f"--workdir={folder}"]) == 0
     assert "lora-learning_rate-0.001-seed-0: -loss" in capsys.readouterr().out
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import run
 from configs import base
 from peft_jax.cli import workdir
 from peft_jax.errors import PeftJaxError
@@ -103,3 +104,9 @@ def test_only_the_model_s_source_matters_to_a_trained_adapter(tmp_path):
         workdir.check_config(tmp_path, settings(**other, **{"model.source": "a/b"}), workdir.ADAPTER_MATTERS)
     with pytest.raises(PeftJaxError, match=r"model.dtype was .*model.param_dtype was .*model.remat was "):
         workdir.check_config(tmp_path, settings(**other))
+
+
+@pytest.mark.usefixtures("at_the_root")
+def test_a_run_is_kept_under_the_name_of_its_experiment():
+    for experiment in ("lora", "full"):
+        assert run.parse_command([f"--config=experiments/{experiment}.py"]).workdir == f"runs/{experiment}"

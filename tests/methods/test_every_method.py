@@ -217,6 +217,10 @@ def test_layers_that_are_not_adapted_stay_the_base_whatever_their_leaf_says(base
     tuned = properties.moved(method, method.init(jax.random.key(0), plain))
     merged, before = (flatten(tree)["layers/self_attn/q_proj/kernel"] for tree in (method.merge(tuned), plain))
     assert [np.array_equal(one, other) for one, other in zip(merged, before, strict=True)] == [True, False, True]
+    half, rounded = (jax.tree.map(lambda leaf: leaf.astype("bfloat16"), tree) for tree in (plain, tuned))
+    merged, before = (flatten(tree)["layers/self_attn/q_proj/kernel"] for tree in (method.merge(rounded), half))
+    assert merged.dtype == "bfloat16"
+    assert [np.array_equal(one, other) for one, other in zip(merged, before, strict=True)] == [True, False, True]
     count = peft_jax.count(partition(tuned, method.labels(tuned))[0])
     assert method.padding(tuned) == 2 * count // 3
     peer.assert_close(peer.bound_logits(method, model, tuned), peer.forward(model, method.merge(tuned)), 1e-5)

@@ -1,11 +1,11 @@
 """Logits equal transformers' own (torch, float32) for each architecture, padded on both sides and packed."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from peft_jax.hub.load import load_pretrained
+from tests.properties import plain_logits
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -107,7 +107,7 @@ TEXT = (
 
 
 def perplexity(model, params, ids):
-    logits = np.asarray(model.apply({"params": params}, jnp.asarray(ids)), np.float64)[0, :-1]
+    logits = np.asarray(plain_logits(model, params, ids), np.float64)[0, :-1]
     highest = logits.max(-1, keepdims=True)
     log_total = highest[:, 0] + np.log(np.exp(logits - highest).sum(-1))
     return np.exp(np.mean(log_total - np.take_along_axis(logits, ids[0, 1:, None], 1)[:, 0]))
@@ -135,6 +135,6 @@ def test_smollm2_equals_transformers_reading_of_the_same_file(smollm2):
     ).eval()
     batch = tokenizer([TEXT, "Gravity is"], padding=True, padding_side="left", return_tensors="np")
     mask = batch["attention_mask"]
-    ours = model.apply({"params": params}, jnp.asarray(batch["input_ids"]), attention_mask=jnp.asarray(mask))
+    ours = jax.jit(model.apply)({"params": params}, batch["input_ids"], attention_mask=mask)
     real = mask.astype(bool)
     assert_close(np.asarray(ours)[real], torch_logits(theirs, batch["input_ids"], mask)[real])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,13 +20,14 @@ from peft_jax.train.metrics_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+EVERY = 3  # steps; both are stopped between two of these, and a preemption saves there too
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("at_the_root")]
 
 
 @pytest.fixture(scope="module")
 def arguments(tiny_folder, films):
     settings = {"data.batch_size": 8, "data.collate": "pad", "optim.steps": 12, "optim.learning_rate": 1e-2,
-                "checkpoint.every": 2, "eval.batch_size": 8, "eval.limit": 8, "eval.probe": "", "method.r": 4,
+                "checkpoint.every": EVERY, "eval.batch_size": 8, "eval.limit": 8, "eval.probe": "", "method.r": 4,
                 "log.tensorboard": False, "task.prompt_column": "prompt", "task.completion_column": "completion",
                 "task.validation_fraction": 0.2, **{f"mesh.{name}": size for name, size in MESH.items()}}
     return [f"--config=experiments/lora.py:model={tiny_folder},task={films(30)}",
@@ -34,9 +36,13 @@ def arguments(tiny_folder, films):
 
 @pytest.fixture(scope="module")
 def alone(arguments, tmp_path_factory):
-    """The workdir of the same run in one process with all eight devices, never interrupted."""
-    folder = tmp_path_factory.mktemp("alone")
-    assert run.main([*arguments, f"--workdir={folder}"]) == 0
+    """The workdir of the same run in one process with all eight devices, never interrupted, and watched closely."""
+    folder, before = tmp_path_factory.mktemp("alone"), jax.config.jax_debug_nans
+    try:
+        assert run.main([*arguments, f"--workdir={folder}", "--profile=2", "--transfer_guard=disallow",
+                         "--debug_nans"]) == 0
+    finally:
+        jax.config.update("jax_debug_nans", before)
     return folder
 
 
@@ -81,32 +87,44 @@ def same_end(folder, alone):
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
-def test_killed_in_a_step_they_go_on_and_end_as_if_nothing_had_been(arguments, alone, tmp_path):
-    processes = start(arguments, tmp_path)
-    wait_for_step(processes, tmp_path, 5)
+@pytest.fixture(scope="module")
+def interrupted(arguments, tmp_path_factory):
+    """(workdir as a kill within a step leaves it, workdir of a preemption, its exit codes), of one start of both.
+
+    What is on disk while both stand still is what SIGKILL would leave there. Then one of them is told to stop.
+    """
+    folder = tmp_path_factory.mktemp("both") / "preempted"
+    processes = start(arguments, folder)
+    wait_for_step(processes, folder, 2 * EVERY)
     for one in processes:
-        one.kill()
-    ended(processes)
-    assert not (tmp_path / "results.json").exists()
-    first, second = ended(start(arguments, tmp_path))
+        one.send_signal(signal.SIGSTOP)
+    killed = Path(shutil.copytree(folder, folder.parent / "killed"))
+    processes[1].send_signal(signal.SIGTERM)
+    for one in processes:
+        one.send_signal(signal.SIGCONT)
+    return killed, folder, [code for code, _, _ in ended(processes)]
+
+
+def test_killed_in_a_step_they_go_on_and_end_as_if_nothing_had_been(arguments, alone, interrupted):
+    folder = interrupted[0]
+    assert not (folder / "results.json").exists() and read_metrics(folder / "metrics.jsonl")[-1]["step"] >= 2 * EVERY
+    first, second = ended(start(arguments, folder))
     assert first[0] == second[0] == 0, (first, second)
     assert "resuming" in first[1] and "trainable params" in first[1]
     assert "trainable params" not in second[1] and "steps" not in second[1]  # one voice, but for Gloo's
     assert "tokens/s" in first[2] and "tokens/s" not in second[2]
-    same_end(tmp_path, alone)
+    same_end(folder, alone)
 
 
-def test_a_preemption_of_one_stops_both_and_the_code_says_so(arguments, alone, tmp_path):
-    processes = start([*arguments, "--config.checkpoint.every=0"], tmp_path)
-    wait_for_step(processes, tmp_path, 3)
-    processes[1].send_signal(signal.SIGTERM)
-    assert [code for code, _, _ in ended(processes)] == [143, 143]
-    done = read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]
-    assert (tmp_path / "checkpoints" / str(done)).is_dir() and done < 12
+def test_a_preemption_of_one_stops_both_and_the_code_says_so(arguments, alone, interrupted):
+    _, folder, codes = interrupted
+    assert codes == [143, 143]
+    done = read_metrics(folder / "metrics.jsonl")[-1]["step"]
+    assert (folder / "checkpoints" / str(done)).is_dir() and done < 12
     # The run is not tied to its mesh: it goes on in one process, on two devices.
     again = [argument for argument in arguments if "config.mesh" not in argument]
-    assert run.main([*again, "--config.mesh.data=1", "--config.mesh.fsdp=2", f"--workdir={tmp_path}"]) == 0
-    same_end(tmp_path, alone)
+    assert run.main([*again, "--config.mesh.data=1", "--config.mesh.fsdp=2", f"--workdir={folder}"]) == 0
+    same_end(folder, alone)
 
 
 def test_processes_that_were_started_differently_say_so_and_train_nothing(arguments, tmp_path):
@@ -116,12 +134,6 @@ def test_processes_that_were_started_differently_say_so_and_train_nothing(argume
     assert not (tmp_path / "config.json").exists()
 
 
-def test_a_run_can_be_watched_closely(arguments, tmp_path):
-    """--transfer_guard, --debug_nans and --profile: it trains the same, and leaves a trace of the steps asked for."""
-    before = jax.config.jax_debug_nans
-    try:
-        assert run.main([*arguments, f"--workdir={tmp_path}", "--profile=2", "--transfer_guard=disallow",
-                         "--debug_nans", "--config.optim.steps=4"]) == 0
-    finally:
-        jax.config.update("jax_debug_nans", before)
-    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+def test_a_run_can_be_watched_closely(alone):
+    """--transfer_guard, --debug_nans and --profile: it trains the same as others do above, and leaves a trace."""
+    assert list((alone / "profile").rglob("*.xplane.pb"))

@@ -167,7 +167,7 @@ def test_smollm2_exchanges_adapters_with_peft(smollm2, smollm2_peer, tmp_path):
                                  position_ids=positions).logits.numpy()[mask.astype(bool)]
 
     def own_logits(method, params):
-        return np.asarray(bind(method, model)({"params": params}, ids, mask))[mask.astype(bool)]
+        return np.asarray(jax.jit(bind(method, model))({"params": params}, ids, mask))[mask.astype(bool)]
 
     method = lora(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
     params = method.init(jax.random.key(0), base)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from peft_jax import bind, chain, lora, quant, quantize, requantize, save_adapter
+from peft_jax import bind, chain, lora, quant, quantize, save_adapter
 from peft_jax.core import tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub.families.hf_names import hf_module
@@ -84,6 +84,7 @@ def assert_logits(model, params, theirs, tolerance, vocab=61):
     expected = theirs(torch.tensor(ids)).logits.detach().float().numpy()
     ours = np.asarray(jax.jit(bind(MERGE, model))({"params": params}, ids), np.float32)
     assert np.abs(ours - expected).max() <= tolerance * np.abs(expected).max()
+    return ours
 
 
 @pytest.mark.slow
@@ -225,12 +226,11 @@ def test_smollm2_as_bitsandbytes_quantises_it(smollm2, tmp_path):
     for path, ours, module in pairs(model, params, theirs):
         assert_bits(ours, module)
         assert np.array_equal(quant.dequantize(ours, jnp.float32), theirs_plain(module)), path
-    assert_logits(model, params, theirs, 1e-4, 49152)
+    base = assert_logits(model, params, theirs, 1e-4, 49152)
     method = chain(quantize(double_quant=True), lora(r=4, target_modules="all-linear"))
     params, ids = moved(method, method.init(jax.random.key(0), params), by=0.01), np.arange(18).reshape(2, 9) * 999
     save_adapter(tmp_path / "adapter", method, model, params)
-    ours, base = (np.asarray(bind(one, model)({"params": p}, ids)) for one, p in ((method, params), (
-        quantize(), load_pretrained(tmp_path / "packed")[1])))
+    ours = np.asarray(jax.jit(bind(method, model))({"params": params}, ids))
     expected = peft_logits(theirs, tmp_path / "adapter", ids)
     assert np.abs(ours - expected).max() <= 1e-4 * np.abs(expected).max() < 0.05 * np.abs(ours - base).max()
 
@@ -255,51 +255,3 @@ def test_an_adapter_trained_on_a_quantised_base_is_peft_s_on_bitsandbytes(plain,
     ours = np.asarray(jax.jit(bind(method, model))({"params": params}, ids))
     expected = peft_logits(theirs, tmp_path, ids)
     assert np.abs(ours - expected).max() <= 1e-4 * np.abs(expected).max()
-
-
-def test_quantised_weights_are_saved_as_bitsandbytes_saves_them(nested, tmp_path):
-    folder, _ = nested
-    model, params = load_pretrained(folder)
-    save_pretrained(tmp_path, model, params)
-    ours, expected = (load_file(where / "model.safetensors") for where in (tmp_path, folder))
-    assert ours.keys() == expected.keys()
-    for name, tensor in expected.items():
-        if "quant_state" in name:
-            assert json.loads(ours[name].tobytes()) == json.loads(tensor.tobytes())
-        else:
-            assert ours[name].dtype == tensor.dtype and np.array_equal(ours[name], tensor), name
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert_logits(model, params, again, 1e-5)
-
-
-@pytest.mark.slow
-def test_merged_and_quantised_again(plain, tmp_path):
-    """The error is reported by leaf, and transformers opens what is saved with the same logits."""
-    method = chain(quantize(), lora(r=2, target_modules=("q_proj",)))
-    model, base = load_pretrained(plain, method=method)
-    params = moved(method, method.init(jax.random.key(0), base), by=0.05)
-    merged = method.merge(params)
-    again, errors = requantize(merged, base)
-    changed = "layers/self_attn/q_proj/kernel"
-    for path, error in errors.items():  # what no adapter changed is on its codes' values already
-        assert error < 1e-6 if path != changed else 0.02 < error < 0.2, path
-    packed = tree.flatten(again)[changed]
-    difference = np.asarray(quant.dequantize(packed)) - np.asarray(tree.flatten(merged)[changed])
-    size = np.sqrt(np.square(tree.flatten(merged)[changed]).mean())
-    np.testing.assert_allclose(errors[changed], np.sqrt(np.square(difference).mean()) / size, rtol=1e-5)
-    save_pretrained(tmp_path, model, again)
-    assert_logits(model, again, transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval(), 1e-5)
-    with pytest.raises(PeftJaxError, match="params have no plain 'layers/"):
-        requantize(again, base)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method, words", [
-    (quantize("int8"), "is int8 in blocks of 64, and quantised weights are saved as bitsandbytes'"),
-    (chain(quantize(target_modules=("q_proj",)), quantize("fp4", target_modules=("v_proj",))), "in several ways"),
-], ids=["int8", "two ways"])
-def test_leaves_that_bitsandbytes_cannot_hold_are_not_saved(plain, tmp_path, method, words):
-    model, params = load_pretrained(plain)
-    with pytest.raises(PeftJaxError, match=words):
-        save_pretrained(tmp_path / "new", model, method.init(jax.random.key(0), params))
-    assert not (tmp_path / "new").exists()

@@ -17,7 +17,6 @@ from peft_jax import (
     lora,
     prefix,
     prefix_from_ids,
-    prompt,
     save_adapter,
 )
 from tests import peer, properties
@@ -177,11 +176,6 @@ def test_padding_changes_nothing(peer_bases, tmp_path, side):
             position_ids=torch.tensor(positions)).logits.numpy()
     ours = np.asarray(bind(method, model)({"params": params}, peer.IDS, mask))
     peer.assert_close(ours[mask], theirs[mask])
-
-
-@pytest.mark.slow
-def test_generates_as_peft_does(peer_bases, tmp_path):
-    peer.check_generates_as_peft(peer_bases["llama"], {"prefix": prefix(4), "prompt": prompt(4)}, tmp_path)
 
 
 @pytest.mark.slow

@@ -80,9 +80,12 @@ def test_packing_padding_and_a_cache_change_nothing(gpt2, method):
 
 
 @pytest.mark.slow
-def test_generates_as_peft_does(gpt2, tmp_path):
+def test_generates_as_peft_does(gpt2, peer_bases, tmp_path):
+    """With positions that are learned and with rotary ones, in one process of peft."""
     methods = {"prefix": prefix(4), "prompt": prompt(4), "ptuning": ptuning(4)}
-    peer.check_generates_as_peft(gpt2, methods, tmp_path)
+    cases = {f"gpt2/{name}": (gpt2, method) for name, method in methods.items()}
+    cases |= {f"llama/{name}": (peer_bases["llama"], methods[name]) for name in ("prefix", "prompt")}
+    peer.check_generates_as_peft(cases, tmp_path)
 
 
 @pytest.mark.slow

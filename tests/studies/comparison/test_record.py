@@ -61,21 +61,26 @@ def test_a_damaged_file_is_a_failed_run_that_names_it_and_the_others_load(tmp_pa
     assert str(tmp_path / "ia3--tiny-seed0.json") in damaged.error and words in damaged.error
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("change, words", [
+EDITED = [
     (lambda record: record.update(meta_info=[]), "meta_info is [], not a JSON object"),
     (lambda record: record["meta_info"].update(model_info=3), ""),
     (lambda record: record["run_info"]["train_config"].update(model_id="\ud800"), "surrogates not allowed"),
     (lambda record: record["peft_jax"]["cell"].update(axes=[["a"], 1]), ""),
-])  # fmt: skip
-def test_a_record_that_someone_edited_costs_the_report_nothing_else(tmp_path, change, words):
-    record = examples.record()
-    change(record)
+]
+
+
+@pytest.mark.slow
+def test_records_that_someone_edited_cost_the_report_nothing_else(tmp_path):
     write(tmp_path / "results", examples.record("ia3"))
-    (tmp_path / "results" / "lora--edited.json").write_text(json.dumps(record))
+    for number, (change, _) in enumerate(EDITED):
+        record = examples.record()
+        change(record)
+        (tmp_path / "results" / f"lora--edited-{number}.json").write_text(json.dumps(record))
     records = read(tmp_path / "results")
-    whole, edited = map(run_of, records)
-    assert whole.finished and edited.finished == (not words) and words in edited.error
+    whole, *edited = map(run_of, records)
+    assert whole.finished and len(edited) == len(EDITED)
+    for run, (_, words) in zip(edited, EDITED):
+        assert run.finished == (not words) and words in run.error
     report(tmp_path, records)
 
 
