@@ -197,7 +197,8 @@ def loss_curve(losses: Sequence[Sequence[tuple[float, float | None]]]) -> pd.Dat
     """
     curves: list[Any] = [pd.Series(dict(run), dtype=float) for run in losses]  # pandas types rolling means too widely
     smooth = [curve.rolling(max(1, len(curve) // 20), min_periods=1).mean().where(curve.notna()) for curve in curves]
-    return pd.DataFrame(pd.concat(smooth, axis=1).sort_index().agg(["mean", "std"], axis=1))
+    frame = pd.DataFrame(dict(enumerate(smooth))).sort_index()  # pandas 2 concatenates no empty list
+    return pd.DataFrame({"mean": frame.mean(axis=1), "std": frame.std(axis=1)})
 
 
 def _latencies(rows: Sequence[Row]) -> Plot | None:
