@@ -6,11 +6,11 @@
 
 Random weights of Llama 3.2's 1 B and 3.1's 8 B sizes; LoRA r 16 on all linear layers, QLoRA the same on NF4 with double
 quantisation; AdamW; loss on every token. Both libraries have the same rows; torch uses gradient checkpointing, too.
-Prints medians of ``--steps`` steps, in turn, and utilisation: the FLOPs that the method needs over seconds and what the
-card could do in bfloat16. Those are 4 N a token for N weights, and attention: forward, and the gradients of activations;
-frozen weights have none, and remat counts for nothing. "Peak" is the most memory that jax held, beside what the compiled
-program says and what ``peft_jax.plan`` said before; a CPU tells no peak. peft is left out, and that is said, where it is
-not installed (``--alone``: asked to).
+Prints medians of ``--steps`` steps, in turn, and utilisation: the FLOPs that the method needs over seconds and what
+the card could do in bfloat16. Those are 4 N a token for N weights, and attention: forward, and the gradients of
+activations; frozen weights have none, and remat counts for nothing. "Peak" is the most memory that jax held, beside
+what the compiled program says and what ``peft_jax.plan`` said before; a CPU tells no peak. peft is left out, and that
+is said, where it is not installed (``--alone``: asked to).
 """
 
 import argparse
