@@ -29,7 +29,7 @@ def start(command) -> None:
     jax.config.update("jax_debug_nans", command.debug_nans)
     if command.distributed:
         _join(command)
-    asked = jax.config.jax_platforms
+    asked = jax.config.jax_platforms  # pyright: ignore
     if command.mode not in NO_DEVICE and not asked and jax.default_backend() == "cpu":
         cards = [name for name, device in CARDS.items() if Path(device).exists()]
         if note := unused_accelerator(plugins(), cards):

@@ -14,6 +14,8 @@ from peft_jax.errors import PeftJaxError, nearest, needed, root_cause
 class WrittenNumber(float):
     """A number whose text is the one in the file: ``1e-5`` or ``10000000.0``, where a float's would be another."""
 
+    text: str
+
     def __new__(cls, text: str):
         number = super().__new__(cls, text)
         number.text = text
