@@ -3,7 +3,8 @@
 Every key that a task of that kind may have is here with its default. Strings: "" means "not set"; limits: 0 means
 "all". Kinds (see ``peft_jax/data/sources.py``): ``rating`` rated sentences, answered in one word or by a head,
 ``sentences`` plain text, ``reference`` Python's own documentation, ``file`` local .jsonl, .json, .csv or .parquet,
-``hub`` a data set of the Hugging Face Hub.
+``hub`` a data set of the Hugging Face Hub. ``--config=FILE:task=PATH`` is of kind file, ``task=owner/name`` of kind
+hub.
 """
 
 # Hutto and Gilbert, "VADER", ICWSM 2014: sentences with the mean of about 20 human ratings from -4 to 4. The wheel has
