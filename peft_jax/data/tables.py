@@ -52,6 +52,12 @@ def table_examples(task, rows: Sequence[dict], where: str) -> list[dict]:
     return [_table_example(task, columns, row, f"{where} row {number}") for number, row in enumerate(rows, start=1)]
 
 
+def unused_columns(task, rows: Sequence[dict], where: str) -> tuple[str, ...]:
+    """The columns of which :func:`table_examples` takes nothing, in the table's order."""
+    used = (named_columns(task) or known_columns(rows[0], where)).values() if rows else ()
+    return tuple(name for name in rows[0] if name not in used) if rows else ()
+
+
 def named_columns(task) -> dict[str, str]:
     """{"prompt", "completion", "messages", "text" or "label": the column's name}, for those that the task names."""
     given = {
