@@ -26,11 +26,13 @@ def settled(command):
     Raises ``PeftJaxError`` where the data or the model's config are not to be had, or where all labels are the same.
     """
     task = command.config.task
-    if "label_names" not in task or not _may_have_labels(command):
+    if "label_names" not in task:
         return command
-    changes = _of_run(command) or _of_data(task)
-    if not changes:
-        return command  # to an error, in words of whoever misses the labels
+    changes = _of_run(command)
+    if not changes and _may_have_labels(command):
+        changes = _of_data(task)
+    if changes.get("answer", "word") == "word":
+        return command  # an encoder's, to an error in words of whoever misses the labels
     config = command.config.copy_and_resolve_references()
     config.task.update(changes)
     if objective_of(task).writes:
