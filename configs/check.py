@@ -128,8 +128,11 @@ def check_answers(config: ConfigDict) -> None:
     if config.eval.probe:
         raise PeftJaxError(f"eval.probe={config.eval.probe} measures how a model writes, and with task.answer="
                            f"{task.answer} it does not write: set --config.eval.probe=")
-    if "label_column" in task and not (task.label_column and task.text_column):
-        raise PeftJaxError(f"task.answer={task.answer} needs --config.task.text_column and --config.task.label_column")
+    columns = ("text_column", "label_column", "prompt_column", "completion_column", "messages_column")
+    named = [name for name in columns if task.get(name)]
+    if named not in ([], ["text_column", "label_column"]):  # without any they are text and label
+        raise PeftJaxError(f"task.answer={task.answer} needs --config.task.text_column and --config.task.label_column, "
+                           "or no named column")
 
 
 def check_templates(task: ConfigDict) -> None:

@@ -3,7 +3,8 @@
 Every key that a task of that kind may have is here with its default. Strings: "" means "not set"; limits: 0 means
 "all". Kinds (see ``peft_jax/data/sources.py``): ``rating`` rated sentences, answered in one word or by a head,
 ``sentences`` plain text, ``reference`` Python's own documentation, ``file`` local .jsonl, .json, .csv or .parquet,
-``hub`` a data set of the Hugging Face Hub.
+``hub`` a data set of the Hugging Face Hub. ``--config=FILE:task=PATH`` is of kind file, ``task=owner/name`` of kind
+hub.
 """
 
 # Hutto and Gilbert, "VADER", ICWSM 2014: sentences with the mean of about 20 human ratings from -4 to 4. The wheel has
@@ -21,10 +22,12 @@ COLUMNS = {
     "text_column": "",
     "prompt_template": "{prompt}",
     "completion_template": "{completion}",
-    # For a head to tell: text_column and label_column, with whole numbers from 0 (class) or any numbers (score).
+    # For a head to tell: text_column and label_column, or none where they are called text and label. With an encoder
+    # the answer need not be set: it is "score" where labels are numbers that are not all whole, else "class".
     "answer": "word",
     "label_column": "",
-    "num_labels": 2,  # class
+    "num_labels": 2,  # class, of whole numbers from 0 in a column that is named here; else as many as there are
+    "label_names": (),  # class, by number: () takes words that are labels, in sorted order
     "pooling": "first",
     "validation_fraction": 0.05,
     "train_limit": 0,

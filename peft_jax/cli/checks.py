@@ -16,7 +16,8 @@ def check_answers(task, model_config) -> None:
     """Raise ``PeftJaxError`` where the task is answered in words, and the model writes none."""
     if objective_of(task).writes and families.of(model_config).heads:
         raise PeftJaxError(f"a {model_config.model_type} model reads and does not write, and the task {task.name!r} is "
-                           "answered in words: take task=movie_classes or movie_score, or a language model")
+                           "answered in words: take a language model, task=movie_classes or movie_score, or a file "
+                           "with the columns text and label (others: --config.task.text_column and .label_column)")
 
 
 def check_fits(encoded: Sequence[One], model_config, method: Method | None = None) -> None:

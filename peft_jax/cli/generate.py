@@ -1,4 +1,5 @@
-"""``--mode=generate``: prompts continued by the base model and by what was trained, side by side."""
+"""``--mode=generate``: prompts continued by the base model and by what was trained, side by side; of a model with a
+head, what it tells of them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,12 +13,12 @@ from peft_jax.binding.linen import bind
 from peft_jax.cli import console, trained_run
 from peft_jax.cli.build_method import trained_on
 from peft_jax.cli.load_model import load_model
+from peft_jax.cli.predict import predictor
 from peft_jax.cli.session import load_session
 from peft_jax.cli.trained_run import Candidate
 from peft_jax.core import tree
 from peft_jax.data import encode_prompts
 from peft_jax.data.sources import Example, is_chat
-from peft_jax.errors import PeftJaxError
 from peft_jax.evaluation.evaluate import complete
 from peft_jax.evaluation.generation import Sampling
 from peft_jax.evaluation.objectives import objective_of
@@ -39,18 +40,14 @@ class Asked(NamedTuple):
 def job(command) -> int:
     """Print what the base makes of each prompt, and what the workdir's run or the named adapters do."""
     config = command.config
-    if not objective_of(config.task).writes:
-        raise PeftJaxError(f"the task {config.task.name!r} is answered by a head, which writes no text: see "
-                           "--mode=eval for what it tells")
     if not command.adapters:
         trained_run.folder_of(command)  # an error before anything is loaded
     asked = _asked(command)
-    prompts = encode_prompts(asked.examples, asked.tokenizer)
-    answer = _answerer(config, asked, prompts)
-    answers = {"base": answer(bind(BASE, asked.model, asked.mesh), asked.base)}
-    answers |= {name: answer(one.apply, one.params) for name, one in _candidates(command, asked).items()}
-    for prompt, texts in zip(prompts, zip(*answers.values(), strict=True), strict=True):
-        print(console.answers(asked.tokenizer.decode(prompt), dict(zip(answers, texts, strict=True))))
+    questions, answer = (_writer if objective_of(config.task).writes else _teller)(config, asked)
+    answers = {"base": answer(bind(BASE, asked.model, asked.mesh), asked.base, ())}
+    answers |= {name: answer(one.apply, one.params, one.classes) for name, one in _candidates(command, asked).items()}
+    for question, texts in zip(questions, zip(*answers.values(), strict=True), strict=True):
+        print(console.answers(question, dict(zip(answers, texts, strict=True))))
     return 0
 
 
@@ -59,20 +56,30 @@ def _asked(command) -> Asked:
     config, changes = command.config, trained_on(command.config)
     if not command.prompts:
         session = load_session(config, method=changes)
-        examples = [_opening(example) for example in session.held_out.examples[: config.generate.num_prompts]]
+        examples = session.held_out.examples[: config.generate.num_prompts]
+        if objective_of(config.task).writes:
+            examples = [_opening(example) for example in examples]
         return Asked(examples, session.tokenizer, session.model, session.base, session.mesh)
     tokenizer, mesh = load_tokenizer(config.model.source), make_mesh(**config.mesh)
     model, base = load_model(config, changes, mesh)
     return Asked([_as_asked(prompt, config.task) for prompt in command.prompts], tokenizer, model, base, mesh)
 
 
-def _answerer(config, asked: Asked, prompts: list) -> Callable[..., list[str]]:
-    """``answer(apply, params) -> texts``, one for each prompt."""
+def _teller(config, asked: Asked) -> tuple[list[str], Callable[..., list[str]]]:
+    """(the texts, ``answer(apply, params, classes) -> what a head tells of each``)."""
+    texts = [example["text"] for example in asked.examples]
+    return texts, predictor(config, texts, asked.tokenizer, asked.mesh)
+
+
+def _writer(config, asked: Asked) -> tuple[list[str], Callable[..., list[str]]]:
+    """(the prompts as the model reads them, ``answer(apply, params, classes) -> how each goes on``)."""
+    prompts = encode_prompts(asked.examples, asked.tokenizer)
     sampling = Sampling(**{key: config.generate[key] for key in Sampling._fields})
     options = {"batch_size": len(prompts), "width_multiple": config.data.width_multiple, "mesh": asked.mesh,
                "max_new_tokens": config.generate.max_new_tokens, "rng": jax.random.key(config.seed),
                "sampling": sampling}
-    return lambda apply, params: complete(apply, asked.model, params, prompts, asked.tokenizer, **options)
+    return ([asked.tokenizer.decode(prompt) for prompt in prompts],
+            lambda apply, params, classes: complete(apply, asked.model, params, prompts, asked.tokenizer, **options))
 
 
 def _candidates(command, asked: Asked) -> dict[str, Candidate]:
@@ -93,6 +100,8 @@ def _names(sources: list[str]) -> list[str]:
 
 def _as_asked(prompt: str, task) -> dict[str, Any]:
     """A prompt of the command line in the form that the task trains on: as it is, or as the user's turn of a chat."""
+    if not objective_of(task).writes:
+        return {"text": prompt}
     if is_chat(task):
         return {"messages": [{"role": "user", "content": prompt}]}
     return {"prompt": prompt}

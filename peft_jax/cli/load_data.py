@@ -3,25 +3,30 @@
 from typing import NamedTuple
 
 from peft_jax.data import load_examples
-from peft_jax.data.sources import Example, half_by_hash, sample_by_hash
+from peft_jax.data.sources import Example, half_by_hash, load_data_set, sample_by_hash
 from peft_jax.errors import PeftJaxError
 
 
 class Data(NamedTuple):
-    """Examples, not tokenised yet. probe: general text, [] without one."""
+    """Examples, not tokenised yet. probe: general text, [] without one. unused: columns of the data that no example
+    holds."""
 
     train: list[Example]
     held_out: list[Example]
     probe: list[Example]
+    unused: tuple[str, ...]
 
 
 def load_data(config, probe_task=None) -> Data:
     """The examples of ``config.task``, as ``config.eval`` limits them, and those of the general-text ``probe_task``.
 
-    Raises ``PeftJaxError`` where they cannot be had, or where none is held out.
+    Prints what a person should know of the split. Raises ``PeftJaxError`` where they cannot be had, or where none is
+    held out.
     """
-    examples = load_examples(config.task)
-    return Data(train=examples["train"], held_out=_held_out(examples["validation"], config),
+    data = load_data_set(config.task)
+    for note in data.notes:
+        print(note, flush=True)
+    return Data(train=data.train, held_out=_held_out(data.validation, config), unused=data.unused,
                 probe=_probe(probe_task, config.eval.probe_limit) if probe_task is not None else [])
 
 

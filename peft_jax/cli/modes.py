@@ -10,6 +10,7 @@ JOBS = {
     "merge": "merge",
     "export": "merge",
     "generate": "generate",
+    "show": "show",
     "plan": "plan",
     "recommend": "recommend",
 }
@@ -17,4 +18,5 @@ JOBS = {
 
 def run(command) -> int:
     """Do what the command's mode says; the exit code."""
+    command = import_module("peft_jax.cli.settle_task").settled(command)
     return import_module(f"peft_jax.cli.{JOBS[command.mode]}").job(command)

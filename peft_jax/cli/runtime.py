@@ -12,7 +12,7 @@ from peft_jax.errors import PeftJaxError
 from peft_jax.hub import download
 
 GRACE = 60  # seconds; jax's 300 would keep a process that met an error waiting for those that wait for it
-NO_DEVICE = ("plan", "recommend")  # modes that compute from shapes alone
+NO_DEVICE = ("plan", "recommend", "show")  # modes that compute nothing, or from shapes alone
 PLUGIN = re.compile(r"(jax[-_](cuda|rocm)\w*[-_]plugin|libtpu)$")  # distributions that bring jax to an accelerator
 CARDS = {"an NVIDIA card": "/dev/nvidia0", "an AMD card": "/dev/kfd", "a TPU": "/dev/accel0"}  # and where each shows
 

@@ -18,11 +18,12 @@ from peft_jax.parallel.mesh import make_mesh
 
 
 class Session(NamedTuple):
-    """train: training examples. held_out: those to evaluate on, tokenised. model, base: the pretrained model and its
-    parameters, which lie on the mesh."""
+    """train: training examples. unused: columns that these do not hold. held_out: examples to evaluate on, tokenised.
+    model, base: the pretrained model and its parameters, which lie on the mesh."""
 
     config: Any
     train: list[Example]
+    unused: tuple[str, ...]
     held_out: HeldOut
     tokenizer: Any
     model: Any
@@ -45,10 +46,9 @@ def load_session(config, probe_task=None, method: Method = BASE) -> Session:
     """
     mesh = make_mesh(**config.mesh)
     data = load_data(config, probe_task)
-    tokenizer = load_tokenizer(config.model.source)
+    files, tokenizer = model_files(config), load_tokenizer(config.model.source)
     held_out = hold_out(data.held_out, data.probe, tokenizer, config.task, config.data)
-    files = model_files(config)
     check_fits([*held_out.encoded, *held_out.probe], files.config)
     model, base = load_model(config, method, mesh, files)
-    return Session(config=config, train=data.train, held_out=held_out, tokenizer=tokenizer, model=model, base=base,
-                   mesh=mesh)
+    return Session(config=config, train=data.train, unused=data.unused, held_out=held_out, tokenizer=tokenizer,
+                   model=model, base=base, mesh=mesh)

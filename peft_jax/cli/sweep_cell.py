@@ -6,6 +6,7 @@ import traceback
 from pathlib import Path
 
 from peft_jax.cli import measure, train, workdir
+from peft_jax.cli.settle_task import settled
 from peft_jax.core import files
 from peft_jax.errors import PeftJaxError
 from peft_jax.studies.comparison import record
@@ -37,7 +38,7 @@ def _run(folder: Path, command, cell, whole) -> int:
     start, when = time.perf_counter(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     place = folder / "runs" / whole.name
     files.remove(results.record_of(folder, cell))  # of a start that failed, or was not the last word
-    own = command._replace(config=whole.config, workdir=str(place), cells=[], sweep_index=None)
+    own = settled(command._replace(config=whole.config, workdir=str(place), cells=[], sweep_index=None))
 
     def write(error: str = "") -> None:
         outcome = Outcome(when, time.perf_counter() - start, error)
@@ -45,7 +46,7 @@ def _run(folder: Path, command, cell, whole) -> int:
 
     try:
         if not command.overwrite:  # what evaluated otherwise when it ended is another result
-            workdir.check_config(place, whole.config.to_dict(), (*workdir.MATTERS, "eval"))
+            workdir.check_config(place, own.config.to_dict(), (*workdir.MATTERS, "eval"))
         if code := 0 if whole.config.measure.of == "base" else train.job(own):
             return code  # told to stop: the same command goes on from there
         if cell.measure:

@@ -12,6 +12,7 @@ from peft_jax.cli.build_method import build_method
 from peft_jax.cli.build_optimizer import build_optimizer, build_schedule
 from peft_jax.cli.checks import check_fits
 from peft_jax.cli.session import Session, load_session
+from peft_jax.cli.show import first_example
 from peft_jax.core import settings, tree
 from peft_jax.data import Batches
 from peft_jax.data.tokenize import describe
@@ -118,7 +119,7 @@ def _begin(command, folder: Path) -> tuple[Run, TrainState]:
 
 
 def _batches(session: Session, method: Method) -> tuple[Batches, int]:
-    """The training batches and the number of optimiser steps; says what is in them."""
+    """The training batches and the number of optimiser steps; says what is in them, and shows one example."""
     config, held_out = session.config, session.held_out
     encoded, happened = objective_of(config.task).encode(session.train, session.tokenizer, config.data)
     check_fits([*encoded, *held_out.encoded, *held_out.probe], session.model.config, method)
@@ -126,6 +127,7 @@ def _batches(session: Session, method: Method) -> tuple[Batches, int]:
                       row_multiple=row_shards(session.mesh))
     total = config.optim.steps or batches.num_steps(config.optim.epochs)
     print(f"training on {describe(happened)}")
+    print(first_example(config.task, encoded, session.unused, session.tokenizer))
     print(f"{total} steps; {100 * batches.describe()['efficiency']:.0f} % of each batch are real tokens", flush=True)
     return batches, total
 

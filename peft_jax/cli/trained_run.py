@@ -11,7 +11,7 @@ from peft_jax.binding.linen import bind
 from peft_jax.cli import workdir
 from peft_jax.core import tree
 from peft_jax.errors import PeftJaxError
-from peft_jax.hub.adapters.load import load_adapter
+from peft_jax.hub.adapters.load import adapter_classes, load_adapter
 from peft_jax.hub.load import load_pretrained
 from peft_jax.method import BASE
 from peft_jax.parallel import partitioning
@@ -19,12 +19,14 @@ from peft_jax.parallel.mesh import several
 
 
 class Candidate(NamedTuple):
-    """``"adapter"`` or a whole ``"model"``: how to apply it, and how to get plain weights."""
+    """``"adapter"`` or a whole ``"model"``: how to apply it, how to get plain weights, and what the classes of its head
+    are called, () where they have numbers alone."""
 
     name: str
     apply: Callable
     params: tree.Tree
     merge: Callable[[tree.Tree], tree.Tree] | None
+    classes: tuple[str, ...] = ()
 
     def merged(self) -> tree.Tree:
         """Plain weights, also where a quantised one has no adapter. Raises ``PeftJaxError`` without ``merge``."""
@@ -46,8 +48,9 @@ def load(folder: Path, config, model, base: tree.Tree, mesh: Mesh) -> Candidate:
     """What the run in ``folder`` trained, on the mesh."""
     if (folder / "adapter").is_dir():
         return adapter(folder / "adapter", model, base, mesh)
-    _, params = load_pretrained(folder / "model", dtype=config.model.param_dtype, mesh=several(mesh))
-    return Candidate("model", bind(BASE, model, mesh), params, lambda params: params)
+    stored, params = load_pretrained(folder / "model", dtype=config.model.param_dtype, mesh=several(mesh))
+    head = getattr(stored.config, "head", None)
+    return Candidate("model", bind(BASE, model, mesh), params, lambda params: params, head.labels if head else ())
 
 
 def adapter(source: str | Path, model, base: tree.Tree, mesh: Mesh) -> Candidate:
@@ -55,4 +58,5 @@ def adapter(source: str | Path, model, base: tree.Tree, mesh: Mesh) -> Candidate
     method, params = load_adapter(source, base)
     if several(mesh):
         params = partitioning.place(method, model, params, mesh)
-    return Candidate("adapter", bind(method, model, mesh), params, method.merge if method.mergeable else None)
+    return Candidate("adapter", bind(method, model, mesh), params, method.merge if method.mergeable else None,
+                     adapter_classes(source))

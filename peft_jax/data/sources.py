@@ -10,17 +10,33 @@ import math
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft_jax.data.files import read_table
-from peft_jax.data.tables import named_columns, read_hub, table_examples
+from peft_jax.data.tables import named_columns, read_hub, table_examples, unused_columns
 from peft_jax.errors import PeftJaxError, nearest
 
 Example = dict[str, Any]
 
 
+class DataSet(NamedTuple):
+    """train, validation: examples. unused: names of columns that no example holds; () of what is no table. notes: what
+    a person should know of the split, a line each."""
+
+    train: list[Example]
+    validation: list[Example]
+    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
 def load_examples(task) -> dict[str, list[Example]]:
-    """The examples of a task as ``{"train": [...], "validation": [...]}``.
+    """The examples of :func:`load_data_set` as ``{"train": [...], "validation": [...]}``."""
+    data = load_data_set(task)
+    return {"train": data.train, "validation": data.validation}
+
+
+def load_data_set(task) -> DataSet:
+    """The examples of a task.
 
     Args:
       task: attributes as in ``configs/tasks.py``. Without a validation source or split of its own,
@@ -32,18 +48,18 @@ def load_examples(task) -> dict[str, list[Example]]:
         raise PeftJaxError(f"task.kind={task.kind!r} is not known; {nearest(task.kind, KINDS)}")
     if not 0.0 <= task.validation_fraction <= 1.0:
         raise PeftJaxError(f"task.validation_fraction={task.validation_fraction} must lie between 0 and 1")
-    train, validation = KINDS[task.kind](task)
+    train, validation, unused = KINDS[task.kind](task)
+    notes: tuple[str, ...] = ()
     if not train:
         raise PeftJaxError(f"the data set {task.source} of task {task.name!r} is empty")
     if validation is None:
+        notes = _notes_of_split(train, task.validation_fraction)
         train, validation = split_by_hash(train, task.validation_fraction)
         _check_split(task, train, validation)
     elif not validation:
         raise PeftJaxError(f"the validation data of task {task.name!r} is empty")
-    return {
-        "train": sample_by_hash(train, task.train_limit),
-        "validation": sample_by_hash(validation, task.validation_limit),
-    }
+    return DataSet(train=sample_by_hash(train, task.train_limit), unused=unused, notes=notes,
+                   validation=sample_by_hash(validation, task.validation_limit))
 
 
 def is_chat(task) -> bool:
@@ -58,9 +74,19 @@ def _check_split(task, train: list, validation: list) -> None:
     if (not validation and task.validation_fraction > 0) or (not train and task.validation_fraction < 1):
         side = "training" if validation else "validation"
         raise PeftJaxError(
-            f"task.validation_fraction={task.validation_fraction} of {total} examples leaves none for {side}; "
-            "change the fraction (0 holds nothing out) or name validation data of its own"
+            f"task.validation_fraction={task.validation_fraction} of {total} examples with one text leaves none for "
+            f"{side}; add examples, change the fraction (0 holds nothing out) or name validation data of its own"
         )
+
+
+def _notes_of_split(examples: Sequence[Example], fraction: float) -> tuple[str, ...]:
+    """Where :func:`split_by_hash` moves its edge, a line that says so."""
+    hashes = [hash_fraction(text_key(example)) for example in examples]
+    if _edge(hashes, fraction) == fraction:
+        return ()
+    none = not any(one < fraction for one in hashes)
+    what = "none: 1 is held out" if none else "all: 1 is trained on"
+    return (f"{fraction} of {len(examples)} examples is {what} (task.validation_fraction)",)
 
 
 # Splitting: by what the text is, never by where it stands.
@@ -88,12 +114,23 @@ def split_by_hash(examples: Sequence[Example], fraction: float) -> tuple[list[Ex
     """(train, validation): about ``fraction`` of the distinct texts are held out.
 
     The side of an example depends on its text alone, not on its place or on the other examples, so a grown or reordered
-    file keeps its split, and duplicates (case and spacing aside) fall on the same side.
+    file keeps its split, and duplicates (case and spacing aside) fall on the same side. Only where a fraction between 0
+    and 1 would leave one side empty, of few texts, does the text nearest to the edge go there.
     """
+    hashes = [hash_fraction(text_key(example)) for example in examples]
+    edge = _edge(hashes, fraction)
     train, validation = [], []
-    for example in examples:
-        (validation if hash_fraction(text_key(example)) < fraction else train).append(example)
+    for one, example in zip(hashes, examples, strict=True):
+        (validation if one < edge else train).append(example)
     return train, validation
+
+
+def _edge(hashes: Sequence[float], fraction: float) -> float:
+    """``fraction``, or, where all ``hashes`` lie on one side of it, what has one of them on the other."""
+    distinct = sorted(set(hashes))
+    if len(distinct) < 2 or not 0 < fraction < 1 or distinct[0] < fraction <= distinct[-1]:
+        return fraction
+    return distinct[1] if fraction <= distinct[0] else distinct[-1]
 
 
 def sample_by_hash(examples: Sequence[Example], limit: int) -> list[Example]:
@@ -179,15 +216,15 @@ def rating_examples(task, sentences: Sequence[tuple[float, str, str]]) -> list[E
     return examples
 
 
-# Kinds of task: task -> (examples, validation examples or None where they are to be split off).
+# Kinds of task: task -> (examples, validation examples or None where they are to be split off, columns without use).
 
 
 def _rating_task(task):
-    return rating_examples(task, _fetched_sentences(task)), None
+    return rating_examples(task, _fetched_sentences(task)), None, ()
 
 
 def _sentences_task(task):
-    return [{"text": text, "origin": origin} for _, text, origin in _fetched_sentences(task)], None
+    return [{"text": text, "origin": origin} for _, text, origin in _fetched_sentences(task)], None, ()
 
 
 def _reference_task(task):
@@ -197,27 +234,29 @@ def _reference_task(task):
     found = ((name, number, " ".join(text.split())) for name, topic in topics.items()
              for number, text in enumerate(topic.split("\n\n")))
     return [{"text": text, "origin": f"help({name!r}), paragraph {number}"} for name, number, text in found
-            if 200 <= len(text) <= 1000 and sum(c.isalpha() or c.isspace() for c in text) > 0.9 * len(text)], None
+            if 200 <= len(text) <= 1000 and sum(c.isalpha() or c.isspace() for c in text) > 0.9 * len(text)], None, ()
 
 
-def _file_task(task):
-    def read(path):
-        return table_examples(task, read_table(path), path)
+def read_rows(task, validation: bool = False) -> tuple[list[dict], str] | None:
+    """(rows, where they are from) of a table's training data, or of its validation data, ``None`` where these are to be
+    split off. Raises ``PeftJaxError`` where they cannot be read."""
+    if task.kind == "file":
+        path = task.validation_source if validation else task.source
+        return None if validation and not path else (read_table(path), path)
+    split = task.validation_split if validation else task.train_split
+    return None if validation and not split else (read_hub(task.source, task.subset, split), f"{task.source}[{split}]")
 
-    return read(task.source), read(task.validation_source) if task.validation_source else None
 
-
-def _hub_task(task):
-    def read(split):
-        return table_examples(task, read_hub(task.source, task.subset, split), f"{task.source}[{split}]")
-
-    return read(task.train_split), read(task.validation_split) if task.validation_split else None
+def _table_task(task):
+    rows, where = read_rows(task)
+    examples, other = table_examples(task, rows, where), read_rows(task, validation=True)
+    return examples, other and table_examples(task, *other), unused_columns(task, rows, where)
 
 
 KINDS: dict[str, Callable] = {
     "rating": _rating_task,
     "sentences": _sentences_task,
     "reference": _reference_task,
-    "file": _file_task,
-    "hub": _hub_task,
+    "file": _table_task,
+    "hub": _table_task,
 }

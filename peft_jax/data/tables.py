@@ -18,6 +18,7 @@ KNOWN = (
     {"prompt": "instruction", "completion": "response", "input": "context"},
     {"text": "text"},
 )
+LABELLED = {"text": "text", "label": "label"}  # the same where a head tells the label
 
 
 def read_hub(source: str, subset: str, split: str) -> list[dict]:
@@ -34,7 +35,8 @@ def read_hub(source: str, subset: str, split: str) -> list[dict]:
     except Exception as error:  # requests, hub, fsspec and datasets errors alike
         raise PeftJaxError(
             f"cannot load the data set {source!r} (subset {subset or 'default'}, split {split}) from the Hugging Face "
-            f"Hub: {root_cause(error)}; check the names, the network and HF_TOKEN, or use a local file with task=file"
+            f"Hub: {root_cause(error)}; check the names, the network and HF_TOKEN, or use a local file "
+            "(task=FILE.jsonl)"
         ) from error
 
 
@@ -45,11 +47,32 @@ def table_examples(task, rows: Sequence[dict], where: str) -> list[dict]:
       PeftJaxError: conflicting columns named, none named and none known, a column that does not exist (with the
         nearest), a row without a value.
     """
-    columns = named_columns(task) or (known_columns(rows[0], where) if rows else {})
+    columns = columns_of(task, rows[0], where) if rows else {}
     for name in columns.values():
         if rows and name not in rows[0]:
             raise PeftJaxError(f"{where} has no column {name!r}; {nearest(name, rows[0])}")
     return [_table_example(task, columns, row, f"{where} row {number}") for number, row in enumerate(rows, start=1)]
+
+
+def unused_columns(task, rows: Sequence[dict], where: str) -> tuple[str, ...]:
+    """The columns of which :func:`table_examples` takes nothing, in the table's order."""
+    used = columns_of(task, rows[0], where).values() if rows else ()
+    return tuple(name for name in rows[0] if name not in used) if rows else ()
+
+
+def columns_of(task, names: Iterable[str], where: str) -> dict[str, str]:
+    """What each column is for: as the task names them, or as those of the table are called.
+
+    Raises ``PeftJaxError`` where the task names what does not go together, or where no known use fits the names.
+    """
+    if named := named_columns(task):
+        return named
+    if task.answer == "word":
+        return known_columns(names, where)
+    if missing := [name for name in LABELLED.values() if name not in names]:
+        raise PeftJaxError(f"{where} has no column {missing[0]!r}; name those to use with "
+                           f"--config.task.text_column and --config.task.label_column, of: {', '.join(names)}")
+    return LABELLED
 
 
 def named_columns(task) -> dict[str, str]:
@@ -99,16 +122,45 @@ def _table_example(task, columns: dict[str, str], row: dict, origin: str) -> dic
 
 def _label(task, text: str, where: str) -> int | float:
     """The number of a class, or for a regression any number."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    if task.answer != "score" and text in task.label_names:
+        return task.label_names.index(text)
+    value, count = _number(text), len(task.label_names) or task.num_labels
+    if task.answer != "score" and task.label_names and value not in range(count):
+        raise PeftJaxError(f"{where} holds {text[:40]!r}, which is no class; {nearest(text, task.label_names)}")
     if task.answer == "score" and math.isfinite(value):
         return value
-    if task.answer != "score" and value in range(task.num_labels):
+    if task.answer != "score" and value in range(count):
         return int(value)
     wanted = "a number" if task.answer == "score" else f"a whole number from 0 to {task.num_labels - 1} (num_labels)"
     raise PeftJaxError(f"{where} holds {text[:40]!r}, expected {wanted}")
+
+
+def _number(text: str) -> float:
+    """NaN where the text is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def keys_of_labels(task, labels: Iterable[str]) -> dict[str, Any]:
+    """``answer``, ``label_names`` and ``num_labels`` of a task; ``labels`` are what a head is to tell, as written.
+
+    Numbers that are not all whole are scores. Whole numbers from 0 are classes by number. Other labels are names of
+    classes, numbered in sorted order. What the task says itself, it keeps. A label that is empty is none.
+    """
+    distinct = set(labels) - {""}
+    numbers = [_number(label) for label in distinct]
+    scores = all(map(math.isfinite, numbers)) and not all(number.is_integer() for number in numbers)
+    answer = task.answer if task.answer != "word" else "score" if scores else "class"
+    if answer == "score":
+        return {"answer": answer}
+    whole = all(number.is_integer() and number >= 0 for number in numbers)  # NaN is neither
+    if whole and not task.label_names:
+        count = task.num_labels if task.label_column else max(task.num_labels, int(max(numbers, default=0)) + 1)
+        return {"answer": answer, "num_labels": count}
+    names = tuple(task.label_names) or tuple(sorted(distinct))
+    return {"answer": answer, "label_names": names, "num_labels": len(names)}
 
 
 def _prompt_template(task, columns: dict[str, str]) -> str:

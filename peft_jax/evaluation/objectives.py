@@ -5,7 +5,7 @@ names, and what is read there.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +28,7 @@ class Objective(NamedTuple):
       read: ``logits (n, k) -> (n, k)``, what the metrics are made of.
       rate: ``(task, examples, answers (n, k), texts) -> metrics``; ``texts`` are what the model wrote.
       losses: ``mean loss -> metrics``.
+      tell: ``(answers (n, k), names of the classes) -> texts``, what a head says of each example, for people.
       writes: whether the answer is text.
     """
 
@@ -37,6 +38,7 @@ class Objective(NamedTuple):
     read: Callable[[jax.Array], jax.Array]
     rate: Callable[..., dict[str, float]]
     losses: Callable[[float], dict[str, float]]
+    tell: Callable[..., list[str]]
     writes: bool
 
 
@@ -69,12 +71,30 @@ def _rate_numbers(task, examples, answers, texts) -> dict[str, float]:
     return {"spearman": spearman(answers[:, 0], _labels(examples))}
 
 
+def _tell_classes(answers: np.ndarray, names: Sequence[str]) -> list[str]:
+    """The likeliest class of each row of log-probabilities, and how likely it is."""
+    best = answers.argmax(axis=1)
+    return [f"{names[i] if names else i} ({math.exp(row[i]):.3f})" for i, row in zip(best, answers, strict=True)]
+
+
+def _tell_numbers(answers: np.ndarray, names: Sequence[str]) -> list[str]:
+    return [f"{number:.3f}" for number in answers[:, 0]]
+
+
 def _labels(examples) -> np.ndarray:
     return np.array([example["label"] for example in examples])
 
 
+def class_names(task) -> tuple[str, ...]:
+    """What the classes of a task are called, by number; () where a head tells none, or they have numbers alone."""
+    if task.answer != "class":
+        return ()
+    return tuple(task.words if task.kind == "rating" else task.label_names)
+
+
 def _classes(task) -> Head:
-    return Head("SEQ_CLS", len(task.words) if task.kind == "rating" else task.num_labels, task.pooling)
+    names = class_names(task)
+    return Head("SEQ_CLS", len(names) or task.num_labels, task.pooling, names)
 
 
 def _word_losses(loss: float) -> dict[str, float]:
@@ -82,11 +102,12 @@ def _word_losses(loss: float) -> dict[str, float]:
 
 
 OBJECTIVES = {
-    "word": Objective(lambda task: None, encode_all, cross_entropy, _log_softmax, _rate_words, _word_losses, True),
+    "word": Objective(lambda task: None, encode_all, cross_entropy, _log_softmax, _rate_words, _word_losses,
+                      lambda answers, names: [], True),
     "class": Objective(_classes, encode_labelled, cross_entropy, _log_softmax, _rate_classes,
-                       lambda loss: {"text_loss": loss}, False),
+                       lambda loss: {"text_loss": loss}, _tell_classes, False),
     "score": Objective(lambda task: Head("SEQ_CLS", 1, task.pooling), encode_labelled, squared_error, _numbers,
-                       _rate_numbers, lambda loss: {"rmse": math.sqrt(loss)}, False),
+                       _rate_numbers, lambda loss: {"rmse": math.sqrt(loss)}, _tell_numbers, False),
 }  # fmt: skip
 
 

@@ -16,11 +16,13 @@ class Head:
       pooling: what the answer for a text is read from: ``"first"``, its first token, through the layers that
         transformers' models of the type have there; ``"mean"``, the mean over its tokens, directly, as in models of
         sentence embeddings (transformers has no such class).
+      labels: what the classes are called, by number; () where they have numbers alone.
     """
 
     task_type: str = "SEQ_CLS"
     num_labels: int = 2
     pooling: str = "first"
+    labels: tuple[str, ...] = ()
 
 
 TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS")

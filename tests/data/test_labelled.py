@@ -7,6 +7,7 @@ import pytest
 
 from peft_jax.data import Batches, eval_batches
 from peft_jax.data.labelled import Labelled, encode_labelled, targets
+from peft_jax.data.tables import keys_of_labels
 from peft_jax.errors import PeftJaxError
 from tests.data.test_sources import task
 
@@ -93,6 +94,35 @@ def test_labels_from_a_table(tmp_path):
     (tmp_path / "a.csv").write_text("text,label\ngood,2\nbad,0\n")
     with pytest.raises(PeftJaxError, match=r"row 1: column 'label' holds '2', expected a whole number from 0 to 1"):
         load_examples(task(answer="class", **named))
+
+
+def test_columns_called_text_and_label_need_no_naming_and_names_number_the_classes(tmp_path):
+    from peft_jax.data import load_examples
+
+    (tmp_path / "a.csv").write_text("id,text,label\n1,fun,good\n2,dull,bad\n3,so so,0\n")
+    asked = {"source": str(tmp_path / "a.csv"), "validation_fraction": 0.0, "label_names": ("bad", "good")}
+    found = load_examples(task(answer="class", **asked))["train"]
+    assert [(one["text"], one["label"]) for one in found] == [("fun", 1), ("dull", 0), ("so so", 0)]
+    with pytest.raises(PeftJaxError, match=r"row 1: column 'label' holds 'good', which is no class; did you mean god"):
+        load_examples(task(answer="class", **{**asked, "label_names": ("god", "bad")}))
+    (tmp_path / "a.csv").write_text("text,labell\nfun,good\n")
+    with pytest.raises(PeftJaxError, match="has no column 'label'; name those to use"):
+        load_examples(task(answer="class", **asked))
+
+
+@pytest.mark.parametrize("labels, more, expected", [
+    (["b", "a", "b"], {}, {"answer": "class", "label_names": ("a", "b"), "num_labels": 2}),
+    (["10", "9", "x"], {}, {"answer": "class", "label_names": ("10", "9", "x"), "num_labels": 3}),
+    (["-1", "1"], {}, {"answer": "class", "label_names": ("-1", "1"), "num_labels": 2}),
+    (["0", "4", ""], {}, {"answer": "class", "num_labels": 5}),
+    (["0", "1"], {"num_labels": 3}, {"answer": "class", "num_labels": 3}),
+    (["0", "4"], {"text_column": "a", "label_column": "b"}, {"answer": "class", "num_labels": 2}),
+    (["0.5", "1"], {}, {"answer": "score"}), (["0", "1"], {"answer": "score"}, {"answer": "score"}),
+    (["nan", "1"], {}, {"answer": "class", "label_names": ("1", "nan"), "num_labels": 2}),
+    (["0", "1"], {"label_names": ("no", "yes")}, {"answer": "class", "label_names": ("no", "yes"), "num_labels": 2}),
+])
+def test_what_labels_say_of_the_task(labels, more, expected):
+    assert keys_of_labels(task(**more), labels) == expected
 
 
 def test_rated_sentences_as_labels():

@@ -228,14 +228,48 @@ def test_columns_that_do_not_say_it_are_listed_with_the_keys_to_set(tmp_path, ro
         ({"source": "{}/trian.jsonl"}, "no data file at .*trian.jsonl'; did you mean train.jsonl"),
         ({"source": ""}, "task.source is empty"),
         ({"validation_fraction": 1.5}, "between 0 and 1"),
-        ({"validation_fraction": 1e-9}, "leaves none for validation"),
-        ({"validation_fraction": 1 - 1e-9}, "leaves none for training"),
     ],
 )
 def test_configuration_errors(jsonl, change, message):
     change = {k: v.format(jsonl.parent) if k == "source" else v for k, v in change.items()}
     with pytest.raises(PeftJaxError, match=message):
         load_examples(SimpleNamespace(**{**vars(columns(jsonl)), **change}))
+
+
+@pytest.mark.parametrize("fraction, train, held, note", [
+    (1e-9, 39, 1, "1e-09 of 40 examples is none: 1 is held out (task.validation_fraction)"),
+    (1 - 1e-9, 1, 39, "0.999999999 of 40 examples is all: 1 is trained on (task.validation_fraction)"),
+])
+def test_a_fraction_leaves_one_example_on_each_side(jsonl, fraction, train, held, note):
+    data = sources.load_data_set(columns(jsonl, validation_fraction=fraction))
+    assert (len(data.train), len(data.validation), data.notes) == (train, held, (note,))
+    hashes = [[sources.hash_fraction(sources.text_key(e)) for e in side] for side in (data.train, data.validation)]
+    assert max(hashes[1]) < min(hashes[0])  # the one nearest to the edge
+
+
+def test_two_examples_are_one_of_each_and_a_split_that_works_stays(jsonl):
+    for fraction in (0.01, 0.5, 0.99):
+        pair = [{"text": "one"}, {"text": "two"}, {"text": " ONE "}]
+        train, held = sources.split_by_hash(pair, fraction)
+        keys = [{sources.text_key(e) for e in side} for side in (train, held)]
+        assert sorted(map(len, keys)) == [1, 1] and not keys[0] & keys[1]
+    data = sources.load_data_set(columns(jsonl, validation_fraction=0.3))
+    held = [e for e in data.train + data.validation if sources.hash_fraction(sources.text_key(e)) < 0.3]
+    assert data.validation == held and data.notes == ()
+
+
+@pytest.mark.parametrize("fraction, message", [(1e-9, "leaves none for validation"),
+                                               (1 - 1e-9, "leaves none for training")])
+def test_one_text_cannot_be_split(tmp_path, fraction, message):
+    (tmp_path / "a.csv").write_text("text\nsame\nSame\n")
+    with pytest.raises(PeftJaxError, match=message):
+        load_examples(task(source=str(tmp_path / "a.csv"), validation_fraction=fraction))
+
+
+def test_columns_without_use_are_named(tmp_path):
+    (tmp_path / "a.csv").write_text("id,question,answer,source\n1,q,a,web\n2,r,b,web\n")
+    assert sources.load_data_set(task(source=str(tmp_path / "a.csv"))).unused == ("id", "source")
+    assert sources.load_data_set(task("python_reference")).unused == ()
 
 
 @pytest.mark.parametrize("bad", ['{"question": "a", "answer"', "[1]", '{"question": "\udcff"}'])

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peft_jax.core import targeting
+from peft_jax.core import labels, targeting
 from peft_jax.core.files import read_json
 from peft_jax.core.peft_format import Format, Naming
 from peft_jax.errors import PeftJaxError, nearest
@@ -15,7 +15,7 @@ from peft_jax.method import Method
 
 # Fields of every kind of adapter that change nothing about what a stored one computes.
 _SILENT = ("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
-           "peft_version")
+           "peft_version", "id2label", "label2id")
 TIES = ("embed_tokens", "lm_head")
 _EMPTY = (None, False, {}, [], "")
 
@@ -127,9 +127,10 @@ def _present(arguments: Mapping[str, Any], names: Sequence[str]) -> dict[str, An
 
 
 def write(form: Format, config: Mapping[str, Any], flat: Mapping[str, Any], naming: Naming, *, tied: str,
-          base_model: str | None, task_type: str | None) -> dict[str, Any]:
+          base_model: str | None, task_type: str | None, classes: Sequence[str] = ()) -> dict[str, Any]:
     """The file's content for a method's ``config``; ``tied``: an embedding that it changes and that is the head as
-    well. Raises ``PeftJaxError`` where peft would change the embedding alone."""
+    well; ``classes``: what those of a head are called, in fields that peft passes over. Raises ``PeftJaxError`` where
+    peft would change the embedding alone."""
     everything = {**config, **form.fields(config, flat, naming), "ensure_weight_tying": bool(tied)}
     if tied and not _keeps_tie(form, everything):
         raise PeftJaxError(f"save_adapter: {form.kind} changes '{tied}', which is the head as well; in peft's file it "
@@ -142,6 +143,7 @@ def write(form: Format, config: Mapping[str, Any], flat: Mapping[str, Any], nami
         "peft_type": form.kind,
         "revision": None,
         "task_type": task_type,
+        **(labels.fields(classes) if classes else {}),
         **{name: _plain(value) for name, value in fields.items()},
     }
 

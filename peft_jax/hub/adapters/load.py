@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from peft_jax.core import arguments, kernel_axes, targeting, tree
+from peft_jax.core import arguments, files, kernel_axes, labels, targeting, tree
 from peft_jax.core.peft_format import PREFIX
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub import download
@@ -71,6 +71,13 @@ def load_adapter(source: str | os.PathLike, base_params: Mapping[str, Any],
     adapter_tensors.check(folder, tensors, slots, flat, model_tensors(family, base), base)
     params = tree.unflatten(flat | adapter_tensors.leaves_of(tensors, slots, flat))
     return methods[0] if len(methods) == 1 else chain(*methods), params
+
+
+def adapter_classes(source: str | os.PathLike) -> tuple[str, ...]:
+    """What the classes of a stored adapter's head are called, by number; () where its config does not say."""
+    content = files.read_json(_folder(source) / CONFIG)
+    parts = content.get("methods") if content.get("peft_type") == "CHAIN" else [content]
+    return next(filter(None, (labels.names(part.get("id2label")) for part in parts)), ())
 
 
 def _with_leaves(method: Method, params, axes, folder: Path, tensors) -> dict[str, Any]:

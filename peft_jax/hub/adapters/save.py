@@ -57,7 +57,8 @@ def save_adapter(folder: str | os.PathLike, method: Method, model: Any, params: 
             raise PeftJaxError(f"save_adapter: two methods of the chain both store '{min(double)}'.")
         tensors |= _tensors(slots, flat)
         configs.append(adapter_config.write(form, config, flat, naming, tied=_tied(slots, naming),
-                                            base_model=base_model, task_type=_task_type(family, model, config, slots)))
+                                            base_model=base_model, task_type=_task_type(family, model, config, slots),
+                                            classes=_classes(family, model)))
     if not configs:
         raise PeftJaxError("save_adapter: no method of the chain has an adapter file, and none of its leaves trains: "
                            "there is nothing to save.")
@@ -108,6 +109,11 @@ def _tied(slots: Mapping[str, Slot], naming: Naming) -> str:
 def _tensors(slots: Mapping[str, Slot], flat) -> dict[str, np.ndarray]:
     leaves = {path: np.asarray(flat[path]) for path in dict.fromkeys(slot.path for slot in slots.values())}
     return {key: slot.tensor(leaves[slot.path]) for key, slot in slots.items()}
+
+
+def _classes(family: Family | None, model: Any) -> tuple[str, ...]:
+    """What the classes of the model's head are called; () where it has none, or they have numbers alone."""
+    return model.config.head.labels if family and family.heads and model.config.head else ()
 
 
 def _task_type(family: Family | None, model: Any, config, slots) -> str | None:

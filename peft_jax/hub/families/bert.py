@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from peft_jax.core import labels
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.hub.families.family import Family, check_heads, completed
 from peft_jax.hub.families.hf_names import embedding, linear, norm
@@ -64,7 +65,9 @@ def read(kind: str, given: Mapping[str, Any]) -> EncoderConfig:
 def _head(kind: str, c: Mapping[str, Any]) -> Head | None:
     named = [name.removeprefix(CLASSES[kind]) for name in c["architectures"] or ()]
     tasks = [task for task, ending in TASKS.items() if task and ending in named]
-    return Head(tasks[0], len(c["id2label"] or ()) or c["num_labels"], c["pooling"]) if tasks else None
+    if not tasks:
+        return None
+    return Head(tasks[0], len(c["id2label"] or ()) or c["num_labels"], c["pooling"], labels.names(c["id2label"]))
 
 
 def write(config: EncoderConfig) -> dict[str, Any]:
@@ -77,8 +80,7 @@ def write(config: EncoderConfig) -> dict[str, Any]:
     if kind == "roberta":
         result |= {"pad_token_id": config.position_offset - 1}
     if head:
-        labels = {str(i): f"LABEL_{i}" for i in range(head.num_labels)}
-        result |= {"id2label": labels, "label2id": {name: int(i) for i, name in labels.items()}}
+        result |= labels.fields(head.labels or [f"LABEL_{i}" for i in range(head.num_labels)])
         result |= {"pooling": head.pooling} if head.pooling != "first" else {}
     return result
 
