@@ -26,6 +26,7 @@ from peft_jax.train import memory
 from peft_jax.train.checkpoint import Checkpoints
 from peft_jax.train.loop import StopRequest, Trace, at_step, due, fit
 from peft_jax.train.metrics_log import MetricsLog
+from peft_jax.train.progress import say
 from peft_jax.train.step import TrainState, init_state, make_step, state_shardings
 
 LOOKED_AT = 8  # batches that a method may see before training
@@ -171,7 +172,7 @@ def _fit(run: Run, state: TrainState, command) -> Training:
 
     def evaluated(state: TrainState) -> dict[str, float]:
         metrics = evaluations[int(state.step)] = run.evaluate(tree.combine(run.frozen, state.trainable))
-        print(console.metrics_line(int(state.step), metrics), flush=True)
+        say(console.metrics_line(int(state.step), metrics))
         return metrics
 
     checkpoints = Checkpoints(run.folder / "checkpoints", config.checkpoint.keep)
