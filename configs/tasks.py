@@ -21,6 +21,7 @@ COLUMNS = {
     "text_column": "",
     "prompt_template": "{prompt}",
     "completion_template": "{completion}",
+    "chat": False,  # prompt and completion as a user's and an assistant's turn, in the model's chat template
     # For a head to tell: text_column and label_column, with whole numbers from 0 (class) or any numbers (score).
     "answer": "word",
     "label_column": "",

@@ -16,6 +16,7 @@ from peft_jax.cli.session import load_session
 from peft_jax.cli.trained_run import Candidate
 from peft_jax.core import tree
 from peft_jax.data import encode_prompts
+from peft_jax.data.chat import check_template, question, wants_chat
 from peft_jax.data.sources import Example, is_chat
 from peft_jax.errors import PeftJaxError
 from peft_jax.evaluation.evaluate import complete
@@ -62,8 +63,9 @@ def _asked(command) -> Asked:
         examples = [_opening(example) for example in session.held_out.examples[: config.generate.num_prompts]]
         return Asked(examples, session.tokenizer, session.model, session.base, session.mesh)
     tokenizer, mesh = load_tokenizer(config.model.source), make_mesh(**config.mesh)
+    examples = _as_asked(command, tokenizer)
     model, base = load_model(config, changes, mesh)
-    return Asked([_as_asked(prompt, config.task) for prompt in command.prompts], tokenizer, model, base, mesh)
+    return Asked(examples, tokenizer, model, base, mesh)
 
 
 def _answerer(config, asked: Asked, prompts: list) -> Callable[..., list[str]]:
@@ -91,11 +93,14 @@ def _names(sources: list[str]) -> list[str]:
     return short if len(set(short)) == len(short) and "base" not in short else sources
 
 
-def _as_asked(prompt: str, task) -> dict[str, Any]:
-    """A prompt of the command line in the form that the task trains on: as it is, or as the user's turn of a chat."""
-    if is_chat(task):
-        return {"messages": [{"role": "user", "content": prompt}]}
-    return {"prompt": prompt}
+def _as_asked(command, tokenizer) -> list[Example]:
+    """The prompts of the command line in the form that the task trains on: as they are, or as the user's turn of a
+    chat, which they are, too, after a system prompt."""
+    config, system = command.config, command.system
+    if not system and not wants_chat(config.task) and not is_chat(config.task):
+        return [{"prompt": prompt} for prompt in command.prompts]
+    check_template(tokenizer, config.model.source, "--system" if system else "the task, of chats,")
+    return [question(prompt, system) for prompt in command.prompts]
 
 
 def _opening(example: dict[str, Any], words: int = 8) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from peft_jax.data import load_examples
+from peft_jax.data.chat import as_turns, wants_chat
 from peft_jax.data.sources import Example, half_by_hash, sample_by_hash
 from peft_jax.errors import PeftJaxError
 
@@ -21,6 +22,8 @@ def load_data(config, probe_task=None) -> Data:
     Raises ``PeftJaxError`` where they cannot be had, or where none is held out.
     """
     examples = load_examples(config.task)
+    if wants_chat(config.task):
+        examples = {part: as_turns(some) for part, some in examples.items()}
     return Data(train=examples["train"], held_out=_held_out(examples["validation"], config),
                 probe=_probe(probe_task, config.eval.probe_limit) if probe_task is not None else [])
 

@@ -14,6 +14,7 @@ from peft_jax.cli.checks import check_fits
 from peft_jax.cli.session import Session, load_session
 from peft_jax.core import settings, tree
 from peft_jax.data import Batches
+from peft_jax.data.chat import unused_template
 from peft_jax.data.tokenize import describe
 from peft_jax.evaluation.objectives import objective_of
 from peft_jax.hub.adapters.save import is_stored, save_adapter
@@ -127,6 +128,8 @@ def _batches(session: Session, method: Method) -> tuple[Batches, int]:
                       row_multiple=row_shards(session.mesh))
     total = config.optim.steps or batches.num_steps(config.optim.epochs)
     print(f"training on {describe(happened)}")
+    if note := unused_template(config.task, session.train, session.tokenizer):
+        print(note)
     print(f"{total} steps; {100 * batches.describe()['efficiency']:.0f} % of each batch are real tokens", flush=True)
     return batches, total
 
