@@ -58,7 +58,8 @@ def _all(folder: Path, command, argv: Sequence[str]) -> int:
             return code
         failed += bool(code)
         line = f"{head}: {f'failed: {last}' if code else said(folder, cell)}, {seconds:.0f} s"
-        print(textwrap.fill(line, COLUMNS, subsequent_indent=" " * (2 * width + 4), break_on_hyphens=False), flush=True)
+        print(line if code else textwrap.fill(line, COLUMNS, subsequent_indent=" " * len(head[:head.index("]") + 2]),
+                                              break_on_hyphens=False), flush=True)
     return max(tell(folder, argv), 2 if failed else 0)
 
 

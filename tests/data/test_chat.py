@@ -11,7 +11,7 @@ ALPACA = {"prompt": "Name a good film.\n", "completion": "The great film.", "ori
 
 
 def task(**changes):
-    columns = dict.fromkeys(("prompt_column", "completion_column", "messages_column", "text_column", "label_column"), "")
+    columns = {f"{name}_column": "" for name in ("prompt", "completion", "messages", "text", "label")}
     return SimpleNamespace(**{"chat": False, "prompt_template": "{prompt}", "completion_template": "{completion}",
                               **columns, **changes})
 

@@ -25,7 +25,8 @@ def terminal(records: Records) -> str:
         head, note = (textwrap.fill(text, WIDTH) for text in (printable(heading(table_rows)), NOTE))
         blocks = [head, *(_block(table_rows, part) for part in tables), note]
     if failed:
-        lines = [shortened(f"{run.name}: {failure(run)}", WIDTH) for run in failed]
+        lines = [textwrap.fill(shortened(f"{run.name}: {failure(run)}", 2 * WIDTH - 4), WIDTH, subsequent_indent="  ")
+                 for run in failed]
         blocks.append("\n".join(["Not finished:", *lines]))
     return "\n\n".join(blocks)
 
