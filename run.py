@@ -38,6 +38,7 @@ ONE_MODE = {  # flags that only some modes read
     "profile": ("train",),
     "transfer_guard": ("train",),
     "adapters": ("generate",),
+    "system": ("generate",),
 }
 
 
@@ -48,6 +49,7 @@ class Command(NamedTuple):
     workdir: str
     mode: str
     prompts: list[str]
+    system: str  # prompt, "" for none
     adapters: list[str]
     overwrite: bool
     output: str | None
@@ -73,6 +75,8 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_string("workdir", None, "where the run is kept; default runs/<experiment>", flag_values=values)
     flags.DEFINE_string("mode", "train", " | ".join(MODES), flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "text to continue in mode generate; repeatable", flag_values=values)
+    flags.DEFINE_string("system", "", "system prompt before each --prompt, for a model with a chat template",
+                        flag_values=values)
     flags.DEFINE_list("adapters", [], "adapters to compare in mode generate; default the workdir's", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "train again from the start, whatever the workdir holds", flag_values=values)
     flags.DEFINE_string("output", None, "folder that merge writes; default workdir/merged", flag_values=values)
@@ -106,8 +110,8 @@ def parse_command(argv: list[str]) -> Command | None:
     cells = sweep_cells(values, config, parse.overridden_keys(overrides))
     return Command(
         config=config, workdir=values.workdir or f"runs/{name}", mode=values.mode, prompts=values.prompt,
-        adapters=[source for source in values.adapters if source.strip()], overwrite=values.overwrite,
-        output=values.output, requantize=values.requantize,
+        system=values.system, adapters=[source for source in values.adapters if source.strip()],
+        overwrite=values.overwrite, output=values.output, requantize=values.requantize,
         probe=base.task_config(config.eval.probe) if config.eval.probe else None,
         tasks={task: base.task_config(task) for task in (*config.measure.neighbours, *config.measure.general)},
         cells=cells, sweep_index=values.sweep_index, distributed=values.distributed, coordinator=values.coordinator,
@@ -143,6 +147,8 @@ def check_mode(values: flags.FlagValues) -> None:
         value = values[flag].value
         if value and value != values[flag].default and values.mode not in readers:
             raise PeftJaxError(f"--{flag} is for --mode={' and '.join(readers)}; this is --mode={values.mode}")
+    if values.system and not values.prompt:
+        raise PeftJaxError("--system goes before the questions of --prompt: add one")
 
 
 def sweep_cells(values: flags.FlagValues, config: ConfigDict, keys: list[str]) -> list:

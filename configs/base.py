@@ -70,7 +70,7 @@ def get_config(model: str = "smollm2-135m", task: str = "movie_rating", method: 
     config.optim.clip_norm = 1.0  # over the trainable part; 0: no clipping
     config.optim.accumulate_steps = 1  # micro-batches per step
     config.optim.steps = 0  # set either steps
-    config.optim.epochs = 0.0  # or epochs
+    config.optim.epochs = 0.0  # or epochs; the one on the command line wins over the experiment's
     config.optim.loss_chunk = 512  # tokens whose logits exist at once
 
     config.eval = ConfigDict()

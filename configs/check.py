@@ -86,7 +86,7 @@ def check(config: ConfigDict) -> None:
     check_templates(config.task)
     if bool(config.optim.steps) == bool(config.optim.epochs):
         both = f"optim.steps={config.optim.steps} and optim.epochs={config.optim.epochs}"
-        raise PeftJaxError(f"{both}: set exactly one, the other to 0 (--config.optim.steps=0 --config.optim.epochs=3)")
+        raise PeftJaxError(f"{both}: set exactly one, such as --config.optim.epochs=3")
 
 
 def check_sweep(config: ConfigDict) -> None:

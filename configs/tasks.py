@@ -22,6 +22,7 @@ COLUMNS = {
     "text_column": "",
     "prompt_template": "{prompt}",
     "completion_template": "{completion}",
+    "chat": False,  # prompt and completion as a user's and an assistant's turn, in the model's chat template
     # For a head to tell: text_column and label_column, or none where they are called text and label. With an encoder
     # the answer need not be set: it is "score" where labels are numbers that are not all whole, else "class".
     "answer": "word",

@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -119,8 +120,16 @@ def test_python_in_the_pages_names_what_exists():
 
 
 @pytest.mark.real
-def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
+def test_the_python_of_the_readme_runs_as_one_script(tmp_path, monkeypatch):
+    """And leaves what it says: an adapter whose base peft finds, a model that transformers finds complete."""
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(python_blocks(ROOT / "README.md")[0], names)
-    assert float(names["value"]) < 5 and {"adapter", "merged"} <= {path.name for path in tmp_path.iterdir()}
+    exec("\n".join(python_blocks(ROOT / "README.md")), names)
+    assert float(names["value"]) < 5
+    base = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    merged = {one.name for one in (tmp_path / "merged").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= merged
+    ids = jnp.array([[504, 2644]])
+    program = names["step"].trace(names["params"], names["tx"].init(names["params"]), ids).jaxpr
+    assert sum(jnp.size(constant) for constant in program.consts) < 1000  # no weights, which XLA would fold for minutes

@@ -198,7 +198,7 @@ def test_another_configuration_is_refused_unless_told_to_overwrite(trained, argu
         ([f"--config={LORA}", "--mdoe=eval"], ["did you mean mode?"]),
         ([f"--config={LORA}", "eval"], ["unknown argument eval"]),
         ([f"--config={LORA}", "--config.eval.probe=newspapr"], ["did you mean newspaper?"]),
-        ([f"--config={LORA}", "--config.optim.epochs=2"], ["set exactly one"]),
+        ([f"--config={LORA}", "--config.optim.epochs=2", "--config.optim.steps=5"], ["set exactly one"]),
         ([f"--config={LORA}", "--config.optim.b2=1.0"], ["optim.b2", "between 0 and 1"]),
         ([f"--config={LORA}", "--config.optim.warmup_ratio=nan"], ["optim.warmup_ratio"]),
         ([f"--config={LORA}", "--config.seed=-1"], ["seed", "at least 0"]),

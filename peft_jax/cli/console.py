@@ -42,9 +42,10 @@ def summary(results: Mapping[str, Any]) -> str:
         ("saved", f"{size(results['adapter_bytes'])}  {results['adapter']}"),
     ]
     columns = {name: results[name] for name in ("before", "after") if results[name]}
-    return "\n".join((metrics_table(columns), "", *(f"{name:<34}{value}" for name, value in cost)))
+    return "\n".join((metrics_table(columns), "", *(f"{name:<{NAMES}}{value}" for name, value in cost)))
 
 
+NAMES = 34  # columns of a terminal, of the names in a table
 # What evaluation may report, and what a person calls it.
 TITLES = {
     "exact": "exact match of the generated word",
@@ -61,12 +62,26 @@ TITLES = {
 
 
 def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> str:
-    """Metrics as rows, ``{"before": {metric: value}, "after": ...}`` as columns."""
-    wide = max(12, *(len(name) + 2 for name in columns))
-    head = " " * 34 + "".join(f"{name:>{wide}}" for name in columns)
+    """Metrics as rows, ``{"before": {metric: value}, "after": ...}`` as columns; more than fit 80 as tables below each
+    other, each with the metrics that its columns have."""
+    parts: list[dict[str, Mapping[str, float]]] = [{}]
+    for name, column in columns.items():
+        if parts[-1] and NAMES + sum(map(_wide, (*parts[-1], name))) > 80:
+            parts.append({})
+        parts[-1][name] = column
+    return "\n\n".join(map(_one_table, parts))
+
+
+def _wide(name: str) -> int:
+    return max(12, len(name) + 2)
+
+
+def _one_table(columns: Mapping[str, Mapping[str, float]]) -> str:
+    head = " " * NAMES + "".join(f"{name:>{_wide(name)}}" for name in columns)
     metrics = dict.fromkeys(metric for column in columns.values() for metric in column)
-    rows = [f"{TITLES[metric]:<34}" + "".join(f"{column[metric]:>{wide}.3f}" if metric in column else " " * wide
-                                              for column in columns.values()) for metric in metrics]
+    rows = [f"{TITLES[metric]:<{NAMES}}" + "".join(
+        f"{column[metric]:>{_wide(name)}.3f}" if metric in column else " " * _wide(name)
+        for name, column in columns.items()) for metric in metrics]
     return "\n".join((head, "-" * len(head), *rows))
 
 

@@ -18,7 +18,9 @@ from peft_jax.cli.session import load_session
 from peft_jax.cli.trained_run import Candidate
 from peft_jax.core import tree
 from peft_jax.data import encode_prompts
+from peft_jax.data.chat import check_template, question, wants_chat
 from peft_jax.data.sources import Example, is_chat
+from peft_jax.errors import PeftJaxError
 from peft_jax.evaluation.evaluate import complete
 from peft_jax.evaluation.generation import Sampling
 from peft_jax.evaluation.objectives import objective_of
@@ -46,8 +48,8 @@ def job(command) -> int:
     questions, answer = (_writer if objective_of(config.task).writes else _teller)(config, asked)
     answers = {"base": answer(bind(BASE, asked.model, asked.mesh), asked.base, ())}
     answers |= {name: answer(one.apply, one.params, one.classes) for name, one in _candidates(command, asked).items()}
-    for question, texts in zip(questions, zip(*answers.values(), strict=True), strict=True):
-        print(console.answers(question, dict(zip(answers, texts, strict=True))))
+    for asked_for, texts in zip(questions, zip(*answers.values(), strict=True), strict=True):
+        print(console.answers(asked_for, dict(zip(answers, texts, strict=True))))
     return 0
 
 
@@ -61,8 +63,9 @@ def _asked(command) -> Asked:
             examples = [_opening(example) for example in examples]
         return Asked(examples, session.tokenizer, session.model, session.base, session.mesh)
     tokenizer, mesh = load_tokenizer(config.model.source), make_mesh(**config.mesh)
+    examples = _as_asked(command, tokenizer)
     model, base = load_model(config, changes, mesh)
-    return Asked([_as_asked(prompt, config.task) for prompt in command.prompts], tokenizer, model, base, mesh)
+    return Asked(examples, tokenizer, model, base, mesh)
 
 
 def _teller(config, asked: Asked) -> tuple[list[str], Callable[..., list[str]]]:
@@ -98,13 +101,18 @@ def _names(sources: list[str]) -> list[str]:
     return short if len(set(short)) == len(short) and "base" not in short else sources
 
 
-def _as_asked(prompt: str, task) -> dict[str, Any]:
-    """A prompt of the command line in the form that the task trains on: as it is, or as the user's turn of a chat."""
-    if not objective_of(task).writes:
-        return {"text": prompt}
-    if is_chat(task):
-        return {"messages": [{"role": "user", "content": prompt}]}
-    return {"prompt": prompt}
+def _as_asked(command, tokenizer) -> list[Example]:
+    """The prompts of the command line in the form that the task trains on: as they are, or as the user's turn of a
+    chat, which they are, too, after a system prompt."""
+    config, system = command.config, command.system
+    if not objective_of(config.task).writes:
+        if system:
+            raise PeftJaxError("--system is for models that write: a head reads the text alone")
+        return [{"text": prompt} for prompt in command.prompts]
+    if not system and not wants_chat(config.task) and not is_chat(config.task):
+        return [{"prompt": prompt} for prompt in command.prompts]
+    check_template(tokenizer, config.model.source, "--system" if system else "the task, of chats,")
+    return [question(prompt, system) for prompt in command.prompts]
 
 
 def _opening(example: dict[str, Any], words: int = 8) -> dict[str, Any]:

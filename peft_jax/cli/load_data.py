@@ -3,7 +3,8 @@
 from typing import NamedTuple
 
 from peft_jax.data import load_examples
-from peft_jax.data.sources import Example, half_by_hash, load_data_set, sample_by_hash
+from peft_jax.data.chat import as_turns, wants_chat
+from peft_jax.data.sources import DataSet, Example, half_by_hash, load_data_set, sample_by_hash
 from peft_jax.errors import PeftJaxError
 
 
@@ -23,11 +24,17 @@ def load_data(config, probe_task=None) -> Data:
     Prints what a person should know of the split. Raises ``PeftJaxError`` where they cannot be had, or where none is
     held out.
     """
-    data = load_data_set(config.task)
+    data = data_set(config.task)
     for note in data.notes:
         print(note, flush=True)
     return Data(train=data.train, held_out=_held_out(data.validation, config), unused=data.unused,
                 probe=_probe(probe_task, config.eval.probe_limit) if probe_task is not None else [])
+
+
+def data_set(task) -> DataSet:
+    """Both sides of the task's data, as turns of a chat where it wants that."""
+    data = load_data_set(task)
+    return data._replace(train=as_turns(data.train), validation=as_turns(data.validation)) if wants_chat(task) else data
 
 
 def _held_out(examples: list[Example], config) -> list[Example]:

@@ -12,6 +12,7 @@ from peft_jax.cli.session import Session, load_session
 from peft_jax.cli.trained_run import Candidate
 from peft_jax.core import settings, tree
 from peft_jax.data import load_examples
+from peft_jax.data.chat import as_turns, wants_chat
 from peft_jax.data.sources import sample_by_hash
 from peft_jax.errors import PeftJaxError
 from peft_jax.evaluation.evaluate import HeldOut, hold_out, make_evaluator_of_any
@@ -62,6 +63,7 @@ def _held_out(session: Session, task, limit: int) -> HeldOut:
     """The held-out examples of another task, whichever half."""
     config = session.config
     examples = sample_by_hash(load_examples(task)["validation"], limit)
+    examples = as_turns(examples) if wants_chat(task) else examples
     if task.answer != config.task.answer:
         raise PeftJaxError(f"measure: the task {task.name!r} is answered otherwise (task.answer={task.answer}) than "
                            f"{config.task.name!r} ({config.task.answer}): leave it out of config.measure")

@@ -22,7 +22,7 @@ def predictor(config, texts: Sequence[str], tokenizer, mesh: Mesh) -> Callable[.
     if counts["dropped"]:
         raise PeftJaxError(f"a prompt has more tokens than data.max_length={config.data.max_length}: shorten it, or "
                            "raise that")
-    choices = np.arange(objective.head(task).num_labels)
+    choices = np.arange(objective.head(task).num_labels)  # pyright: ignore[reportOptionalMemberAccess]
 
     def tell(apply: Callable, params: tree.Tree, names: Sequence[str]) -> list[str]:
         score = make_score(apply, config.optim.loss_chunk, objective, mesh)

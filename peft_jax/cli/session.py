@@ -10,6 +10,7 @@ from peft_jax.cli.checks import check_fits
 from peft_jax.cli.load_data import load_data
 from peft_jax.cli.load_model import load_model, model_files
 from peft_jax.core import tree
+from peft_jax.data.chat import check_template, wants_chat
 from peft_jax.data.sources import Example
 from peft_jax.evaluation.evaluate import HeldOut, hold_out, make_evaluator
 from peft_jax.hub.tokenizer import load_tokenizer
@@ -47,6 +48,8 @@ def load_session(config, probe_task=None, method: Method = BASE) -> Session:
     mesh = make_mesh(**config.mesh)
     data = load_data(config, probe_task)
     files, tokenizer = model_files(config), load_tokenizer(config.model.source)
+    if wants_chat(config.task):
+        check_template(tokenizer, config.model.source, "task.chat=True")
     held_out = hold_out(data.held_out, data.probe, tokenizer, config.task, config.data)
     check_fits([*held_out.encoded, *held_out.probe], files.config)
     model, base = load_model(config, method, mesh, files)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_jax.cli import workdir
-from peft_jax.data.sources import read_rows
+from peft_jax.data.sources import train_rows
 from peft_jax.data.tables import LABELLED, keys_of_labels, named_columns
 from peft_jax.errors import PeftJaxError, some
 from peft_jax.evaluation.objectives import class_names, objective_of
@@ -61,7 +61,7 @@ def _of_run(command) -> dict[str, Any]:
 def _of_data(task) -> dict[str, Any]:
     """The keys as the training data has them; {} where it has no labels."""
     column = (named_columns(task) or LABELLED).get("label")
-    rows, where = read_rows(task)
+    rows, where = train_rows(task)
     if not rows or column not in rows[0]:
         return {}
     changes = keys_of_labels(task, [str(row[column]) for row in rows if row[column] is not None])

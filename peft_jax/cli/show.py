@@ -3,10 +3,10 @@
 import textwrap
 from collections.abc import Sequence
 
+from peft_jax.cli.load_data import data_set
 from peft_jax.cli.load_model import model_files
 from peft_jax.data.batches import One
 from peft_jax.data.preview import WIDTH, preview
-from peft_jax.data.sources import load_data_set
 from peft_jax.data.tables import LABELLED
 from peft_jax.evaluation.objectives import class_names, objective_of
 from peft_jax.hub.tokenizer import load_tokenizer
@@ -18,7 +18,7 @@ READ = 64  # examples that are tokenised to show some: those that are too long m
 def job(command) -> int:
     """Print three examples in full, how many there are, and the columns that are not used."""
     config = command.config
-    data = load_data_set(config.task)
+    data = data_set(config.task)
     tokenizer = load_tokenizer(config.model.source)
     model_files(config)  # an error where the model cannot answer as the task asks
     encoded, _ = objective_of(config.task).encode(data.train[:READ], tokenizer, config.data)

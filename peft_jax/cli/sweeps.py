@@ -4,6 +4,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from peft_jax.studies.sweeps import results
 from peft_jax.studies.sweeps.results import LOGS, RESULTS
 
 PROGRAM = Path(__file__).parents[2] / "run.py"
+COLUMNS = 79  # of a line for people
 STOPPED = (130, 143)  # exit codes of a run that was told to stop
 
 
@@ -55,14 +57,16 @@ def _all(folder: Path, command, argv: Sequence[str]) -> int:
             print(f"{head}: stopped; {again} goes on from there", flush=True)
             return code
         failed += bool(code)
-        print(f"{head}: {f'failed: {last}' if code else said(folder, cell)}, {seconds:.0f} s", flush=True)
+        line = f"{head}: {f'failed: {last}' if code else said(folder, cell)}, {seconds:.0f} s"
+        print(line if code else textwrap.fill(line, COLUMNS, subsequent_indent=" " * len(head[:head.index("]") + 2]),
+                                              break_on_hyphens=False), flush=True)
     return max(tell(folder, argv), 2 if failed else 0)
 
 
 def show(folder: Path, command) -> int:
     """Print the cells with their numbers, and which are finished."""
     for index, cell in enumerate(command.cells):
-        how = f"the best of {len(cell.best_of)} finished ones, then measured" if cell.best_of else ""
+        how = f"the best of {len(cell.best_of)}, measured" if cell.best_of else ""
         how = ", ".join(filter(None, (how, "finished" if results.finished(folder, command, cell) else "")))
         print(f"{index:>4}  {cell.name}{f'  ({how})' if how else ''}")
     return 0

@@ -15,6 +15,7 @@ from peft_jax.cli.session import Session, load_session
 from peft_jax.cli.show import first_example
 from peft_jax.core import settings, tree
 from peft_jax.data import Batches
+from peft_jax.data.chat import unused_template
 from peft_jax.data.tokenize import describe
 from peft_jax.evaluation.objectives import objective_of
 from peft_jax.hub.adapters.save import is_stored, save_adapter
@@ -27,6 +28,7 @@ from peft_jax.train import memory
 from peft_jax.train.checkpoint import Checkpoints
 from peft_jax.train.loop import StopRequest, Trace, at_step, due, fit
 from peft_jax.train.metrics_log import MetricsLog
+from peft_jax.train.progress import say
 from peft_jax.train.step import TrainState, init_state, make_step, state_shardings
 
 LOOKED_AT = 8  # batches that a method may see before training
@@ -128,6 +130,8 @@ def _batches(session: Session, method: Method) -> tuple[Batches, int]:
     total = config.optim.steps or batches.num_steps(config.optim.epochs)
     print(f"training on {describe(happened)}")
     print(first_example(config.task, encoded, session.unused, session.tokenizer))
+    if note := unused_template(config.task, session.train, session.tokenizer):
+        print(note)
     print(f"{total} steps; {100 * batches.describe()['efficiency']:.0f} % of each batch are real tokens", flush=True)
     return batches, total
 
@@ -173,7 +177,7 @@ def _fit(run: Run, state: TrainState, command) -> Training:
 
     def evaluated(state: TrainState) -> dict[str, float]:
         metrics = evaluations[int(state.step)] = run.evaluate(tree.combine(run.frozen, state.trainable))
-        print(console.metrics_line(int(state.step), metrics), flush=True)
+        say(console.metrics_line(int(state.step), metrics))
         return metrics
 
     checkpoints = Checkpoints(run.folder / "checkpoints", config.checkpoint.keep)

@@ -4,8 +4,10 @@ import csv
 import json
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from peft_jax.errors import PeftJaxError, nearest, needed, root_cause
@@ -137,9 +139,23 @@ def _parquet(file: Path) -> Iterable[dict]:
     # A cache of its own, gone after the read: a local file is its own cache, and a changed file is never served old.
     with tempfile.TemporaryDirectory() as cache:
         try:
-            return datasets.load_dataset("parquet", data_files=[str(file)], split="train", cache_dir=cache).to_list()
+            with without_bars(datasets):
+                table = datasets.load_dataset("parquet", data_files=[str(file)], split="train", cache_dir=cache)
+            return table.to_list()
         except Exception as error:  # `datasets` wraps whatever its readers raise
             raise PeftJaxError(f"cannot read {file}: {root_cause(error)}") from error
+
+
+@contextmanager
+def without_bars(datasets: ModuleType) -> Iterator[None]:
+    """``datasets`` without its bars, such as "Generating train split"; those of downloads are huggingface_hub's."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 READERS = {".jsonl": _json_lines, ".json": _json_array, ".csv": _csv, ".parquet": _parquet}

@@ -68,7 +68,7 @@ def _cut(text: str) -> str:
 def _heading(one: One, names: Sequence[str]) -> str:
     tokens = f"{len(one.input_ids)} token{'s' if len(one.input_ids) > 1 else ''}"
     if isinstance(one, Labelled):
-        return f"{tokens}, whose label is learnt: {names[one.label] if names else one.label}"
+        return f"{tokens}, whose label is learnt: {names[int(one.label)] if names else one.label}"
     return f"{tokens}, {int(one.loss_mask.sum())} learnt: those between {OPEN} and {CLOSE}"
 
 

@@ -237,19 +237,24 @@ def _reference_task(task):
             if 200 <= len(text) <= 1000 and sum(c.isalpha() or c.isspace() for c in text) > 0.9 * len(text)], None, ()
 
 
-def read_rows(task, validation: bool = False) -> tuple[list[dict], str] | None:
-    """(rows, where they are from) of a table's training data, or of its validation data, ``None`` where these are to be
-    split off. Raises ``PeftJaxError`` where they cannot be read."""
+def train_rows(task) -> tuple[list[dict], str]:
+    """(rows, where they are from) of a table's training data. Raises ``PeftJaxError`` where they cannot be read."""
     if task.kind == "file":
-        path = task.validation_source if validation else task.source
-        return None if validation and not path else (read_table(path), path)
-    split = task.validation_split if validation else task.train_split
-    return None if validation and not split else (read_hub(task.source, task.subset, split), f"{task.source}[{split}]")
+        return read_table(task.source), task.source
+    return read_hub(task.source, task.subset, task.train_split), f"{task.source}[{task.train_split}]"
+
+
+def _validation_rows(task) -> tuple[list[dict], str] | None:
+    """The same of its validation data, ``None`` where these are to be split off."""
+    if task.kind == "file":
+        return (read_table(task.validation_source), task.validation_source) if task.validation_source else None
+    split = task.validation_split
+    return (read_hub(task.source, task.subset, split), f"{task.source}[{split}]") if split else None
 
 
 def _table_task(task):
-    rows, where = read_rows(task)
-    examples, other = table_examples(task, rows, where), read_rows(task, validation=True)
+    rows, where = train_rows(task)
+    examples, other = table_examples(task, rows, where), _validation_rows(task)
     return examples, other and table_examples(task, *other), unused_columns(task, rows, where)
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from peft_jax.data.files import without_bars
 from peft_jax.errors import PeftJaxError, nearest, needed, root_cause
 
 # Columns whose names say what they hold, for a task that names none. "input" is what an instruction is about.
@@ -31,7 +32,8 @@ def read_hub(source: str, subset: str, split: str) -> list[dict]:
         raise PeftJaxError("task.source is empty: name a data set of the Hugging Face Hub")
     datasets = needed("datasets", "for a data set of the Hugging Face Hub")
     try:
-        return datasets.load_dataset(source, subset or None, split=split).to_list()
+        with without_bars(datasets):
+            return datasets.load_dataset(source, subset or None, split=split).to_list()
     except Exception as error:  # requests, hub, fsspec and datasets errors alike
         raise PeftJaxError(
             f"cannot load the data set {source!r} (subset {subset or 'default'}, split {split}) from the Hugging Face "

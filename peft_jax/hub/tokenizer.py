@@ -27,7 +27,7 @@ def load_tokenizer(source: str | os.PathLike):
                            "the tokenizer was saved in.")
     if folder.joinpath("config.json").is_file():
         model_config.read(folder)  # transformers reads it too, and its error would look like the tokenizer's
-    from transformers import AutoTokenizer
+    from peft_jax.hub.quiet_transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, use_fast=True)

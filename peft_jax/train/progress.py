@@ -1,9 +1,31 @@
 """How far training has come, for a person who watches."""
 
 import sys
+import textwrap
 import time
+from collections.abc import Iterable
+from typing import Any
 
 from tqdm import tqdm
+
+from peft_jax.parallel import processes
+
+COLUMNS = 79  # of a line for people
+
+
+def say(text: str) -> None:
+    """Print a line, above a bar where one is shown; broken after a comma where a terminal is not wide enough."""
+    parts = ", ".join(part.replace(" ", "\xa0") for part in text.split(", "))  # a break is made at plain spaces alone
+    lines = textwrap.wrap(parts, COLUMNS, subsequent_indent="  ", break_on_hyphens=False)
+    tqdm.write("\n".join(lines).replace("\xa0", " "))
+    sys.stdout.flush()
+
+
+def watched(batches: Iterable[Any], count: int, what: str) -> Iterable[Any]:
+    """``batches``, ``count`` of them, with a bar that goes when they are done; none where standard error is no
+    terminal."""
+    hidden = None if processes.first() else True  # None: where there is no terminal
+    return tqdm(batches, what, count, leave=False, ncols=COLUMNS, unit="batch", disable=hidden)
 
 
 class Progress:
@@ -13,7 +35,7 @@ class Progress:
         self.total, self.started, self.first, self.shown = total, time.perf_counter(), done, shown
         self.printed = self.started
         terminal = shown and sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=done, unit="step", ncols=79, dynamic_ncols=False) if terminal else None
+        self.bar = tqdm(total=total, initial=done, unit="step", ncols=COLUMNS) if terminal else None
 
     def update(self, step: int, loss: float, rate: float) -> None:
         """``step`` steps are done; ``rate`` is in tokens per second."""

@@ -38,6 +38,19 @@ def test_the_summary_shows_every_metric_and_cost_within_80_columns():
         assert expected in text
 
 
+def test_more_columns_than_fit_are_tables_below_each_other():
+    """As of --mode=measure: general text has a loss and no more, so its table has no empty rows."""
+    rated = {"exact": 0.5, "loss": 0.25}
+    columns = {"test": rated, "amazon_rating": rated, "tweet_rating": rated, "newspaper": {"loss": 4.125},
+               "python_reference": {"loss": 3.5}}  # fmt: skip
+    text = console.metrics_table(columns)
+    assert max(map(len, text.splitlines())) <= 80 and not text.count("\n ") > 2
+    first, second = text.split("\n\n")
+    assert first.splitlines()[0].split() == ["test", "amazon_rating", "tweet_rating"]
+    assert second.splitlines()[0].split() == ["newspaper", "python_reference"]
+    assert "exact" in first and "exact" not in second and second.splitlines()[2].split()[-2:] == ["4.125", "3.500"]
+
+
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys):
     shown = progress.Progress(total=50, done=0)
     for step in range(1, 51):

@@ -1,10 +1,14 @@
 """``--mode=generate --adapters=a,b``: several adapters side by side."""
 
+import copy
+import json
+import re
+
 import jax
 import pytest
 
 import run
-from peft_jax import lora, save_adapter
+from peft_jax import lora, save_adapter, save_pretrained
 from tests import properties
 
 
@@ -54,3 +58,52 @@ def test_adapters_belong_to_generate(tiny_folder, adapters, capsys):
 def test_empty_entries_of_a_list_of_adapters_are_none():
     argv = ["--config=experiments/lora.py", "--mode=generate", "--adapters=runs/a/adapter,"]
     assert run.parse_command(argv).adapters == ["runs/a/adapter"]
+
+
+def test_a_system_prompt_wants_a_chat_template_and_a_question(tiny_folder, adapters, capsys):
+    sources = [adapters / "one" / "adapter"]
+    assert generate(tiny_folder, sources, "--system=Be terse.") == 2
+    assert f"--system needs a chat template, and the tokenizer of {tiny_folder} has none" in capsys.readouterr().err
+    assert generate(tiny_folder, sources, "--system=Be terse.", "--mode=eval", "--adapters=") == 2
+    assert "--system is for --mode=generate" in capsys.readouterr().err
+    assert run.main([f"--config=experiments/lora.py:model={tiny_folder}", "--mode=generate", "--system=Be terse."]) == 2
+    assert "--system goes before the questions of --prompt" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def chatty(tiny_model, tiny_tokenizer, tmp_path_factory):
+    """The tiny model with a chat template."""
+    folder = tmp_path_factory.mktemp("models") / "chatty"
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}")
+    save_pretrained(folder, *tiny_model, tokenizer)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_system_prompt_is_in_the_template(chatty, adapters, capsys):
+    assert generate(chatty, [adapters / "one" / "adapter"], "--system=Be terse.") == 0
+    assert capsys.readouterr().out.startswith("<system>Be terse.<end><user>the film is<end><assistant>\n  base:")
+
+
+@pytest.mark.slow
+def test_instructions_are_learnt_as_turns_where_that_is_asked_for(chatty, tmp_path, capsys):
+    """And where it is not, a line says so."""
+    rows = [{"instruction": f"Name film {number}.", "output": "A good film."} for number in range(12)]
+    (tmp_path / "alpaca.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = {"mesh.data": 1, "data.batch_size": 4, "optim.steps": 1, "eval.before": False, "eval.probe": "",
+                "task.validation_fraction": 0.5, "eval.batch_size": 4, "method.r": 2}  # fmt: skip
+    command = [f"--config=experiments/lora.py:model={chatty},task={tmp_path / 'alpaca.jsonl'}",
+               *(f"--config.{key}={value}" for key, value in settings.items())]
+    assert run.main([*command, f"--workdir={tmp_path / 'plain'}"]) == 0
+    plain = capsys.readouterr().out
+    assert run.main([*command, f"--workdir={tmp_path / 'chat'}", "--config.task.chat=True"]) == 0
+    chats = capsys.readouterr().out
+    assert "the model's chat template is not used" in plain and "chat template" not in chats
+    tokens = [int(re.search(r"examples, (\d+) tokens", out)[1]) for out in (plain, chats)]
+    assert tokens[1] > tokens[0]
+    assert run.main([*command, f"--workdir={tmp_path / 'chat'}", "--config.task.chat=True", "--mode=generate",
+                     "--prompt=Name film 1."]) == 0
+    assert capsys.readouterr().out.startswith("<user>Name film 1.<end><assistant>")

@@ -78,6 +78,30 @@ def test_a_bad_override_is_one_clear_line(config, argument, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "experiment, arguments, steps, epochs",
+    [
+        ({"steps": 60}, ["optim.epochs=2"], 0, 2.0),  # the command line's wins
+        ({"epochs": 3.0}, ["optim.steps=5"], 5, 0.0),
+        ({"steps": 60}, ["optim.steps=5"], 5, 0.0),
+        ({"steps": 60}, ["method.r=2"], 60, 0.0),
+        ({"steps": 60}, ["optim.epochs=0"], 60, 0.0),  # which says nothing new
+        ({"steps": 60}, ["optim.steps=0", "optim.epochs=2"], 0, 2.0),
+    ],
+)
+def test_steps_or_epochs_of_the_command_line_win(config, experiment, arguments, steps, epochs):
+    config.optim.update(experiment)
+    assert parse.override(config.lock(), [f"--config.{argument}" for argument in arguments]) == []
+    assert (config.optim.steps, config.optim.epochs) == (steps, epochs)
+    check.check(config)
+
+
+def test_steps_and_epochs_on_one_command_line_are_an_error(config):
+    parse.override(config, ["--config.optim.steps=5", "--config.optim.epochs=2"])
+    with pytest.raises(PeftJaxError, match="set exactly one"):
+        check.check(config)
+
+
 def test_an_unknown_file_names_the_nearest(tmp_path):
     with pytest.raises(PeftJaxError, match=r"did you mean experiments/lora\.py"):
         parse.load_experiment("experiments/lorra.py")

@@ -82,3 +82,13 @@ def test_a_package_that_is_broken_is_not_called_missing(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="nothing_of_this_name"):
         needed("broken_package", "here")
+
+
+def test_reading_a_table_shows_no_bar(tmp_path, capfd):
+    """``datasets`` would draw "Generating train split" on standard error, terminal or not."""
+    import datasets
+
+    datasets.Dataset.from_dict({"text": ["one", "two"]}).to_parquet(tmp_path / "mine.parquet")
+    capfd.readouterr()
+    assert [row["text"] for row in read_table(str(tmp_path / "mine.parquet"))] == ["one", "two"]
+    assert "Generating" not in capfd.readouterr().err and not datasets.are_progress_bars_disabled()

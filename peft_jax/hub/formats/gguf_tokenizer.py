@@ -25,7 +25,7 @@ def save_tokenizer(given: dict[str, Any], folder: Path, path: Path) -> None:
 
     ``path`` is the file's name for messages. Raises ``PeftJaxError`` for a vocabulary that is no byte-level BPE.
     """
-    from transformers import PreTrainedTokenizerFast
+    from peft_jax.hub.quiet_transformers import PreTrainedTokenizerFast
 
     tokens = given["tokenizer.ggml.tokens"]
     special = {

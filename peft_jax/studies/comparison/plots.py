@@ -85,8 +85,7 @@ class Cost(NamedTuple):
 
 
 PARAMETERS = Cost(file="metric-parameters", key="trainable", unit=1, words="trainable parameters", logarithmic=True)
-MEMORY = Cost(file="metric-memory", key="memory.observed", unit=1e9, words="peak memory in training (GB)",
-              logarithmic=False)  # fmt: skip
+MEMORY = Cost(file="metric-memory", key="memory", unit=1e9, words="memory of a training step (GB)", logarithmic=False)
 
 
 def _against_cost(rows: Sequence[Row], styles: Styles, cost: Cost) -> Plot | None:
@@ -172,19 +171,21 @@ def _losses(rows: Sequence[Row], styles: Styles) -> Plot | None:
     """One line a row, the mean over its seeds, smoothed enough to be told apart."""
     curves = {row.name: loss_curve([run.loss for run in row.runs]) for row in rows}
     curves = {name: curve for name, curve in curves.items() if any(curve["mean"].notna())}
+    if len({row.label for row in rows}) == len(rows):  # else by what was varied, as the rows are
+        curves = dict(sorted(curves.items(), key=lambda item: -item[1]["mean"].dropna().iloc[-1]))
     if not curves:
         return None
     with matplotlib.rc_context(plot_style.STYLE):
         title = f"Training loss\n{subject(rows[0])}".rpartition(",")[0]
         figure, (axes,) = plot_style.new_figure(title, 7.8, plot_style.height_for(len(curves)))
-        for name, curve in sorted(curves.items(), key=lambda item: -item[1]["mean"].dropna().iloc[-1]):
+        for name, curve in curves.items():
             style, mean, std = styles[name], curve["mean"], curve["std"]
             axes.plot(mean, color=style.colour, linestyle=style.dash, linewidth=1.5, label=plot_style.plot_label(name))
             if any(std.notna()):
                 axes.fill_between(mean.index, mean - std, mean + std, color=style.colour, alpha=0.15, linewidth=0)
         axes.set(xlabel="step", ylabel="loss (nats per token)")
         figure.legend(loc="outside right upper", fontsize=8.5)
-        return rendered("loss", "Training loss of the runs that the table shows, the highest at the end first: mean "
+        return rendered("loss", "Training loss of the runs that the table shows: mean "
                         "over seeds, running mean over a twentieth of the logged values; bands are the sample standard "
                         "deviation over seeds.", figure)  # fmt: skip
 

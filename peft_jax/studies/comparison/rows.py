@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
 
 def rows(runs: Iterable[Run]) -> list[Row]:
-    """One row for each kind of finished run, best metric first.
+    """One row for each kind of finished run, in the order of :func:`grouped`.
 
     Where a learning rate was chosen for a label, only the chosen runs count. Runs of the same label that differ in
     another setting than the seed, varied or not, their model, budget or metric never share a row.
@@ -53,13 +53,27 @@ def chosen_of(runs: Sequence[Run]) -> list[Run]:
 
 
 def grouped(runs: Iterable[Run]) -> list[Row]:
-    """Rows of runs that share all but the seed; named apart, best metric first."""
+    """Rows of runs that share all but the seed; named apart, the label with the best metric first; of a label by the
+    numbers that were varied, then best first."""
     runs = list(runs)
     same = [str((run.label, run.variety, run.model, run.budget, run.metric, run.asked)) for run in runs]
     groups = list(pd.Series(runs, dtype=object).groupby(same, sort=False).agg(list))
     unsorted = [_row(name, group) for name, group in zip(_names(groups), groups, strict=True)]
     order = list(dict.fromkeys((row.metric, row.model, row.budget) for row in unsorted))
-    return sorted(unsorted, key=lambda row: (order.index((row.metric, row.model, row.budget)), -_best(row)))
+    best: dict[str, float] = {}
+    for row in unsorted:
+        best[row.label] = max(_best(row), best.get(row.label, float("-inf")))
+    return sorted(unsorted, key=lambda row: (order.index((row.metric, row.model, row.budget)), -best[row.label],
+                                             row.label, _numbers(row.axes), -_best(row)))
+
+
+def _numbers(axes: dict[str, Any]) -> tuple[float, ...]:
+    """The settings that are numbers, to sort by.
+
+    >>> _numbers({"method.r": 8, "method.init": "pissa", "method.bias": True})
+    (8,)
+    """
+    return tuple(value for value in axes.values() if isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _best(row: Row) -> float:

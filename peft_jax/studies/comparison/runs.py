@@ -120,7 +120,8 @@ def values_of(record: Mapping[str, Any]) -> dict[str, float]:
     (test|validation).(loss|general): held-out loss of the answers and of general text, nats per token; before,
     before.(loss|general): the same on validation before training; base, gain: the base model's metric on test, and
     value minus base; trainable, all, share: parameters and percent; rate: the learning rate; memory.observed,
-    memory.compiled, adapter_bytes: bytes; tokens_per_second; seconds: of training;
+    memory.compiled, adapter_bytes: bytes; memory: the compiled one where there is one, for what was observed of a
+    process holds what compiling took, too; tokens_per_second; seconds: of training;
     latency.(base|unmerged|merged).(prefill|token): seconds, and ratio.(unmerged|merged).*: to the base;
     forgetting.<source>: loss after minus before, nats per token; neighbour.<task>: metric after minus before.
     """
@@ -153,6 +154,8 @@ EITHER = {  # the first that is there; cuda_memory_max is what peft called it un
 def _derived(values: dict[str, float]) -> dict[str, float]:
     if "test" in values or "validation" in values:
         values["value"] = values["test"] if "test" in values else values["validation"]
+    if (memory := first(values.get("memory.compiled"), values.get("memory.observed"))) is not None:
+        values["memory"] = memory
     if "test" in values and "base" in values:  # the base is measured on test only
         values["gain"] = values["test"] - values["base"]
     if "trainable" in values and values.get("all"):

@@ -1,5 +1,6 @@
 """Rows as text: for the terminal, as Markdown, as CSV, and as the summary that ``table.json`` holds."""
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,20 +11,22 @@ from peft_jax.studies.comparison.formatting import printable, shortened
 from peft_jax.studies.comparison.rows import Row, failures, rows
 from peft_jax.studies.comparison.runs import Run, run_of
 
-WIDTH = 100
-LONGEST = 44  # of a name in the terminal
+WIDTH = 80
+LONGEST = 40  # of a name in the terminal
 Records = Iterable[Mapping[str, Any]]
 
 
 def terminal(records: Records) -> str:
-    """Tables of at most 100 columns: as many as the numbers need, each with the methods in front; failures below."""
+    """Tables of at most 80 columns: as many as the numbers need, each with the methods in front; failures below."""
     runs = [run_of(record) for record in records]
     blocks, failed = [], failures(runs)
     if table_rows := rows(runs):
         tables = [part for kind in columns(table_rows).values() for part in _parts(table_rows, kind)]
-        blocks = [heading(table_rows), *(_block(table_rows, part) for part in tables), NOTE]
+        head, note = (textwrap.fill(text, WIDTH) for text in (printable(heading(table_rows)), NOTE))
+        blocks = [head, *(_block(table_rows, part) for part in tables), note]
     if failed:
-        lines = [shortened(f"{run.name}: {failure(run)}", WIDTH) for run in failed]
+        lines = [textwrap.fill(shortened(f"{run.name}: {failure(run)}", 2 * WIDTH - 4), WIDTH, subsequent_indent="  ")
+                 for run in failed]
         blocks.append("\n".join(["Not finished:", *lines]))
     return "\n\n".join(blocks)
 

@@ -7,7 +7,7 @@ import pytest
 import peft_jax
 from peft_jax import bind, combine, flatten, load_adapter, lora, partition, save_adapter, untie
 from tests.peer import IDS, assert_close, forward, torch_logits, train_there
-from tests.properties import trained
+from tests.properties import moved, trained
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -126,6 +126,19 @@ def test_as_many_parameters_train_as_in_peft(peer_bases, case):
     trainable, _ = partition(params, method.labels(params))
     count, _ = peft_model(peer_bases[CASES[case][0]][0], CASES[case][1]).get_nb_trainable_parameters()
     assert peft_jax.count(trainable) - method.padding(params) == count
+
+
+def test_peft_finds_the_base_model_itself(tiny_folder, tiny_model, tmp_path, monkeypatch):
+    """By the whole path, wherever it is opened from; of Hub ids see tests/hub/test_download.py."""
+    model, base = tiny_model
+    method = lora(r=2, target_modules=("q_proj",))
+    params = moved(method, method.init(jax.random.key(0), base))
+    monkeypatch.chdir(tiny_folder.parent)
+    save_adapter(tmp_path / "adapter", method, model, params, base_model=tiny_folder.name)
+    monkeypatch.chdir(tmp_path)
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert_close(bind(method, model)({"params": params}, IDS), torch_logits(theirs))
+    assert load_adapter(tmp_path / "adapter", base)[0].config["r"] == 2
 
 
 def test_the_config_says_what_peft_says(peer_bases, tmp_path):

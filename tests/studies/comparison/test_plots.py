@@ -156,7 +156,7 @@ def swept(axes, seeds=2):
 
 
 @pytest.mark.parametrize("axes, words", [
-    ({"method.r": (1, 4, 16)}, {"1", "4", "16", "method.r"}),
+    ({"method.r": (1, 4, 16)}, {"1", "4", "16", "rank"}),
     ({"method.r": (4, 5, 6)}, {"4", "5", "6"}),
     ({"method.init": ("default", "pissa", True)}, {"default", "pissa", "True"}),
     ({"method.r": (4, 8), "method.init": ("default", "pissa")}, {"4", "8", "default", "pissa"}),
@@ -170,7 +170,10 @@ def test_an_ablation_is_drawn_by_what_it_varies(axes, words):
 def test_a_map_has_every_value_written_in():
     runs = swept({"method.r": (4, 8), "method.init": ("default", "pissa")}, seeds=1)[:3]
     (plot,) = ablations(runs, plot_style.styles(["lora"]))
-    shown = [word for word in lines_of(plot.svg) if word.startswith(("0.", "1."))]
+    lines = lines_of(plot.svg)
+    assert {"higher is better", "lower is better", "rank", "init"} <= set(lines)  # what the colours say, what varies
+    assert not any("method." in line for line in lines)
+    shown = [word for word in lines if word.startswith(("0.", "1."))]
     assert sorted(shown) == sorted([f"{run.values['test']:.3f}" for run in runs] + ["1.100"] * 3)  # the losses below
 
 

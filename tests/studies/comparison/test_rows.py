@@ -94,3 +94,15 @@ def test_a_budget_in_epochs_is_one_budget_however_many_steps_the_data_has():
     for record, steps in zip(records, (9, 38)):
         record["run_info"]["train_config"]["max_steps"] = steps
     assert {row.budget for row in rows_of(records)} == {"3 epochs of 16"}
+
+
+def test_settings_that_are_numbers_are_sorted_as_numbers():
+    """Of one label; labels stand best first, and so do settings that are words."""
+    runs = [run_of(examples.record(label, settings={"method.r": r}, axes=["method.r"], chosen=None,
+                                   test={"among_choices": accuracy}))
+            for label, r, accuracy in (("lora", 16, 0.5), ("lora", 2, 0.4), ("lora", 4, 0.6), ("dora", 8, 0.7))]
+    assert [row.name for row in rows(runs)] == ["dora", "lora r=2", "lora r=4", "lora r=16"]
+    words = [run_of(examples.record(settings={"method.init": init}, axes=["method.init"], chosen=None,
+                                    test={"among_choices": accuracy}))
+             for init, accuracy in (("a", 0.4), ("b", 0.6))]
+    assert [row.name for row in rows(words)] == ["lora init=b", "lora init=a"]

@@ -39,9 +39,9 @@ def test_our_rows_and_those_of_peft_come_out_as_one_table(tmp_path):
 @pytest.mark.parametrize("records", [examples.comparison(), examples.comparison(1), examples.hostile(),
                                      [examples.failed()],
                                      [examples.record(), examples.peft_record("x/" + "long-" * 60)]])  # fmt: skip
-def test_the_terminal_has_a_hundred_columns_and_is_not_told_what_to_do(records):
+def test_the_terminal_has_eighty_columns_and_is_not_told_what_to_do(records):
     text = terminal(records)
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(len, text.splitlines())) <= 80
     assert all(one.isprintable() for line in text.split("\n") for one in line)
 
 
