@@ -7,12 +7,11 @@ from peft_jax import quant
 from peft_jax.cli import console, trained_run, workdir
 from peft_jax.cli.build_method import trained_on
 from peft_jax.cli.checks import check_fits
+from peft_jax.cli.load_data import data_set
 from peft_jax.cli.load_model import load_model
 from peft_jax.cli.session import Session, load_session
 from peft_jax.cli.trained_run import Candidate
 from peft_jax.core import settings, tree
-from peft_jax.data import load_examples
-from peft_jax.data.chat import as_turns, wants_chat
 from peft_jax.data.sources import sample_by_hash
 from peft_jax.errors import PeftJaxError
 from peft_jax.evaluation.evaluate import HeldOut, hold_out, make_evaluator_of_any
@@ -62,8 +61,7 @@ def _base(session: Session) -> Candidate:
 def _held_out(session: Session, task, limit: int) -> HeldOut:
     """The held-out examples of another task, whichever half."""
     config = session.config
-    examples = sample_by_hash(load_examples(task)["validation"], limit)
-    examples = as_turns(examples) if wants_chat(task) else examples
+    examples = sample_by_hash(data_set(task).validation, limit)
     if task.answer != config.task.answer:
         raise PeftJaxError(f"measure: the task {task.name!r} is answered otherwise (task.answer={task.answer}) than "
                            f"{config.task.name!r} ({config.task.answer}): leave it out of config.measure")
