@@ -73,23 +73,26 @@ def bottleneck(mh_adapter: bool = True, output_adapter: bool = True, reduction_f
       non_linearity: one of ``ACTIVATIONS``; "gelu" is the exact one.
       is_parallel: the adapter takes the sublayer's input, not its output.
       scaling: s, or "learned" (one number a module) or "channel" (one a channel), which start at 1.
-      original_ln_before: what u is, in a model whose norms come first. After a module: False h, True h plus the
-        residual stream. Beside it: False the residual stream, as AdapterHub has it, True the same normed, the
-        module's own input. In a model whose norms come last name the norms themselves as ``output_modules``: norm(v)
-        becomes norm(v + f(v)), with True norm(v + f(norm(v))).
-      ln_before, ln_after: a new LayerNorm of u, of f(u). The latter is no base model at the start, unless U is zero.
+      original_ln_before: what u is. In a model whose norms come first, u of an adapter after a module is h (False) or
+        h + the residual stream (True); u of an adapter beside a module (``is_parallel``) is the residual stream
+        (False, as in AdapterHub) or the module's own input, the same stream normed (True). In a model whose norms come
+        last, name the norms themselves as ``output_modules``: norm(v) becomes norm(v + f(v)) (False) or
+        norm(v + f(norm(v))) (True).
+      ln_before, ln_after: a new LayerNorm of u, of f(u). With ``ln_after`` training does not start from the base model,
+        unless U is zero.
       init_weights: "bert" (deviation 0.02), "houlsby" (0.01, cut at two deviations), "mam_adapter" (D uniform within
         1/sqrt(width), U zero: exactly the base model at the start), or a deviation. Biases start at zero.
       dropout: probability that an element of f(u) is dropped; needs ``rngs={"dropout": key}``.
       leave_out: numbers of layers without an adapter.
-      attention_modules, output_modules: names or endings, or a regex, of the modules that take one; a module that the
-        first names is none of the second. Each must return an array, or a tuple that begins with one.
+      attention_modules, output_modules: names or endings, or a regex, of the modules that take an adapter. A module
+        that both name counts as one of ``attention_modules``. Each must return an array, or a tuple that begins with
+        one.
       norm_modules: whose input is the residual stream, of the sublayer that is called next.
       hidden_size: the width where it cannot be told from o_proj, down_proj, c_proj, out_proj, or an only kernel.
       modules_to_save: as of :func:`peft_jax.lora`.
 
-    AdapterHub's ``original_ln_after`` and ``residual_before_ln`` have no counterpart: where the modules are is what
-    they say. ``use_gating`` averages over the sequence, which in a decoder tells a token what follows, and is left out.
+    AdapterHub's ``original_ln_after`` and ``residual_before_ln`` have no counterpart: the places of the modules say the
+    same. ``use_gating`` is left out: it averages over the sequence, so that a decoder's token would see what follows.
 
     >>> method = bottleneck(bottleneck_size=2, output_modules=("mlp",), mh_adapter=False)
     >>> params = method.init(jax.random.key(0), {"mlp": {"down_proj": {"kernel": jnp.ones((8, 6))}}})

@@ -40,8 +40,8 @@ def compacter(reduction_factor: float = 32.0, non_linearity: str = "gelu", *, ph
       phm_dim: p, the number of products; it must divide the width and the bottleneck. phm_rank: r.
       factorized_phm_W, factorized_phm_rule: whether each S_i T_i, each A_i, is a product of two leaves.
       shared_phm_rule: False gives each matrix of each module an A of its own.
-      phm_init_range: deviation of a shared A at the start, which so is near the base model; one that is not shared
-        starts with 0.01. phm_bias: whether there are biases.
+      phm_init_range: standard deviation of a shared A at the start, small so that training starts near the base model;
+        an A that is not shared starts with 0.01. phm_bias: whether there are biases.
 
     >>> method = compacter(2, phm_dim=2, mh_adapter=False)
     >>> params = method.init(jax.random.key(0), {"mlp": {"down_proj": {"kernel": jnp.ones((8, 12))}}})

@@ -2,8 +2,9 @@
 
     y = x W + s (drop(x) A) B
 
-A's random start decides once and for all which r directions of the input are seen; B, zero at first, has half the
-parameters of LoRA or less, and its gradient needs x A alone instead of x. The stored adapter is a LoRA's, A included.
+A stays as it was drawn, so B sees the same r directions of the input throughout. B starts at zero. Where a kernel is
+square it is half of LoRA's parameters, and its gradient needs x A, r numbers a token, instead of x. The stored adapter
+is a LoRA's, A included.
 peft's ``create_lorafa_optimizer`` freezes A as well, and also multiplies B's gradient by (A A^T)^-1 / s^2 before Adam,
 which the paper's first version and this file do not.
 """

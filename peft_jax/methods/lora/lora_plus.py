@@ -2,9 +2,9 @@
 
     A: rate, B: ratio times rate, with a ratio well above one
 
-Which leaf is in which group is all that is told here, by its label; the ratio is the optimiser's, ``optim.rates``:
-``{"lora_b": 16}``. As with peft's ``create_loraplus_optimizer``, vectors (biases, norm scales) that train are in B's
-group, and A and B of an embedding in one of their own.
+This file says which leaf is in which group, by the leaf's label. The ratio belongs to the optimiser: ``optim.rates``,
+such as ``{"lora_b": 16}``. As with peft's ``create_loraplus_optimizer``, trained vectors (biases, norm scales) are in
+B's group, and A and B of an embedding have a group of their own.
 """
 
 from collections.abc import Mapping

@@ -3,9 +3,9 @@
     logits(x_1 .. x_T) = LM([p_1 .. p_n, E x_1 .. E x_T]) without the first n
 
 Beside the token embedding, ``embed_tokens/embedding`` in a Llama, stands ``prompt`` (n, hidden). Real tokens take the
-positions from n on, as if the prompt were text; packed segments of a decoder all see one prompt, and each the prompt
-alone before its own tokens. In an encoder each text has a prompt of its own, and the answer that is read from a text's
-first token is read from p_1, as in peft; its mean is over its own tokens.
+positions from n on, as if the prompt were text. In a decoder the segments of a packed row share one prompt: each sees
+the prompt and its own tokens. In an encoder each text of a row has a prompt of its own. A head that reads the first
+token reads p_1, as in peft; one that takes the mean leaves the prompt out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ def prompt(num_virtual_tokens: int = 20, prompt_tuning_init: str = "RANDOM", *,
         "SAMPLE_VOCAB" embeddings of random tokens; "TEXT" those of ``prompt_tuning_init_ids``.
       prompt_tuning_init_ids: token ids of a text (peft takes the text and a tokenizer), cut or repeated to n.
       modules_to_save: names of modules that train as a whole and are saved, such as a "classifier", without which peft
-        cannot read the adapter of one.
+        cannot read a classifier's adapter.
       packed_texts: of an encoder whose ``segment_ids`` are traced, as under ``jit``, and count from 1: how many texts a
         row may hold; the states of more are NaN. ``prepare`` sets it for a training run.
 
