@@ -2,7 +2,8 @@
 
     python run.py --config=experiments/miss.py
 
-Paper: Kang and Yin 2024, arXiv:2409.15371.
+Paper: Kang and Yin 2024, arXiv:2409.15371. Number: exact 0 → 0.520, accuracy among the five words 0.430 → 0.520, rank
+correlation 0.688 → 0.751 (200 held-out sentences, 60 steps, seed 0; float32, 2 CPU cores, no GPU).
 """
 
 from configs import base, parse
