@@ -112,7 +112,7 @@ def _begin(command, folder: Path) -> tuple[Run, TrainState]:
     processes.barrier("workdir")
     apply = session.bound(method)
     jax.eval_shape(apply, {"params": params}, np.zeros((1, 8), np.int32))  # an adapter that nothing reads stops here
-    evaluate = session.evaluator(apply)
+    evaluate = session.evaluator(apply, session.dequantize(params))
     before = _before(folder, evaluate, params, config.eval.to_dict()) if config.eval.before else {}
     step, state, frozen = _start(session, method, apply, params, total)
     session = session._replace(base={})  # what does not train is in ``frozen``: a full run has no use for old weights
