@@ -5,6 +5,7 @@ here, in that type, once: the same numbers are multiplied, in an order that the 
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -57,12 +58,11 @@ def unpacked(model: Any, params: Mapping[str, Any], mesh: Mesh | None = None) ->
     packed = _packed(params)
     if not packed:
         return tree.combine(params)
-    where = tree.flatten(_shardings(packed, model, mesh)) if several(mesh) else {}
-    arrays = _decoded(packed, _dtype(model), tuple(where.items()))
+    arrays = _decoded(packed, _dtype(model), tuple(_shardings(packed, model, mesh).items()))
     return tree.combine(params, tree.unflatten(arrays))
 
 
-def as_chosen(dequantize: str, model: Any, params: Mapping[str, Any], mesh: Mesh | None = None) -> Mapping[str, Any]:
+def as_chosen(dequantize: str, model: Any, params: tree.Tree, mesh: Mesh | None = None) -> tree.Tree:
     """``params`` to write with, as ``dequantize`` of :func:`choose` says."""
     chosen = choose(dequantize, model, params, mesh).dequantize
     return unpacked(model, params, mesh) if chosen == "always" else params
@@ -92,9 +92,12 @@ def _shapes(packed: Mapping[str, quant.QuantizedArray], model: Any) -> dict[str,
     return {path: jax.ShapeDtypeStruct(leaf.shape, _dtype(model) or leaf.dtype) for path, leaf in packed.items()}
 
 
-def _shardings(packed: Mapping[str, quant.QuantizedArray], model: Any, mesh: Mesh) -> tree.Tree:
-    return partitioning.by_rules(tree.unflatten(_shapes(packed, model)), mesh,
-                                 getattr(model, "sharding", ()), large=math.inf)
+def _shardings(packed: Mapping[str, quant.QuantizedArray], model: Any, mesh: Mesh | None) -> dict[str, Any]:
+    """Where each plain array lies, by the model's rules; {} on one device."""
+    if mesh is None or not several(mesh):
+        return {}
+    shapes, rules = tree.unflatten(_shapes(packed, model)), getattr(model, "sharding", ())
+    return tree.flatten(partitioning.by_rules(shapes, mesh, rules, large=sys.maxsize))  # none must be cut
 
 
 def _by_memory(packed: Mapping[str, quant.QuantizedArray], model: Any, mesh: Mesh | None) -> Choice:
@@ -111,10 +114,13 @@ def _words(plain: bool, why: str) -> str:
 
 
 def _bytes(packed: Mapping[str, quant.QuantizedArray], model: Any, mesh: Mesh | None) -> int:
-    """Of the plain weights on one device, or, where devices are CPUs, on all of this host."""
-    shapes = _shapes(packed, model)
-    where = tree.flatten(_shardings(packed, model, mesh)) if several(mesh) else {}
-    sizes = [math.prod(where[path].shard_shape(one.shape) if where else one.shape) * one.dtype.itemsize
-             for path, one in shapes.items()]
-    on_host = mesh.local_mesh.size if several(mesh) and jax.local_devices()[0].platform == "cpu" else 1
-    return sum(sizes) * on_host
+    """Of the plain weights on one device, or, where devices are CPUs, on all of this host.
+
+    On CPUs XLA multiplies bfloat16 in float32, and keeps such copies of the weights while it writes.
+    """
+    where, cpu = _shardings(packed, model, mesh), jax.local_devices()[0].platform == "cpu"
+    values = {path: math.prod(where[path].shard_shape(leaf.shape) if where else leaf.shape)
+              for path, leaf in packed.items()}
+    sizes = {path: shape.dtype.itemsize for path, shape in _shapes(packed, model).items()}
+    each = [count * (sizes[path] + 4 * (cpu and sizes[path] < 4)) for path, count in values.items()]
+    return sum(each) * (mesh.local_mesh.size if cpu and mesh is not None else 1)
