@@ -27,7 +27,7 @@ from peft_jax.planner.compiled import memory_of
 from peft_jax.train import memory
 from peft_jax.train.checkpoint import Checkpoints
 from peft_jax.train.loop import StopRequest, Trace, at_step, due, fit
-from peft_jax.train.metrics_log import MetricsLog
+from peft_jax.train.metrics_log import MetricsLog, tensorboard
 from peft_jax.train.progress import say
 from peft_jax.train.step import TrainState, init_state, make_step, state_shardings
 
@@ -100,6 +100,8 @@ def _train(command, folder: Path) -> int:
 def _begin(command, folder: Path) -> tuple[Run, TrainState]:
     """All that training needs, the metrics before it, and the state before its first step."""
     config, method = command.config, build_method(command.config)
+    if config.log.tensorboard:
+        tensorboard()  # an error before anything is loaded
     session = load_session(config, command.probe, method)
     batches, total = _batches(session, method)
     if method.prepare:

@@ -59,7 +59,7 @@ def unused_template(task, examples: Sequence[Example], tokenizer) -> str:
     if "completion" not in examples[0] or templates != ("{prompt}", "{completion}"):
         return ""
     mark = _end_of_question(tokenizer)
-    if not mark or mark in examples[0]["prompt"]:
+    if mark and mark in examples[0]["prompt"]:
         return ""
     return ("the model's chat template is not used: examples are learnt as plain text;\n"
             "--config.task.chat=True makes a user's and an assistant's turn of each")
