@@ -83,8 +83,8 @@ def main() -> None:
             runs |= {"theirs": theirs(folder, ids, args.new, args.dtype)} if beside else {}
             medians = in_turn(runs, args.rounds)
             there = medians.pop("theirs", None)
-            cells = [str(rows), *(f"{rows * args.new / one:,.0f}" for one in medians.values()),
-                     f"{rows * args.new / there:,.0f}" if there else "",
+            cells = [str(rows), *(f"{rows * args.new / one:,.1f}" for one in medians.values()),
+                     f"{rows * args.new / there:,.1f}" if there else "",
                      *(f"{one / there:.2f}" if there else "" for one in medians.values())]
             print("| " + " | ".join(cells) + " |", flush=True)
 
