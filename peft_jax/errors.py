@@ -56,5 +56,17 @@ def needed(name: str, purpose: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != name:  # installed, but broken
             raise
-        raise PeftJaxError(
-            f"the package {name} is needed {purpose}, and is not installed: pip install {name}") from None
+        raise PeftJaxError(lacking(error, purpose)) from None
+
+
+AT_PIP = {"absl": "absl-py", "orbax": "orbax-checkpoint", "jinja2": "Jinja2"}  # packages that pip knows by another name
+
+
+def lacking(error: ModuleNotFoundError, purpose: str) -> str:
+    """What to tell a person who lacks the package of a failed import.
+
+    >>> lacking(ModuleNotFoundError(name="absl.flags"), "to read a command line")
+    'the package absl is needed to read a command line, and is not installed: pip install absl-py'
+    """
+    name = str(error.name).partition(".")[0]
+    return f"the package {name} is needed {purpose}, and is not installed: pip install {AT_PIP.get(name, name)}"

@@ -27,7 +27,7 @@ from peft_jax.planner.compiled import memory_of
 from peft_jax.train import memory
 from peft_jax.train.checkpoint import Checkpoints
 from peft_jax.train.loop import StopRequest, Trace, at_step, due, fit
-from peft_jax.train.metrics_log import MetricsLog
+from peft_jax.train.metrics_log import MetricsLog, tensorboard
 from peft_jax.train.progress import say
 from peft_jax.train.step import TrainState, init_state, make_step, state_shardings
 
@@ -100,6 +100,8 @@ def _train(command, folder: Path) -> int:
 def _begin(command, folder: Path) -> tuple[Run, TrainState]:
     """All that training needs, the metrics before it, and the state before its first step."""
     config, method = command.config, build_method(command.config)
+    if config.log.tensorboard:
+        tensorboard()  # an error before anything is loaded
     session = load_session(config, command.probe, method)
     batches, total = _batches(session, method)
     if method.prepare:
@@ -112,7 +114,7 @@ def _begin(command, folder: Path) -> tuple[Run, TrainState]:
     processes.barrier("workdir")
     apply = session.bound(method)
     jax.eval_shape(apply, {"params": params}, np.zeros((1, 8), np.int32))  # an adapter that nothing reads stops here
-    evaluate = session.evaluator(apply)
+    evaluate = session.evaluator(apply, session.dequantize(params))
     before = _before(folder, evaluate, params, config.eval.to_dict()) if config.eval.before else {}
     step, state, frozen = _start(session, method, apply, params, total)
     session = session._replace(base={})  # what does not train is in ``frozen``: a full run has no use for old weights
