@@ -39,16 +39,16 @@ def unfit(leaf: QuantizedArray, dtype: Any) -> str | None:
     return None
 
 
-def why_plain(leaf: QuantizedArray, dtype: Any) -> str | None:
-    """Why jax's default device multiplies with a leaf by the plain product, in words; ``None``: by a kernel.
+def why_plain(leaf: QuantizedArray, dtype: Any, platform: str | None = None) -> str | None:
+    """Why a platform, jax's by default, multiplies with a leaf by the plain product, in words; ``None``: by a kernel.
 
     >>> from peft_jax import quantize_array
-    >>> why_plain(quantize_array(jnp.ones((64, 32))), jnp.float32)
+    >>> why_plain(quantize_array(jnp.ones((64, 32))), jnp.float32, platform="cpu")
     'there is no kernel for cpu'
     """
     if why := unfit(leaf, dtype):
         return why
-    platform = jax.default_backend()
+    platform = platform or jax.default_backend()
     if platform == "gpu":
         return pallas_gpu.unfit(leaf, dtype)
     if platform == "tpu":

@@ -36,20 +36,26 @@ class Tiles(NamedTuple):
     splits: int
 
 
-def unfit(leaf: QuantizedArray, dtype: Any) -> str | None:
+def unfit(leaf: QuantizedArray, dtype: Any, capability: str | None = None) -> str | None:
     """Why this kernel does not multiply activations of a dtype with a leaf that ``pallas.unfit`` lets pass, in words.
 
-    ``None`` where it does. Looks at the card; where there is none, a program is taken to be for a Hopper.
+    ``None`` where it does. ``capability``: the card's, by default of the one that is here; where there is none, a
+    program is taken to be for a Hopper.
     """
+    capability = capability or _capability()
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"activations are {jnp.dtype(dtype).name}, and a GPU's kernel is for bfloat16"
     if not _columns(leaf) or leaf.matrix[0] % ROWS:
         return f"its {leaf.matrix[0]} x {leaf.matrix[1]} values are no whole number of a GPU's tiles, {ROWS} x 64"
-    if jax.default_backend() == "gpu":
-        card = jax.devices()[0]
-        if card.compute_capability != CAPABILITY:  # AMD's have one, too: a name
-            return f"the GPU's kernel is for compute capability {CAPABILITY}, and here it is {card.compute_capability}"
+    if capability != CAPABILITY:
+        return f"the GPU's kernel is for compute capability {CAPABILITY}, and here it is {capability}"
     return None
+
+
+def _capability() -> str:
+    """Of the card that jax computes on; of AMD's it is a name."""
+    card: Any = jax.devices()[0]
+    return card.compute_capability if card.platform == "gpu" else CAPABILITY
 
 
 def _columns(leaf: QuantizedArray) -> int:

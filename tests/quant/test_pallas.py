@@ -185,6 +185,7 @@ def test_plain_programs_hold_the_decoded_weight():
     assert decoded(lowered(leaf, "cuda", jnp.bfloat16), leaf)
 
 
+@pytest.mark.slow
 def test_what_a_platform_has_no_kernel_for_is_plain_there():
     narrow = jax.eval_shape(lambda: leaf_of(shape=(256, 24), product="fused"))
     wide = jax.eval_shape(lambda: leaf_of(shape=(256, 1088), product="fused"))
@@ -196,13 +197,13 @@ def test_what_a_platform_has_no_kernel_for_is_plain_there():
     assert decoded(lowered(wide, "rocm", jnp.bfloat16), wide)
 
 
-def test_why_plain(monkeypatch):
+def test_why_plain():
     leaf = leaf_of(shape=(1024, 1088))
     assert pallas.why_plain(leaf, jnp.float16) == "activations are float16, not bfloat16 or float32"
     assert pallas.why_plain(leaf, jnp.float32) == "there is no kernel for cpu"
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert pallas.why_plain(leaf_of(), jnp.float32) is None
-    assert pallas.why_plain(leaf, jnp.float32) == "no tile divides its 1088 x 1024"
+    assert pallas.why_plain(leaf, jnp.float32, "tpu") == "no tile divides its 1088 x 1024"
+    assert pallas.why_plain(leaf, jnp.bfloat16, "gpu") is None
+    assert "for bfloat16" in pallas.why_plain(leaf, jnp.float32, "gpu")
 
 
 def test_the_setting():
@@ -213,6 +214,20 @@ def test_the_setting():
     held = peft_jax.quantize(product="fused").init(None, params)
     assert held["q"]["kernel"].product == "fused"
     assert peft_jax.quantize().init(None, held)["q"]["kernel"].product == "plain"
+
+
+def test_a_wrong_or_failing_product_is_told_and_not_timed():
+    from benchmarks import quant_kernel
+
+    def broken():
+        raise RuntimeError("ptxas | exit code 1\nand more")
+
+    ones = [jnp.ones((2, 2))]
+    assert quant_kernel.wrong({"plain": lambda: ones, "fused": lambda: ones}) == ""
+    assert quant_kernel.wrong({"plain": lambda: ones, "fused": broken}) == "FAILED: ptxas / exit code 1"
+    for one in (1.1, float("nan")):
+        told = quant_kernel.wrong({"plain": lambda: ones, "fused": lambda: [one * ones[0]]})  # noqa: B023
+        assert told.startswith("WRONG: off by ")
 
 
 @pytest.mark.slow

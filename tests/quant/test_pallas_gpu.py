@@ -1,6 +1,6 @@
 """The fused product on Hopper GPUs: in jax's interpreter of GPU kernels, and compiled for a card that is not here."""
 
-from types import SimpleNamespace
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu
 
 from peft_jax import quant
 from peft_jax.planner.target_device import h100
-from peft_jax.quant import pallas, pallas_gpu
+from peft_jax.quant import pallas_gpu
 from peft_jax.quant.decode import matrices
 
 INTERPRETER = getattr(mosaic_gpu, "InterpretGPUParams", None)
@@ -66,18 +66,28 @@ def test_tiles_leave_no_processor_idle_where_there_are_few_programs():
     assert pallas_gpu.tiles_of(leaf_of(), 1, True).splits == 1  # one step
 
 
-def test_what_a_gpu_has_no_kernel_for(monkeypatch):
+def test_what_a_gpu_has_no_kernel_for():
     wide = leaf_of(shape=(128, 64))
     assert pallas_gpu.unfit(wide, jnp.bfloat16) is None
     assert "are float32" in pallas_gpu.unfit(wide, jnp.float32)
     assert "48 x 128 values are no whole number" in pallas_gpu.unfit(leaf_of(shape=(128, 48)), jnp.bfloat16)
     assert "64 x 32 values" in pallas_gpu.unfit(leaf_of("int8", 32, shape=(32, 64)), jnp.bfloat16)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for capability in ("8.0", "gfx942"):
-        monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])  # noqa: B023
-        assert f"and here it is {capability}" in pallas.why_plain(wide, jnp.bfloat16)
-    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="9.0")])
-    assert pallas.why_plain(wide, jnp.bfloat16) is None
+    for capability in ("8.0", "10.0", "gfx942"):
+        assert f"and here it is {capability}" in pallas_gpu.unfit(wide, jnp.bfloat16, capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("along", ["scan", "vmap", "vmap of x"])
+def test_under_transformations_it_is_lowered_as_one(along):
+    stack = quant.quantize_array(jnp.ones((3, 128, 64)), stack=(3,), inputs=(128,), outputs=(64,))
+    stack = dataclasses.replace(stack, product="fused", plain_dtype="bfloat16")
+    first = jax.tree.map(lambda array: array[0], stack)
+    run = {"scan": lambda x: jax.lax.scan(lambda carry, entry: (carry, quant.dot(*entry)), 0, (x, stack))[1],
+           "vmap": lambda x: jax.vmap(quant.dot)(x, stack),
+           "vmap of x": lambda x: jax.vmap(lambda x: quant.dot(x, first))(x)}[along]
+    gradient = jax.jit(jax.grad(lambda x: run(x).astype(jnp.float32).sum()))
+    traced = gradient.trace(jnp.ones((3, 5, 128), jnp.bfloat16))
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") >= 1
 
 
 @pytest.mark.slow
