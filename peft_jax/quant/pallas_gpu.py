@@ -136,7 +136,7 @@ def _body(quant_type, block_size, over_columns, tiles, steps, sizes, x_ref, code
         return sums_ref[...]
 
     def program(weights_ref):
-        sums = pl.run_scoped(partial(run, weights_ref), mosaic.ACC((outer, tiles.tokens), jnp.float32))
+        sums = pl.run_scoped(partial(run, weights_ref), mosaic.WGMMAAccumulatorRef((outer, tiles.tokens), jnp.float32))
         out_ref[split, pl.ds(at * outer, outer), pl.ds(token * tiles.tokens, tiles.tokens)] = sums
 
     pl.run_scoped(program, mosaic.SMEM((ROWS, width), x_ref.dtype))
