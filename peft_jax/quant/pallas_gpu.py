@@ -98,7 +98,7 @@ def _call(x, leaf, over_columns, tiles, interpret):
     steps = x.shape[1] // inner // tiles.splits
     return gpu_kernel(
         partial(_body, leaf.quant_type, leaf.block_size, over_columns, tiles, steps, (outer, inner)),
-        jax.ShapeDtypeStruct((tiles.splits, size, len(x)), jnp.float32),
+        jax.ShapeDtypeStruct((tiles.splits, size, len(x)), jnp.float32), kernel_name="quantised_product",
         grid=(size // outer, len(x) // tiles.tokens, tiles.splits), grid_names=("outer", "token", "split"),
         compiler_params=mosaic.CompilerParams(lowering_semantics=mosaic.LoweringSemantics.Warpgroup),
         **({} if interpret is None else {"interpret": interpret}),

@@ -26,7 +26,7 @@ def values_by_ones(leaf, over_columns, **tiles):
     """A leaf's matrix as its product with ones on the diagonal; or transposed."""
     x = jnp.eye(leaf.matrix[1 if over_columns else 0], dtype=jnp.bfloat16)
     tiles = pallas_gpu.tiles_of(leaf, len(x), over_columns)._replace(**tiles)
-    return pallas_gpu.times(x, leaf, over_columns, tiles, INTERPRETER())
+    return pallas_gpu.times(x, leaf, over_columns, tiles, INTERPRETER(detect_races=True))
 
 
 @interpreted
@@ -92,11 +92,13 @@ def test_under_transformations_it_is_lowered_as_one(along):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("over_columns", [True, False])
-def test_it_compiles_for_an_h100(over_columns):
+@pytest.mark.parametrize("tokens", [1, 4096])
+def test_it_compiles_for_an_h100(tokens, over_columns):
+    """To machine code. MOSAIC_GPU_DUMP_TO=FOLDER in the environment keeps the programs and ptxas' words on them, where
+    the compilation cache does not have them yet."""
     if (target := h100()) is None:
         pytest.skip("jax's CUDA plugin is not installed, and it has the compiler")
-    leaf = jax.eval_shape(lambda: leaf_of("nf4", 32, True, (256, 128)))
-    x = jax.ShapeDtypeStruct((5, leaf.matrix[1 if over_columns else 0]), jnp.bfloat16)
+    leaf = jax.eval_shape(lambda: leaf_of("nf4", 64, True, (4096, 14336)))
+    x = jax.ShapeDtypeStruct((tokens, leaf.matrix[1 if over_columns else 0]), jnp.bfloat16)
     traced = jax.jit(lambda x, leaf: pallas_gpu.times(x, leaf, over_columns)).trace(target.place(x), target.place(leaf))
-    compiled = traced.lower().compile(compiler_options=target.options)
-    assert "mosaic_gpu" in compiled.as_text()
+    assert "mosaic_gpu" in traced.lower().compile(compiler_options=target.options).as_text()
