@@ -113,25 +113,13 @@ def _body(quant_type, block_size, over_columns, tiles, steps, sizes, x_ref, code
     *factor_refs, out_ref = refs
     outer, inner = sizes
     at, token, split = (jax.lax.axis_index(name) for name in ("outer", "token", "split"))
-    width = outer * inner // ROWS  # a tile's values, one of its rows
-    groups = max(1, width // block_size)  # factors of a row in a tile; several tiles may share one
-
-    def tile_of(step):
-        place = (at, split * steps + step)
-        return place if over_columns else place[::-1]
-
-    def factors_of(step):
-        row, column = tile_of(step)
-        return column * width // (groups * block_size), row
-
-    specs = [mosaic.BlockSpec((tiles.tokens, inner), lambda step: (token, split * steps + step)),
-             mosaic.BlockSpec((ROWS, tiles.columns), tile_of),
-             *[mosaic.BlockSpec((groups, ROWS), factors_of)] * len(factor_refs)]
+    specs = _specs(block_size, over_columns, tiles, sizes, (at, token), split * steps)
     stages = min(steps, STAGES if tiles.tokens <= 64 else STAGES // 2)
 
     def run(weights_ref, sums_ref):
         step = partial(_step, quant_type, over_columns, weights_ref, sums_ref)
-        pipeline = mosaic.emit_pipeline(step, grid=(steps,), in_specs=specs, max_concurrent_steps=stages)
+        in_specs = [*specs, *specs[2:] * (len(factor_refs) - 1)]
+        pipeline = mosaic.emit_pipeline(step, grid=(steps,), in_specs=in_specs, max_concurrent_steps=stages)
         pipeline(x_ref, codes_ref, *factor_refs)
         return sums_ref[...]
 
@@ -139,7 +127,28 @@ def _body(quant_type, block_size, over_columns, tiles, steps, sizes, x_ref, code
         sums = pl.run_scoped(partial(run, weights_ref), mosaic.WGMMAAccumulatorRef((outer, tiles.tokens), jnp.float32))
         out_ref[split, pl.ds(at * outer, outer), pl.ds(token * tiles.tokens, tiles.tokens)] = sums
 
-    pl.run_scoped(program, mosaic.SMEM((ROWS, width), x_ref.dtype))
+    pl.run_scoped(program, mosaic.SMEM((ROWS, outer * inner // ROWS), x_ref.dtype))
+
+
+def _specs(block_size, over_columns, tiles, sizes, place, first):
+    """What a step reads, of x, of the codes, of factors; ``place``: the program's tile of outputs, and of tokens.
+
+    ``first``: its first step among all of the contraction.
+    """
+    outer, inner = sizes
+    at, token = place
+    width = outer * inner // ROWS  # a tile's values, one of its rows
+    groups = max(1, width // block_size)  # factors of a row in a tile; several tiles may share one
+
+    def tile_of(step):
+        return (at, first + step) if over_columns else (first + step, at)
+
+    def factors_of(step):
+        row, column = tile_of(step)
+        return column * width // (groups * block_size), row
+
+    return (mosaic.BlockSpec((tiles.tokens, inner), lambda step: (token, first + step)),
+            mosaic.BlockSpec((ROWS, tiles.columns), tile_of), mosaic.BlockSpec((groups, ROWS), factors_of))
 
 
 def _step(quant_type, over_columns, weights_ref, sums_ref, _, x_ref, codes_ref, *factor_refs):
