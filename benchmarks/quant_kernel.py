@@ -53,6 +53,7 @@ def weights(shape, args) -> dict[str, list]:
 
 def programs(product, held, inputs) -> dict:
     """{name: a function that runs all copies and waits}."""
+    product = jax.jit(product)  # so that the copies are one function, and a kernel is compiled once
     run = jax.jit(lambda inputs, held: [product(x, one) for x, one in zip(inputs, held)])
     return {name: lambda ones=ones: jax.block_until_ready(run(inputs, ones)) for name, ones in held.items()}
 
