@@ -7,13 +7,15 @@
 Prints a table: median microseconds of a product in bfloat16, forward ("y") and of the gradient of its input ("dx"), and
 ratios of medians. A call is one program of ``--copies`` products with as many weights and inputs, so that no weight
 stays in a cache and starting a program counts little; bitsandbytes is called that often by torch, "y" alone, and has a
-column where its CUDA library is there (nf4 and fp4). Nothing is timed before the fused product agrees with the plain.
+column where its CUDA library is there (nf4 and fp4). A fused product is timed only where it agrees with the plain one
+before; where it does not, or ends in an error, its cell says so, and so does the exit code.
 """
 
 import argparse
 import dataclasses
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -51,6 +53,7 @@ def weights(shape, args) -> dict[str, list]:
 
 def programs(product, held, inputs) -> dict:
     """{name: a function that runs all copies and waits}."""
+    product = jax.jit(product)  # so that the copies are one function, and a kernel is compiled once
     run = jax.jit(lambda inputs, held: [product(x, one) for x, one in zip(inputs, held)])
     return {name: lambda ones=ones: jax.block_until_ready(run(inputs, ones)) for name, ones in held.items()}
 
@@ -83,13 +86,18 @@ def bitsandbytes_program(held, inputs, args):
     return run
 
 
-def agree(runs) -> None:
-    """Stop unless both quantised products give the same up to bfloat16's rounding."""
-    for plain, fused in zip(runs["plain"](), runs["fused"]()):
+def wrong(runs) -> str:
+    """What is wrong with the fused product, in words; "" if both quantised ones agree up to bfloat16's rounding."""
+    expected = runs["plain"]()
+    try:
+        found = runs["fused"]()
+    except Exception as error:  # whatever a compiler or a device says
+        return f"FAILED: {(str(error).strip() or type(error).__name__).splitlines()[0][:200].replace('|', '/')}"
+    for plain, fused in zip(expected, found, strict=True):
         plain, fused = np.asarray(plain, np.float32), np.asarray(fused, np.float32)
         if not np.abs(plain - fused).max() <= 2**-6 * np.abs(plain).max():
-            raise SystemExit(f"the fused product is wrong: off by {np.abs(plain - fused).max():.2g} of "
-                             f"{np.abs(plain).max():.2g}")
+            return f"WRONG: off by {np.abs(plain - fused).max():.2g} of {np.abs(plain).max():.2g}"
+    return ""
 
 
 def medians(runs, args) -> dict[str, float]:
@@ -105,22 +113,29 @@ def medians(runs, args) -> dict[str, float]:
     return {name: float(np.median(times)) for name, times in taken.items()}
 
 
-def row(tokens, shape, way, held, args) -> str:
+def row(tokens, shape, way, held, args) -> tuple[bool, str]:
+    """(whether the fused product is right, a row of the table)."""
     product, width = (forward, shape[0]) if way == "y" else (gradient, shape[1])
     keys = jax.random.split(jax.random.key(1), args.copies)
     inputs = [jax.random.normal(key, (tokens, width)).astype(jnp.bfloat16) for key in keys]
     runs = programs(product, held, inputs)
-    agree(runs)
+    if why := wrong(runs):
+        del runs["fused"]
     if way == "y" and (theirs := bitsandbytes_program(held, inputs, args)):
         runs["bnb"] = theirs
     took = medians(runs, args)
-    cells = [str(tokens), f"{shape[0]}x{shape[1]}", way, *(f"{took[name]:.1f}" for name in ("bf16", "plain", "fused"))]
-    cells += [f"{took['fused'] / took[name]:.2f}" for name in ("bf16", "plain")]
-    cells += [f"{took['bnb']:.1f}", f"{took['fused'] / took['bnb']:.2f}"] if "bnb" in took else ["", ""]
-    return "| " + " | ".join(cells) + " |"
+    cells = [str(tokens), f"{shape[0]}x{shape[1]}", way, *(f"{took[name]:.1f}" for name in ("bf16", "plain"))]
+    cells += [why or f"{took['fused']:.1f}", *(ratio(took, name) for name in ("bf16", "plain"))]
+    cells += [f"{took['bnb']:.1f}" if "bnb" in took else "", ratio(took, "bnb")]
+    return not why, "| " + " | ".join(cells) + " |"
 
 
-def main() -> None:
+def ratio(took, name) -> str:
+    """Of the fused product's time to another's, "" where one is not there."""
+    return f"{took['fused'] / took[name]:.2f}" if "fused" in took and name in took else ""
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quant_type", default="nf4", choices=quant.QUANT_TYPES)
     parser.add_argument("--block_size", type=int, default=64, choices=pallas.BLOCKS)
@@ -135,17 +150,26 @@ def main() -> None:
                          "timing: --interpret --small shows that this script runs.")
     if args.small:
         args.copies = 1
+    shapes = SMALL_SHAPES if args.small else SHAPES
+    leaf = jax.eval_shape(partial(quant.quantize_array, quant_type=args.quant_type, block_size=args.block_size),
+                          jax.ShapeDtypeStruct(shapes[0], jnp.bfloat16))
+    if not args.interpret and (why := pallas.why_plain(leaf, jnp.bfloat16)):
+        raise SystemExit(f"The fused product is the plain one here: {why}.")
     print(f"{jax.devices()[0].device_kind}: {args.quant_type}, blocks of {args.block_size}, "
           f"{'double' if args.double_quant else 'single'} quantisation; bfloat16, microseconds"
           + (", INTERPRETED: the times mean nothing" if args.interpret else ""))
     print("| tokens | in x out | way | bf16 | plain | fused | fused / bf16 | fused / plain | bitsandbytes | fused / "
           "bitsandbytes |\n" + "|---" * 10 + "|", flush=True)
-    for shape in SMALL_SHAPES if args.small else SHAPES:
+    right = True
+    for shape in shapes:
         held = weights(shape, args)
         for tokens in SMALL_TOKENS if args.small else TOKENS:
             for way in ("y", "dx"):
-                print(row(tokens, shape, way, held, args), flush=True)
+                agrees, line = row(tokens, shape, way, held, args)
+                right &= agrees
+                print(line, flush=True)
+    return int(not right)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,13 +17,19 @@ def printed(monkeypatch, capsys, main, *arguments):
 @pytest.mark.slow
 def test_the_checks_are_right_here(monkeypatch, capsys):
     code, text = printed(monkeypatch, capsys, device_checks.main)
-    assert code == 0 and text.count("| right |") == 3 and "wants an NVIDIA GPU" in text
+    assert code == 0 and text.count("| right |") == 2
+    assert "wants an NVIDIA GPU" in text and "there is no kernel for cpu" in text
 
 
 def test_a_wrong_program_is_told_and_the_exit_code_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(device_checks, "CHECKS", {"one": lambda: 0.5, "two": lambda: float("nan"), "three": lambda: 0})
+    def broken():
+        raise RuntimeError("ptxas | exit code 1\nand more")
+
+    monkeypatch.setattr(device_checks, "CHECKS", {"one": lambda: 0.5, "two": lambda: float("nan"), "none": broken,
+                                                  "three": lambda: 0})
     code, text = printed(monkeypatch, capsys, device_checks.main)
     assert code == 1 and text.count("| WRONG |") == 2 and text.count("| right |") == 1
+    assert "| none | | FAILED: ptxas / exit code 1 |\n" in text
 
 
 def test_attention_is_timed_by_the_programs_that_there_are(monkeypatch, capsys):

@@ -39,9 +39,10 @@ def quantize(quant_type: str = "nf4", block_size: int | None = 64, double_quant:
       target_modules: as of :func:`peft_jax.lora`; "all-linear" is every kernel but the output head. Embeddings are
         quantised where they are named. exclude_modules: modules to leave out; bitsandbytes' ``llm_int8_skip_modules``.
       product: "plain" decodes a weight before each product with it. "fused" decodes it inside of the product, by a
-        Pallas kernel for GPUs and TPUs that nobody has timed yet: for bfloat16 and float32 activations and blocks of
-        32, 64 or 128; not for weights sharded over devices. Where there is no such kernel, it is "plain".
-        "interpreted": the GPU's kernel, slowly, on any platform, to check it.
+        Pallas kernel that nobody has timed yet: for blocks of 32, 64 or 128, on Hopper GPUs (H100, H200) for bfloat16
+        activations and weights of a multiple of 64 outputs and inputs, on TPUs for float32, too; not for weights
+        sharded over devices. Where there is no such kernel, it is "plain"; ``peft_jax.quant.pallas.why_plain`` says
+        why. "interpreted": the TPU's kernel, slowly, on any platform, to check it.
 
     Returns a :class:`Method`; its ``merge`` gives the plain weights that the codes stand for, in the dtype that the
     weights had.

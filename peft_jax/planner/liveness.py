@@ -61,8 +61,13 @@ def _loops(jaxpr: Jaxpr, adds: bool) -> list[tuple[int, int]]:
     return found
 
 
+KERNELS = {"core_map", "mpmd_map"}  # a GPU's, of Pallas: what they make lies in a processor's own memory
+
+
 def inside(equation) -> Iterator[Jaxpr]:
-    """The programs within an equation: bodies of loops, branches, called functions."""
+    """The programs within an equation: bodies of loops, branches, called functions; not a GPU's kernels."""
+    if equation.primitive.name in KERNELS:
+        return
     for value in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)):
         if isinstance(value, ClosedJaxpr | Jaxpr):
             yield value.jaxpr if isinstance(value, ClosedJaxpr) else value

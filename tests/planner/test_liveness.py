@@ -1,12 +1,15 @@
 """What is alive at once, by hand: products that are added as they are made, and what waits while a loop runs."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
-from peft_jax import lora
+from peft_jax import lora, quant
 from peft_jax.planner import shapes, sum_of_parts
+from peft_jax.planner.flops import flops
 from peft_jax.planner.liveness import loops, peak
 from peft_jax.train.loss import cross_entropy
 
@@ -59,3 +62,16 @@ def test_on_a_gpu_less_is_alive_and_less_waits(tiny_model):
     assert not given.gpu
     fewer = {name for name in here if there[name] < here[name]}
     assert fewer == {"activations kept", "one layer, forward and back"} and here.keys() == there.keys()
+
+
+def test_a_fused_product_is_planned_as_the_plain_one_that_it_may_be():
+    """Its kernels, in branches for their platforms, keep what they make in a processor's own memory."""
+    x, leaf = jax.ShapeDtypeStruct((16, 128), jnp.bfloat16), quant.quantize_array(jnp.ones((128, 64), jnp.bfloat16))
+    found = []
+    for product in ("plain", "fused"):
+        one = dataclasses.replace(leaf, product=product)
+        run = jax.value_and_grad(lambda x, one=one: quant.dot(x, one).astype(jnp.float32).sum())
+        found.append((flops(run, x), peak(jax.make_jaxpr(run)(x).jaxpr)))
+    (plain, bytes_plain), (fused, bytes_fused) = found
+    assert plain == fused == 2 * 2 * 16 * 128 * 64
+    assert bytes_plain <= bytes_fused <= bytes_plain + 4  # which platform it is, a number

@@ -1,8 +1,9 @@
-"""The fused kernel against the plain product: in Pallas' interpreter, and as far as programs go without a device."""
+"""The fused product: a TPU's kernel in Pallas' interpreter, and both as far as programs go without a device."""
 
 import dataclasses
 import re
 import sys
+import warnings
 from inspect import signature
 
 import jax
@@ -13,14 +14,14 @@ from flax import linen as nn
 
 import peft_jax
 from peft_jax import quant
-from peft_jax.quant import pallas
+from peft_jax.quant import pallas, pallas_tpu
 from peft_jax.quant.decode import matrices
 
 IN, OUT = 256, 96
 # Every type, every block size with one of each kind, and scales quantised again.
 CODECS = [("nf4", 64, True), ("nf4", 128, False), ("fp4", 32, False), ("int4", 64, True), ("int4_affine", 32, False),
           ("int8", 32, False), ("int8", 128, True)]
-SMALL = {"gpu": pallas.Tiles(16, 32, 64, True), "tpu": pallas.Tiles(16, 32, 64, False)}  # several tiles along each axis
+SMALL = pallas_tpu.Tiles(16, 32, 64)  # several along each axis
 
 
 def leaf_of(kind="nf4", block=64, double=False, shape=(IN, OUT), product="plain", dtype=jnp.float32, **options):
@@ -53,29 +54,25 @@ def close(found, x, weight):
 def test_ones_bring_the_decoded_values_to_the_bit(kind, block, double):
     leaf = leaf_of(kind, block, double)
     weight, width = np.asarray(matrices(leaf, jnp.float32)), max(64, block if kind == "int8" else 0)
-    gpu, tpu = (SMALL[name]._replace(columns=width) for name in ("gpu", "tpu"))
-    np.testing.assert_array_equal(pallas.times(jnp.eye(IN), leaf, True, gpu, True), weight.T)
-    np.testing.assert_array_equal(pallas.times(jnp.eye(OUT), leaf, False, tpu, True), weight)
-    if double:  # what is left to see is that each platform goes along rows and columns
-        np.testing.assert_array_equal(pallas.times(jnp.eye(OUT), leaf, False, gpu, True), weight)
-        np.testing.assert_array_equal(pallas.times(jnp.eye(IN), leaf, True, tpu, True), weight.T)
+    tiles = SMALL._replace(columns=width)
+    np.testing.assert_array_equal(pallas_tpu.times(jnp.eye(IN), leaf, True, tiles, True), weight.T)
+    np.testing.assert_array_equal(pallas_tpu.times(jnp.eye(OUT), leaf, False, tiles, True), weight)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens, dtype", [(1, jnp.float32), (37, jnp.bfloat16)])
-@pytest.mark.parametrize("find", [pallas.gpu_tiles, pallas.tpu_tiles])
-def test_values_with_the_tiles_of_each_platform(find, tokens, dtype):
+def test_values_with_the_tiles_of_a_tpu(tokens, dtype):
     leaf = leaf_of("int4", double=True)
-    weight, tiles = matrices(leaf, jnp.float32).astype(dtype), find(leaf, tokens, dtype)
+    weight, tiles = matrices(leaf, jnp.float32).astype(dtype), pallas_tpu.tiles_of(leaf, tokens)
     x, g = rows(tokens, IN, dtype), rows(tokens, OUT, dtype)
-    close(pallas.times(x, leaf, True, tiles, True), x, weight.T)
-    close(pallas.times(g, leaf, False, tiles, True), g, weight)
+    close(pallas_tpu.times(x, leaf, True, tiles, True), x, weight.T)
+    close(pallas_tpu.times(g, leaf, False, tiles, True), g, weight)
 
 
 def test_scales_and_offsets_of_files(scales=jnp.float16):
     leaf = leaf_of("int4_affine", 32)
     leaf = dataclasses.replace(leaf, scales=leaf.scales.astype(scales), offsets=leaf.offsets.astype(scales))
-    found = pallas.times(jnp.eye(IN), leaf, True, SMALL["gpu"], True)
+    found = pallas_tpu.times(jnp.eye(IN), leaf, True, SMALL, True)
     np.testing.assert_array_equal(found, matrices(leaf, jnp.float32).T)
 
 
@@ -152,7 +149,7 @@ def test_on_a_cpu_fused_is_plain_and_no_tokens_are_no_error():
 PLATFORM = {"platform": "gpu"} if "platform" in signature(jax.sharding.AbstractDevice).parameters else {}
 H100 = jax.sharding.AbstractMesh((1,), ("data",), (jax.sharding.AxisType.Explicit,), abstract_device=(
     jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, **PLATFORM)))
-CALLS = {"cuda": "xla.gpu.triton", "rocm": "xla.gpu.triton", "tpu": "tpu_custom_call"}
+CALLS = {"cuda": "@mosaic_gpu", "tpu": "@tpu_custom_call"}
 
 
 def lowered(leaf, platform, dtype, tokens=37):
@@ -162,7 +159,8 @@ def lowered(leaf, platform, dtype, tokens=37):
         return y, pull(g)
 
     x, g = (jax.ShapeDtypeStruct((tokens, width), dtype) for width in leaf.shape)
-    with jax.sharding.use_abstract_mesh(H100):  # whose kind Triton asks for since jax 0.11
+    with jax.sharding.use_abstract_mesh(H100), warnings.catch_warnings():
+        warnings.simplefilter("error")  # jax says of a part that it will take away when a program is lowered
         return jax.jit(both).trace(x, g, leaf).lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -173,10 +171,10 @@ def decoded(text, leaf):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, block, double, platform", [(*codec, platform) for platform in CALLS for codec in (
-    CODECS[:1] if platform == "rocm" else CODECS)])
+@pytest.mark.parametrize("platform", CALLS)
+@pytest.mark.parametrize("kind, block, double", CODECS)
 def test_both_products_lower_and_hold_no_decoded_weight(kind, block, double, platform):
-    shape, dtype = (1024, 1536), jnp.float32 if block == 32 else jnp.bfloat16
+    shape, dtype = (1024, 1536), jnp.float32 if block == 32 and platform == "tpu" else jnp.bfloat16
     leaf = jax.eval_shape(lambda: leaf_of(kind, block, double, shape, "fused"))
     text = lowered(leaf, platform, dtype)
     assert text.count(CALLS[platform]) == 2 and not decoded(text, leaf)
@@ -187,13 +185,25 @@ def test_plain_programs_hold_the_decoded_weight():
     assert decoded(lowered(leaf, "cuda", jnp.bfloat16), leaf)
 
 
-def test_sizes_that_no_tile_divides_are_plain_there():
-    leaf = jax.eval_shape(lambda: leaf_of(shape=(1024, 24), product="fused"))
-    assert CALLS["cuda"] not in lowered(leaf, "cuda", jnp.bfloat16)
-    assert CALLS["tpu"] in lowered(leaf, "tpu", jnp.bfloat16)
-    wide = jax.eval_shape(lambda: leaf_of(shape=(1024, 1072), product="fused"))
+@pytest.mark.slow
+def test_what_a_platform_has_no_kernel_for_is_plain_there():
+    narrow = jax.eval_shape(lambda: leaf_of(shape=(256, 24), product="fused"))
+    wide = jax.eval_shape(lambda: leaf_of(shape=(256, 1088), product="fused"))
+    assert CALLS["cuda"] not in lowered(narrow, "cuda", jnp.bfloat16)
+    assert CALLS["tpu"] in lowered(narrow, "tpu", jnp.bfloat16)
     assert CALLS["cuda"] in lowered(wide, "cuda", jnp.bfloat16)
+    assert CALLS["cuda"] not in lowered(wide, "cuda", jnp.float32)
     assert CALLS["tpu"] not in lowered(wide, "tpu", jnp.bfloat16)
+    assert decoded(lowered(wide, "rocm", jnp.bfloat16), wide)
+
+
+def test_why_plain():
+    leaf = leaf_of(shape=(1024, 1088))
+    assert pallas.why_plain(leaf, jnp.float16) == "activations are float16, not bfloat16 or float32"
+    assert pallas.why_plain(leaf, jnp.float32) == "there is no kernel for cpu"
+    assert pallas.why_plain(leaf, jnp.float32, "tpu") == "no tile divides its 1088 x 1024"
+    assert pallas.why_plain(leaf, jnp.bfloat16, "gpu") is None
+    assert "for bfloat16" in pallas.why_plain(leaf, jnp.float32, "gpu")
 
 
 def test_the_setting():
@@ -204,6 +214,20 @@ def test_the_setting():
     held = peft_jax.quantize(product="fused").init(None, params)
     assert held["q"]["kernel"].product == "fused"
     assert peft_jax.quantize().init(None, held)["q"]["kernel"].product == "plain"
+
+
+def test_a_wrong_or_failing_product_is_told_and_not_timed():
+    from benchmarks import quant_kernel
+
+    def broken():
+        raise RuntimeError("ptxas | exit code 1\nand more")
+
+    ones = [jnp.ones((2, 2))]
+    assert quant_kernel.wrong({"plain": lambda: ones, "fused": lambda: ones}) == ""
+    assert quant_kernel.wrong({"plain": lambda: ones, "fused": broken}) == "FAILED: ptxas / exit code 1"
+    for one in (1.1, float("nan")):
+        told = quant_kernel.wrong({"plain": lambda: ones, "fused": lambda: [one * ones[0]]})  # noqa: B023
+        assert told.startswith("WRONG: off by ")
 
 
 @pytest.mark.slow
