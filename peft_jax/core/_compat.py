@@ -1,10 +1,12 @@
 """Every name of jax and flax that is not part of their public interfaces, in one place: what an upgrade may break."""
 
 from flax.linen.module import InterceptorContext
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import _splash_attention_bwd
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 from jax.interpreters.partial_eval import dce_jaxpr
 
-__all__ = ["ClosedJaxpr", "InterceptorContext", "Jaxpr", "Literal", "dce_jaxpr", "jaxpr_as_fun", "scan_counts"]
+__all__ = ["ClosedJaxpr", "InterceptorContext", "Jaxpr", "Literal", "dce_jaxpr", "jaxpr_as_fun", "scan_counts",
+           "splash_backward"]
 
 
 def scan_counts(parameters: dict) -> tuple[int, int]:
@@ -13,3 +15,12 @@ def scan_counts(parameters: dict) -> tuple[int, int]:
         return parameters["num_consts"], parameters["num_carry"]
     constants, carry, _ = parameters["ft_in"].unpack()
     return len(constants), len(carry)
+
+
+def splash_backward(kernel, query, key, value, segment_ids, out, sums, cotangent) -> tuple:
+    """The gradients by query, key and value that a splash attention ``kernel`` has, of its result ``out``, (N, T, H),
+    and the logarithms (N, T) of its softmax's ``sums``: jax offers them together with the forward pass alone."""
+    names = ("save_residuals", "mask_value", "is_mqa", "block_sizes", "residual_checkpoint_name", "mask_function",
+             "attn_logits_soft_cap", "interpret")
+    residuals = (query, key, value, segment_ids, None, out, sums, kernel.dq_mask_info, kernel.dkv_mask_info)
+    return _splash_attention_bwd(*(kernel.kwargs[name] for name in names), residuals, cotangent)[3:6]
