@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from peft_jax.errors import PeftJaxError, nearest
+from peft_jax.errors import PeftJaxError
 from peft_jax.models import masks, splash
 
 HEAD_MOST = 128  # values of a head that cuDNN's kernels take on every card from Ampere on
@@ -49,24 +49,31 @@ def _xla(query, key, value, mask):
     return jax.nn.dot_product_attention(query, key, value, mask=seen, implementation="xla")
 
 
-def _cudnn(query, key, value, mask):
+def _cudnn(query, key, value, mask, program="cudnn"):
     if not _in_words(mask):
         seen = masks.dense(mask, query.shape[:2])
-        return jax.nn.dot_product_attention(query, key, value, mask=seen, implementation="cudnn")
-    first = key.shape[1] - query.shape[1] if mask.causal else 0  # keys in front of the first query's own
-    query = jnp.pad(query, ((0, 0), (first, 0), (0, 0), (0, 0)))  # cuDNN's first query stands at the first key
+        return jax.nn.dot_product_attention(query, key, value, mask=seen, implementation=program)
+    more, count = mask.keys - query.shape[1], query.shape[1]
+    first = more if mask.causal else 0  # cuDNN's first query stands at the first key
     # Lengths where all is real, too: without any its backward pass has given NaN for some numbers of tokens
     # (github.com/NVIDIA/cudnn-frontend/issues/160).
     keys = jnp.full(len(query), mask.keys) if mask.lengths is None else mask.lengths
-    queries = keys - (mask.keys - query.shape[1])
+    queries = keys - more + first
+    query, key, value = _even(query, first), _even(key), _even(value)
 
     def attend(window):
         return jax.nn.dot_product_attention(
             query, key, value, is_causal=mask.causal, query_seq_lengths=queries.astype(jnp.int32),
-            key_value_seq_lengths=keys.astype(jnp.int32), implementation="cudnn",
+            key_value_seq_lengths=keys.astype(jnp.int32), implementation=program,
             local_window_size=None if window is None else (window - 1, 0))
 
-    return masks.by_window(mask, attend)[:, first:]
+    return masks.by_window(mask, attend)[:, first:first + count]
+
+
+def _even(x, front: int = 0):
+    """(B, T, N, H) with ``front`` tokens more in front and, where the number is odd, one behind: jax wants it even in
+    training, with a mask or without."""
+    return jnp.pad(x, ((0, 0), (front, (front + x.shape[1]) % 2), (0, 0), (0, 0)))
 
 
 PROGRAMS = {"xla": _xla, "cudnn": _cudnn, "splash": splash.attend}
@@ -132,5 +139,5 @@ def on_heads(implementation: str, config: Any, parts: int) -> str:
 
 def _checked(implementation: str) -> str:
     if implementation not in IMPLEMENTATIONS:
-        raise PeftJaxError(f"attn_implementation={implementation!r}: {nearest(str(implementation), IMPLEMENTATIONS)}")
+        raise PeftJaxError(f"attn_implementation={implementation!r}: choose {', '.join(IMPLEMENTATIONS)}.")
     return implementation

@@ -44,12 +44,14 @@ def _rows_lack(query: Any, key: Any) -> str:
 
 def attend(query, key, value, mask):
     """Attention, shapes as of :class:`peft_jax.models.attention.AttentionCore`. On other devices than TPUs it runs in
-    Pallas' interpreter, slowly. A mask that is an array, as of a cache, is the plain program's.
+    Pallas' interpreter, slowly. The plain program is for masks that are arrays, as of a cache, and for rows shorter
+    than a block.
 
-    Raises ``PeftJaxError`` for rows of no multiple of 128 tokens.
+    Raises ``PeftJaxError`` for longer rows of no multiple of 128 tokens.
     """
-    if not isinstance(mask, masks.RowMask):
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
+    if not isinstance(mask, masks.RowMask) or query.shape[1] < LANES:
+        seen = masks.dense(mask, query.shape[:2])
+        return jax.nn.dot_product_attention(query, key, value, mask=seen, implementation="xla")
     if why := _rows_lack(query, key):
         raise PeftJaxError(f"attn_implementation='splash' wants {why}: set data.width_multiple={LANES} and "
                            f"eval.width_multiple={LANES}, or choose auto.")
