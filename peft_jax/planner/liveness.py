@@ -62,7 +62,10 @@ def _loops(jaxpr: Jaxpr, adds: bool) -> list[tuple[int, int]]:
 
 
 def inside(equation) -> Iterator[Jaxpr]:
-    """The programs within an equation: bodies of loops, branches, called functions."""
+    """The programs within an equation: bodies of loops, branches, called functions; not a kernel's, which computes in
+    a memory of its own."""
+    if equation.primitive.name == "pallas_call":
+        return
     for value in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)):
         if isinstance(value, ClosedJaxpr | Jaxpr):
             yield value.jaxpr if isinstance(value, ClosedJaxpr) else value
@@ -80,7 +83,7 @@ CHEAP = {"abs", "add", "add_any", "and", "clamp", "convert_element_type", "eq", 
 ADDS = {"add", "add_any"}
 SUMS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax"}
 CALLS = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call",
-         "custom_vjp_call", "custom_vjp_call_jaxpr"}
+         "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_partitioning"}
 
 
 class Value:

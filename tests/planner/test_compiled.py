@@ -71,13 +71,16 @@ class Absent:
 @pytest.mark.parametrize("change, method, chosen", [
     ({}, lora(), "cudnn"), ({"compute_capability": "7.5"}, lora(), "xla"), ({"platform": "tpu"}, lora(), "xla"),
     ({"dtype": "float32"}, lora(), "xla"), ({"seq": 31}, lora(), "xla"), ({}, prefix(4), "cudnn"),
-    ({}, prefix(5), "xla"), ({"asked": "xla"}, lora(), "xla")])
+    ({}, prefix(5), "xla"), ({"asked": "xla"}, lora(), "xla"), ({"seq": 31, "packed": False}, lora(), "cudnn"),
+    ({"packed": False}, prefix(5), "cudnn"), ({"platform": "tpu", "seq": 256}, lora(), "splash"),
+    ({"platform": "tpu", "seq": 256, "packed": False}, prefix(5), "xla")])
 def test_the_target_chooses_the_attention_that_is_left_to_the_device(tiny_model, change, method, chosen):
-    given = {"platform": "gpu", "compute_capability": "9.0", "dtype": "bfloat16", "seq": 32, "asked": "auto", **change}
+    given = {"platform": "gpu", "compute_capability": "9.0", "dtype": "bfloat16", "seq": 32, "asked": "auto",
+             "packed": True, **change}
     target = Target("a GPU", Absent(platform=given["platform"], compute_capability=given["compute_capability"]), {})
     model = as_model(dataclasses.replace(tiny_model[0].config, attn_implementation=given["asked"]), given["dtype"])
     params = jax.eval_shape(method.init, jax.random.key(0), abstract(model))
-    found = attending(model, method, params, batch_shapes(2, given["seq"], 1), target)
+    found = attending(model, method, params, batch_shapes(2, given["seq"], 1, packed=given["packed"]), target)
     assert found.config.attn_implementation == chosen
 
 
