@@ -25,10 +25,10 @@ MOST = 2**-5  # of the largest value: a few roundings to bfloat16
 
 
 def flash_attention() -> float:
-    """Gradients of cuDNN's program with a mask and with is_causal, against XLA's."""
+    """Gradients of cuDNN's program with a mask, with is_causal and with lengths, against XLA's."""
     arrays = arrays_of(2, 128, (8, 2), 64, jnp.bfloat16)
     reference = program("mask", "xla")(*arrays)
-    return max(off(program(how, "cudnn")(*arrays), reference) for how in ("mask", "causal"))
+    return max(off(program(how, "cudnn")(*arrays), reference) for how in ("mask", "causal", "lengths"))
 
 
 def fused_product() -> float:

@@ -149,6 +149,11 @@ def by_window(mask: RowMask, attend):
     return jax.lax.cond(mask.windowed, lambda: attend(mask.window), lambda: attend(None))
 
 
+def keys(mask) -> int:
+    """S, of either kind of mask."""
+    return mask.keys if isinstance(mask, RowMask) else mask.shape[-1]
+
+
 def dense(mask, shape: tuple[int, ...]):
     """``mask`` as a boolean array (B, 1, T, S), which it may be already, for ``shape`` (B, T); ``None`` stays."""
     if not isinstance(mask, RowMask):
@@ -166,6 +171,14 @@ def dense(mask, shape: tuple[int, ...]):
         ids = mask.segment_ids
         seen &= ((ids[:, :, None] == ids[:, None, :]) & (ids != 0)[:, None, :])[:, None]
     return jnp.broadcast_to(seen, (rows, 1, queries, mask.keys))
+
+
+def behind(mask, count: int, shape: tuple[int, ...] | None):
+    """``mask`` with ``count`` keys more in front, which every query sees: in words, or, with a ``shape`` (B, T), as an
+    array; ``None`` stays."""
+    if mask is None or shape is None:
+        return None if mask is None else mask.behind(count)
+    return jnp.pad(dense(mask, shape), [(0, 0)] * 3 + [(count, 0)], constant_values=True)
 
 
 def same_text(key_mask, segment_ids):

@@ -1,4 +1,4 @@
-"""Rows that say in words who sees whom: what the words mean, what they give, and that programs hold no (T x S) array."""
+"""Rows that say in words who sees whom: what the words mean, and that steps hold no array (T, S)."""
 
 import re
 from dataclasses import replace
@@ -158,7 +158,8 @@ H100 = SimpleNamespace(platform="gpu", compute_capability="9.0")
 @pytest.mark.parametrize(("device", "tokens", "mask", "chosen"), [
     (H100, 271, masks.RowMask(271, True), "cudnn"), (H100, 271, None, "xla"), (H100, 272, None, "cudnn"),
     (H100, 271, masks.RowMask(271, True, segment_ids=jnp.ones((2, 271))), "xla"), (H100, 1, None, "xla"),
-    (TPU, 256, masks.RowMask(256, True), "splash"), (TPU, 256, None, "xla"), (TPU, 272, masks.RowMask(272, True), "xla"),
+    (TPU, 256, masks.RowMask(256, True), "splash"), (TPU, 256, None, "xla"),
+    (TPU, 272, masks.RowMask(272, True), "xla"),
     (TPU, 256, masks.RowMask(256, True, segment_ids=jnp.ones((2, 256))), "splash"),
     (None, 256, masks.RowMask(256, True), "xla"),
 ])
