@@ -1,17 +1,20 @@
 """What is read from a compiled program, and a device that need not be there."""
 
 import dataclasses
+import importlib.util
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from peft_jax import lora, prefix, quantize
-from peft_jax.planner import Device, Memory, Part, Plan, Target, h100, shapes
+from peft_jax.planner import Device, Memory, Part, Plan, Target, h100, shapes, sum_of_parts, tpu
 from peft_jax.planner.compiled import Program, whole_copies
 from peft_jax.planner.plan_result import ESTIMATE, describe
 from peft_jax.planner.shapes import abstract, as_model, attending, batch_shapes
+from peft_jax.train.loss import cross_entropy
 
 KERNEL = {"layers": {"up_proj": {"kernel": jax.ShapeDtypeStruct((3, 64, 8), jnp.bfloat16)}}}
 
@@ -59,6 +62,8 @@ def test_without_the_plugin_there_is_no_other_device():
         assert h100() is None
     else:
         assert "H100" in h100().name
+    if importlib.util.find_spec("libtpu") is None:
+        assert tpu() is None
 
 
 class Absent:
@@ -86,3 +91,22 @@ def test_the_target_chooses_the_attention_that_is_left_to_the_device(tiny_model,
 
 def test_without_another_target_the_choice_is_left_as_it_is(tiny_model):
     assert shapes(tiny_model[0], lora(), optax.adamw(1e-4), 2, 31).model == tiny_model[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform, implementation, packed, squares", [
+    ("gpu", "auto", False, False), ("gpu", "xla", False, True), ("tpu", "auto", False, False),
+    ("tpu", "auto", True, False), ("tpu", "xla", True, True)])
+def test_a_plan_has_a_square_where_the_target_s_attention_has_one(platform, implementation, packed, squares, tiny_model,
+                                                                  monkeypatch):
+    """Twice the tokens, four times the scores: a layer of rows this long is all attention."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)  # of a library not here
+    target = Target("a device", Absent(platform=platform, compute_capability="9.0"), {})
+    sizes = dataclasses.replace(tiny_model[0].config, attn_implementation=implementation, max_position_embeddings=4096)
+
+    def layer(seq):
+        given = shapes(as_model(sizes, "bfloat16", "bfloat16", True), lora(), optax.adamw(1e-4), 1, seq, target=target,
+                       packed=packed, answers=4)
+        return next(part.bytes for part in sum_of_parts(given, 4, cross_entropy) if part.name.startswith("one layer"))
+
+    assert (layer(4096) / layer(2048) > 3.5) == squares and (squares or layer(4096) / layer(2048) < 2.2)
