@@ -23,4 +23,4 @@ def splash_backward(kernel, query, key, value, segment_ids, out, sums, cotangent
     names = ("save_residuals", "mask_value", "is_mqa", "block_sizes", "residual_checkpoint_name", "mask_function",
              "attn_logits_soft_cap", "interpret")
     residuals = (query, key, value, segment_ids, None, out, sums, kernel.dq_mask_info, kernel.dkv_mask_info)
-    return _splash_attention_bwd(*(kernel.kwargs[name] for name in names), residuals, cotangent)[3:6]
+    return _splash_attention_bwd(**{name: kernel.kwargs[name] for name in names}, res=residuals, do=cotangent)[3:6]

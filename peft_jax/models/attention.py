@@ -1,6 +1,6 @@
 """Softmax attention, and which program computes it. B batch, T query tokens, S key slots, N heads, H head size."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def _xla(query, key, value, mask):
     return jax.nn.dot_product_attention(query, key, value, mask=seen, implementation="xla")
 
 
-def _cudnn(query, key, value, mask, program="cudnn"):
+def _cudnn(query, key, value, mask, program: Literal["xla", "cudnn"] = "cudnn"):
     if not _in_words(mask):
         seen = masks.dense(mask, query.shape[:2])
         return jax.nn.dot_product_attention(query, key, value, mask=seen, implementation=program)
