@@ -26,6 +26,7 @@ class RowMask:
       segment_ids: int (B, S) for packed rows: tokens see their own segment only. Queries are as many as keys.
       window: tokens that one sees, itself included; ``None`` is all.
       windowed: boolean scalar, whether the window holds in this layer; ``None`` is yes.
+      mesh: of several devices, over which rows and heads are cut; see :func:`peft_jax.bind`.
     """
 
     keys: int = dataclasses.field(metadata={"static": True})
@@ -34,6 +35,7 @@ class RowMask:
     segment_ids: jax.Array | None = None
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     windowed: jax.Array | None = None
+    mesh: jax.sharding.Mesh | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def packed(self) -> bool:

@@ -1,7 +1,8 @@
 """Splash attention, the flash attention for TPUs that comes with jax: it skips the blocks that nobody sees.
 
 B batch, T queries, S keys, K heads of keys, G heads of queries for each, H head size. A compiler cannot cut a kernel
-over a mesh, so each of its two programs says how: between rows, and between heads of keys.
+over a mesh, so it is done here, between rows and between heads of keys, with ``shard_map``: ``custom_partitioning``,
+which needs no mesh, does not work on TPUs (github.com/jax-ml/jax/issues/38196).
 """
 
 from collections.abc import Callable
@@ -10,8 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas.ops.tpu import splash_attention as library
+from jax.sharding import PartitionSpec
 
 from peft_jax.core._compat import splash_backward
 from peft_jax.errors import PeftJaxError
@@ -33,8 +34,11 @@ def device_lacks(query: Any, device: Any = None) -> str:
 
 def lacks(query: Any, key: Any, mask: Any, device: Any = None) -> str:
     """As :func:`device_lacks`, of the rows and the mask too."""
-    return device_lacks(query, device) or _rows_lack(query, key) or (
-        "" if isinstance(mask, masks.RowMask) else "rows without attention_mask and cache")
+    if why := device_lacks(query, device) or _rows_lack(query, key):
+        return why
+    if not isinstance(mask, masks.RowMask):
+        return "rows without attention_mask and cache"
+    return "bind(method, model, mesh)" if device is None and mask.mesh is None and jax.device_count() > 1 else ""
 
 
 def _rows_lack(query: Any, key: Any) -> str:
@@ -61,9 +65,20 @@ def attend(query, key, value, mask):
     ids = _segments(mask)
 
     def of_window(window):
-        return _program(mask, window, grouped.shape)(grouped, key, value, ids)
+        return _on_mesh(mask.mesh, *_program(mask, window, grouped.shape), grouped, key, value, ids)
 
     return masks.by_window(mask, of_window).transpose(0, 3, 1, 2, 4).reshape(query.shape)
+
+
+def _on_mesh(mesh: Any, program: Callable, infos: Any, query: Any, *others: Any) -> Any:
+    """``program(infos, query, *others)``, of which each device of a ``mesh`` computes its own rows and heads."""
+    if mesh is None:
+        return program(infos, query, *others)
+    rows = ("data", "fsdp") if len(query) % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
+    heads = "tensor" if query.shape[1] % mesh.shape["tensor"] == 0 else None
+    cut, ids = PartitionSpec(rows, heads), PartitionSpec(rows)
+    return jax.shard_map(program, mesh=mesh, in_specs=(PartitionSpec(), cut, cut, cut, ids), out_specs=cut,
+                         check_vma=False)(infos, query, *others)
 
 
 def _segments(mask: masks.RowMask) -> jax.Array | None:
@@ -73,31 +88,24 @@ def _segments(mask: masks.RowMask) -> jax.Array | None:
     return (jnp.arange(mask.keys) < mask.lengths[:, None]).astype(jnp.int32)
 
 
-# What a program is given and makes, axis by axis; only b and k may be cut.
-_QUERY, _KEY, _IDS, _SUMS = "b k g t h", "b k s h", "b s", "b k g t"
-_FORWARD = (_QUERY, _KEY, _KEY, _IDS)
-_BACKWARD = (*_FORWARD, _QUERY, _SUMS, _QUERY)
-
-
-def _program(mask: masks.RowMask, window: int | None, shape: tuple[int, ...]) -> Callable:
-    """``(query (B, K, G, T, H), key and value (B, K, S, H), ids (B, S) or None) -> (B, K, G, T, H)``."""
+def _program(mask: masks.RowMask, window: int | None, shape: tuple[int, ...]) -> tuple[Callable, Any]:
+    """``(infos, query (B, K, G, T, H), key and value (B, K, S, H), ids (B, S) or None) -> (B, K, G, T, H)``, and the
+    infos, which say what blocks there are."""
     infos, kernels = _kernels(mask, window, shape)
 
     @jax.custom_vjp
     def attention(infos, *arrays):
-        return _cut(partial(_forward, kernels, False), infos, arrays, _FORWARD, _QUERY)
+        return _forward(kernels, False, infos, *arrays)
 
     def forward(infos, *arrays):
-        out, sums = _cut(partial(_forward, kernels, True), infos, arrays, _FORWARD, f"{_QUERY}, {_SUMS}")
+        out, sums = _forward(kernels, True, infos, *arrays)
         return out, (infos, *arrays, out, sums)
 
     def backward(residuals, cotangent):
-        infos, *arrays = residuals
-        results = f"{_QUERY}, {_KEY}, {_KEY}"
-        return None, *_cut(partial(_backward, kernels), infos, (*arrays, cotangent), _BACKWARD, results), None
+        return None, *_backward(kernels, *residuals, cotangent), None
 
     attention.defvjp(forward, backward)
-    return partial(attention, infos)
+    return attention, infos
 
 
 def _kernels(mask: masks.RowMask, window: int | None, shape: tuple[int, ...]) -> tuple[list[jax.Array], dict]:
@@ -148,17 +156,3 @@ def _backward(kernels: dict, infos: Any, *arrays: Any) -> Any:
         return dq.reshape(query.shape), dk, dv
 
     return _on_each_platform(one_row, kernels, False, infos, arrays)
-
-
-def _cut(program: Callable, infos: Any, arrays: Any, operands: tuple[str, ...], results: str) -> Any:
-    """``program(infos, *arrays)``, which every device runs on its own rows and heads of keys."""
-    def partition(mesh, given, made):
-        return mesh, program, *(jax.tree.map(lambda one: one.sharding, each) for each in (made, given))
-
-    whole = [" ".join(f"i{number}d{axis}" for axis in range(info.ndim)) for number, info in enumerate(infos)]
-    rules = [*whole, *(rule for rule, array in zip(operands, arrays, strict=True) if array is not None)]
-    rule = f"{', '.join(rules)} -> {results}"
-    cut = custom_partitioning(program)
-    cut.def_partition(partition, sharding_rule=rule, need_replication_factors=tuple(
-        dict.fromkeys(name for one in rules for name in one.split() if name not in ("b", "k"))))
-    return cut(infos, *arrays)

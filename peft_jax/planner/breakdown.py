@@ -40,7 +40,7 @@ def sum_of_parts(shapes: Shapes, loss_chunk: int, error: Callable) -> list[Part]
             _optimiser(shapes.opt_state, tree.count(shapes.trainable)),
             *_working(*found, shapes, loss_chunk),
             *_gathered(shapes),
-            Part("batch", held((shapes.batch, *OTHERS)), "token ids, positions, segments, answers; the step's number, "
+            Part("batch", held((shapes.batch, *OTHERS)), "token ids, positions, lengths, answers; the step's number, "
                  "a key", "batch")]
 
 

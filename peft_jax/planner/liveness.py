@@ -83,7 +83,7 @@ CHEAP = {"abs", "add", "add_any", "and", "clamp", "convert_element_type", "eq", 
 ADDS = {"add", "add_any"}
 SUMS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax"}
 CALLS = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call",
-         "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_partitioning"}
+         "custom_vjp_call", "custom_vjp_call_jaxpr"}
 
 
 class Value:

@@ -63,7 +63,7 @@ def plan(method: Method, model: Any, optimizer: optax.GradientTransformation, ba
     >>> sizes = LlamaConfig(99, 32, 48, 2, 4, 2, 8, 1e-5, 1e4, 256, True)
     >>> found = plan(lora(r=4), sizes, optax.adamw(1e-4), batch=2, seq=16)
     >>> {name: found.groups[name] for name in ("weights", "gradients", "optimiser", "batch")}
-    {'weights': 78352, 'gradients': 3584, 'optimiser': 7172, 'batch': 756}
+    {'weights': 78352, 'gradients': 3584, 'optimiser': 7172, 'batch': 636}
     """
     check_types(method, optimizer, mesh, target)
     if target is not None and several(mesh):

@@ -59,9 +59,10 @@ def test_it_is_the_plain_program(name, monkeypatch):
 @pytest.mark.slow
 def test_a_mesh_cuts_it_between_rows_and_between_heads():
     mesh, mask = make_mesh(2, 1, 2), MASKS["segments"]
+    cutting = replace(mask, mesh=mesh)
     cut = [jax.device_put(one, NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor")))
            for one in arrays(2)]
-    program = gradients(splash.attend, mask).lower(*cut).compile()
+    program = gradients(splash.attend, cutting).lower(*cut).compile()
     assert not any(word in program.as_text() for word in ("all-gather", "all-to-all", "collective-permute"))
     expected = gradients(attention._xla, mask)(*arrays(2))
     for one, other in zip(jax.tree.leaves(program(*cut)), jax.tree.leaves(expected)):
@@ -69,7 +70,8 @@ def test_a_mesh_cuts_it_between_rows_and_between_heads():
 
 
 @pytest.mark.slow
-def test_a_model_trains_with_it_under_scan_and_remat():
+@pytest.mark.parametrize("sizes_of_mesh", [None, (2, 1, 2)])
+def test_a_model_trains_with_it_under_scan_and_remat_and_on_a_mesh(sizes_of_mesh):
     sizes = LlamaConfig(64, 32, 48, 2, 4, 2, 8, 1e-5, 1e4, 512, True, sliding_window=20, sliding_layers=(True, False))
     ids = np.random.default_rng(0).integers(0, 64, (2, 128))
     base = CausalLM(sizes).init(jax.random.key(0), ids)["params"]
@@ -78,8 +80,9 @@ def test_a_model_trains_with_it_under_scan_and_remat():
 
     def loss(implementation, leaves):
         model = CausalLM(replace(sizes, attn_implementation=implementation), remat=True)
-        states = bind(method, model)({"params": combine(frozen, leaves)}, ids, lengths=np.array([128, 70]),
-                                     method="hidden")
+        mesh = make_mesh(*sizes_of_mesh) if sizes_of_mesh and implementation == "splash" else None
+        states = bind(method, model, mesh)({"params": combine(frozen, leaves)}, ids, lengths=np.array([128, 70]),
+                                           method="hidden")
         return (states[0] ** 3).sum() + (states[1, :70] ** 3).sum()
 
     (found, by), (expected, plain) = (jax.jit(jax.value_and_grad(partial(loss, name)))(trainable)
