@@ -48,7 +48,8 @@ def plan(method: Method, model: Any, optimizer: optax.GradientTransformation, ba
       base: the model's parameters or their shapes; by default what ``model.init`` gives, in the model's
         ``param_dtype``.
       target: what to compile for, such as ``peft_jax.planner.h100()``; by default a device of the default backend.
-      packed: rows hold several texts, positions from 0 in each: they may be longer than the model's positions.
+      packed: rows hold several texts, positions from 0 in each: they may be longer than the model's positions, and have
+        ``segment_ids`` instead of ``lengths``.
       assumed: words on where the shapes come from, to be shown with the plan.
 
     Returns a :class:`peft_jax.planner.Plan`; ``peft_jax.planner.describe(plan)`` is its table, ``plan.groups`` the
