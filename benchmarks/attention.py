@@ -3,9 +3,10 @@
     python benchmarks/attention.py                    # Llama 3.1 8B's heads, rows of 2048 and 4096 tokens, bfloat16
     python benchmarks/attention.py --small            # only that this script runs, on any machine
 
-``mask`` gets the boolean (B, 1, T, S) array that packed rows need, ``causal`` the word that no token sees a later one,
-by which a kernel skips half of its blocks. Prints median milliseconds and ratios to the first program. Nothing is timed
-before the programs agree.
+What a program is told: ``mask``, the boolean (B, 1, T, S) array that packed rows need; ``causal``, that no token sees a
+later one, by which a kernel skips half of its blocks; ``lengths``, how long each row is, too, as in training on rows of
+one text each (here an eighth of the second half of the rows is padding); ``segments``, which text of a packed row each
+token is of. Prints median milliseconds and ratios to the first program. Nothing is timed before the programs agree.
 """
 
 import argparse
@@ -21,24 +22,33 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from peft_jax.models.attention import flash_lacks
+from peft_jax.models.attention import PROGRAMS, flash_lacks
+from peft_jax.models.masks import RowMask, dense
+from peft_jax.models.splash import device_lacks
 
 HEADS, KEY_HEADS, SIZE = 32, 8, 128
 
 
+def lengths_of(rows: int, length: int):
+    """Real tokens of each row."""
+    return jnp.where(jnp.arange(rows) < (rows + 1) // 2, length, length - length // 8)
+
+
 def attend(how: str, implementation: str, query, key, value):
-    length = query.shape[1]
+    rows, length = query.shape[:2]
     if how == "causal":
         return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation=implementation)
-    mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
-    return jax.nn.dot_product_attention(query, key, value, mask=jnp.broadcast_to(mask, (len(query), *mask.shape[1:])),
-                                        implementation=implementation)
+    words = {"lengths": RowMask(length, True, lengths_of(rows, length)), "mask": RowMask(length, True),
+             "segments": RowMask(length, True, segment_ids=jnp.ones((rows, length), jnp.int32))}[how]
+    return PROGRAMS[implementation](query, key, value, dense(words, (rows, length)) if how == "mask" else words)
 
 
 def program(how: str, implementation: str):
-    """(query, key, value) -> the gradients of the sum of squares."""
+    """(query, key, value) -> the gradients of the sum of squares over real tokens."""
     def loss(*arrays):
-        return (attend(how, implementation, *arrays).astype(jnp.float32) ** 2).sum()
+        rows, length = arrays[0].shape[:2]
+        real = (jnp.arange(length) < lengths_of(rows, length)[:, None])[..., None, None]
+        return (jnp.where(real, attend(how, implementation, *arrays), 0).astype(jnp.float32) ** 2).sum()
 
     return jax.jit(jax.grad(loss, (0, 1, 2)))
 
@@ -66,6 +76,17 @@ def medians(runs: dict, rounds: int) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
+def programs(query) -> list[str]:
+    """Which there are here, the plain one first; what is lacking is printed."""
+    found = ["xla mask", "xla causal"]
+    for name, why, told in (("cudnn", flash_lacks(query), ("mask", "causal", "lengths")),
+                            ("splash", device_lacks(query), ("lengths", "segments"))):
+        found += [] if why else [f"{name} {how}" for how in told]
+        if why:
+            print(f"without {name}, which wants {why}")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=2)
@@ -73,14 +94,9 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a tiny case")
     args = parser.parse_args()
     heads, size = ((4, 2), 8) if args.small else ((HEADS, KEY_HEADS), SIZE)
-    query = jax.ShapeDtypeStruct((1, 2, heads[0], size), jnp.bfloat16)
-    why = flash_lacks(query)
-    names = ["xla"] if why else ["xla", "cudnn"]
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {heads[0]} heads, {heads[1]} of keys, of {size}; "
           "bfloat16; forward and back, milliseconds")
-    if why:
-        print(f"without cudnn, which wants {why}")
-    columns = [f"{name} {how}" for name in names for how in ("mask", "causal")]
+    columns = programs(jax.ShapeDtypeStruct((1, 2, heads[0], size), jnp.bfloat16))
     print("\n| tokens | " + " | ".join([*columns, *(f"{name} / {columns[0]}" for name in columns[1:])]) + " |")
     print("|---" * 2 * len(columns) + "|")
     for length in (32,) if args.small else (2048, 4096):

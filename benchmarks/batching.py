@@ -21,6 +21,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `configs` is not part of the installed package
 
 from configs.tasks import TASKS
+from peft_jax.core.rows import real_tokens
 from peft_jax.data import Batches, Encoded, encode_all, load_examples
 from peft_jax.data.tokenize import describe
 
@@ -61,7 +62,7 @@ def time_steps(step: Callable, collations: dict[str, Batches], steps: int) -> di
             begin = time.perf_counter()
             step(batch)
             seconds[name] += time.perf_counter() - begin
-            tokens[name] += int((batch["segment_ids"] > 0).sum())
+            tokens[name] += int(real_tokens(batch).sum())
     return {name: (seconds[name], tokens[name]) for name in collations}
 
 

@@ -30,12 +30,12 @@ class NotHere(Exception):
 
 
 def flash_attention() -> float:
-    """Gradients of cuDNN's program with a mask and with is_causal, against XLA's."""
+    """Gradients of cuDNN's program with a mask, with is_causal and with lengths, against XLA's."""
     if why := flash_lacks(jax.ShapeDtypeStruct((1, 2, 8, 64), jnp.bfloat16)):
         raise NotHere(f"wants {why}")
     arrays = arrays_of(2, 128, (8, 2), 64, jnp.bfloat16)
     reference = program("mask", "xla")(*arrays)
-    return max(off(program(how, "cudnn")(*arrays), reference) for how in ("mask", "causal"))
+    return max(off(program(how, "cudnn")(*arrays), reference) for how in ("mask", "causal", "lengths"))
 
 
 def fused_product() -> float:

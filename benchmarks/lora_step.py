@@ -35,8 +35,9 @@ def random_batch(rows: int, length: int, vocab: int) -> dict[str, np.ndarray]:
     """Tokens without padding, a loss on each but the first."""
     ids = np.random.default_rng(0).integers(100, vocab, (rows, length), dtype=np.int32)
     places = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
-    return {"input_ids": ids, "segment_ids": np.ones_like(ids), "positions": places, "loss_index": places[:, :-1],
-            "loss_target": ids[:, 1:], "loss_weight": np.ones((rows, length - 1), np.float32)}
+    return {"input_ids": ids, "lengths": np.full(rows, length, np.int32), "positions": places,
+            "loss_index": places[:, :-1], "loss_target": ids[:, 1:],
+            "loss_weight": np.ones((rows, length - 1), np.float32)}
 
 
 def our_lora(target_modules):
@@ -137,7 +138,9 @@ def torch_batch(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     counted = np.where(batch["loss_weight"] > 0, batch["loss_index"] + 1, 0)
     labels[rows, counted] = ids[rows, counted]
     labels[:, 0] = -100  # where entries without weight were sent; no loss predicts a first token
-    return {"input_ids": ids, "attention_mask": batch["segment_ids"].astype(np.int64), "labels": labels}
+    from peft_jax.core.rows import real_tokens
+
+    return {"input_ids": ids, "attention_mask": real_tokens(batch).astype(np.int64), "labels": labels}
 
 
 def task_batches() -> tuple[Callable[[int], dict], Callable[[int], dict]]:
@@ -159,6 +162,8 @@ def task_batches() -> tuple[Callable[[int], dict], Callable[[int], dict]]:
 
 def compare(name: str, ours: Step, theirs: Step, batches: list[tuple[dict, dict]]) -> None:
     """Run both in turn over the batches and print medians, rates and ratios."""
+    from peft_jax.core.rows import real_tokens
+
     losses = ours(batches[0][0]), theirs(batches[0][1])
     if name != "task" and not np.isclose(*losses, rtol=1e-4):
         raise SystemExit(f"{name}: the first losses differ, {losses[0]:.6f} and {losses[1]:.6f}: not the same model")
@@ -168,8 +173,8 @@ def compare(name: str, ours: Step, theirs: Step, batches: list[tuple[dict, dict]
             begin = time.perf_counter()
             step(batch)
             seconds[side].append(time.perf_counter() - begin)
-    tokens = {"peft_jax": sum(int((b["segment_ids"] > 0).sum()) for b, _ in batches),
-              "peft": sum(int((b["segment_ids"] > 0).sum()) for _, b in batches)}
+    tokens = {"peft_jax": sum(int(real_tokens(b).sum()) for b, _ in batches),
+              "peft": sum(int(real_tokens(b).sum()) for _, b in batches)}
     rate = {side: tokens[side] / sum(seconds[side]) for side in seconds}
     for side, taken in seconds.items():
         print(f"  {side:<9} median step {np.median(taken):6.3f} s, {rate[side]:7.0f} useful tokens/s")

@@ -54,8 +54,9 @@ def ours(sizes: LlamaConfig, quantised: bool, ids: np.ndarray):
     tx = optax.adamw(1e-4)
     step, state = make_step(bind(method, model), tx, 2048), init_state(trainable, tx, jax.random.key(2))
     whole = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
-    batch = {"input_ids": ids, "segment_ids": np.ones_like(ids), "positions": whole, "loss_index": whole[:, :-1],
-             "loss_target": ids[:, 1:], "loss_weight": np.ones_like(whole[:, 1:], np.float32)}
+    batch = {"input_ids": ids, "lengths": np.full(len(ids), ids.shape[1], np.int32), "positions": whole,
+             "loss_index": whole[:, :-1], "loss_target": ids[:, 1:],
+             "loss_weight": np.ones_like(whole[:, 1:], np.float32)}
     batch = jax.device_put({name: np.ascontiguousarray(array[None]) for name, array in batch.items()})
     compiled = memory_of(step.lower(state, frozen, batch).compile()).total
     planned = plan(method, model, tx, *ids.shape).program.memory.total

@@ -36,7 +36,7 @@ def get_config(model: str = "smollm2-135m", task: str = "movie_rating", method: 
     config.model.dtype = "float32"  # of computation: float32, bfloat16
     config.model.param_dtype = "float32"  # of the frozen weights in memory
     config.model.remat = False  # compute activations twice instead of keeping them
-    config.model.attn_implementation = "auto"  # xla, cudnn (flash attention); auto: cudnn on GPUs that have it
+    config.model.attn_implementation = "auto"  # xla, cudnn (NVIDIA GPUs), splash (TPUs); auto: the best there is
 
     config.mesh = ConfigDict()  # of all devices; the product of the three is their number, one may be -1: what is left
     config.mesh.data = -1  # copies of the model, each with its own rows of a batch

@@ -16,7 +16,7 @@ NAMES = ("layers_to_transform", "layers_pattern", "modules_to_save")  # and ever
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
-    "model.attn_implementation": ("auto", "xla", "cudnn"),
+    "model.attn_implementation": ("auto", "xla", "cudnn", "splash"),
     "measure.of": ("trained", "base"),
     "eval.part": ("all", "validation", "test"),
     "data.collate": ("pack", "bucket", "pad"),

@@ -23,7 +23,7 @@ FLOORS = (
     {"cli"},
 )
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
-FOR_MODELS = {"peft_jax.errors", "peft_jax.core.remat"}  # models know nothing of fine-tuning
+FOR_MODELS = {"peft_jax.errors", "peft_jax.core.remat", "peft_jax.core._compat"}  # models know nothing of fine-tuning
 
 
 def imports(file: Path) -> set[str]:

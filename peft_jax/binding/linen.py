@@ -17,7 +17,9 @@ from peft_jax.core._compat import ClosedJaxpr, InterceptorContext, dce_jaxpr, ja
 from peft_jax.core.tree import check_method_leaves
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import FROZEN, Method, with_interceptor
-from peft_jax.parallel.mesh import output_apart
+from peft_jax.models.attention import AttentionCore
+from peft_jax.models.masks import RowMask
+from peft_jax.parallel.mesh import output_apart, several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +91,8 @@ def _in_context(mesh, intercept, rngs, params, notes, next_fun, args, kwargs, co
     reading = partial(with_interceptor, partial(linen_quantised.read, mesh), next_fun, context)
     whole = Context(context.module, context.method_name, reading, rngs, params, notes)
     args, kwargs = kernel_axes.input_first(context.module, context.method_name, args, kwargs)
+    if isinstance(context.module, AttentionCore) and several(mesh) and isinstance(args[-1], RowMask):
+        args = (*args[:-1], dataclasses.replace(args[-1], mesh=mesh))  # a TPU's kernel is not cut by the compiler
     return output_apart(mesh, intercept(reading, args, kwargs, whole))
 
 

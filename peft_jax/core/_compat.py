@@ -9,7 +9,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 from jax.interpreters.partial_eval import dce_jaxpr
 
 __all__ = ["ClosedJaxpr", "InterceptorContext", "Jaxpr", "Literal", "dce_jaxpr", "gpu_kernel", "jaxpr_as_fun",
-           "scan_counts"]
+           "scan_counts", "splash_backward"]
 
 
 def scan_counts(parameters: dict) -> tuple[int, int]:
@@ -26,3 +26,14 @@ def gpu_kernel(body: Callable[..., None], out: Any, **options: Any) -> Callable[
 
     name = "out_type" if "out_type" in signature(mosaic_gpu.kernel).parameters else "out_shape"
     return mosaic_gpu.kernel(body, **{name: out}, **options)
+
+
+def splash_backward(kernel, query, key, value, segment_ids, out, sums, cotangent) -> tuple:
+    """The gradients by query, key and value that a splash attention ``kernel`` has, of its result ``out``, (N, T, H),
+    and the logarithms (N, T) of its softmax's ``sums``: jax offers them together with the forward pass alone."""
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import _splash_attention_bwd
+
+    names = ("save_residuals", "mask_value", "is_mqa", "block_sizes", "residual_checkpoint_name", "mask_function",
+             "attn_logits_soft_cap", "interpret")
+    residuals = (query, key, value, segment_ids, None, out, sums, kernel.dq_mask_info, kernel.dkv_mask_info)
+    return _splash_attention_bwd(**{name: kernel.kwargs[name] for name in names}, res=residuals, do=cotangent)[3:6]

@@ -2,6 +2,7 @@
 
 A batch is a dict of numpy arrays, B rows of S tokens with at most M loss positions each:
     input_ids    (B, S) int32
+    lengths      (B,) int32      tokens of a row that holds one example, padded on the right; or, of packed rows,
     segment_ids  (B, S) int32    0 is padding, 1.. which example of the row
     positions    (B, S) int32    from 0 in every example
     loss_index   (B, M) int32    t: the hidden state there predicts ...
@@ -124,7 +125,7 @@ def fill(encoded: Sequence[One], members: np.ndarray, layout: Layout, pad_id: in
     """Write the examples ``members`` (slots,) (-1: none) into a new batch of the layout's shape."""
     lengths = np.array([len(encoded[i].input_ids) if i >= 0 else 0 for i in members])
     kind = targets(encoded[0])[1].dtype
-    batch = _empty(layout.num_rows, *_width(np.arange(len(members)), lengths, layout), pad_id, kind)
+    batch = _empty(layout.num_rows, *_width(np.arange(len(members)), lengths, layout), pad_id, kind, layout.packed)
     used = np.zeros((layout.num_rows, 3), np.int64)  # per row: tokens, segments, loss positions
     for member, row in zip(members, layout.slot_row, strict=True):
         if member >= 0:
@@ -133,10 +134,10 @@ def fill(encoded: Sequence[One], members: np.ndarray, layout: Layout, pad_id: in
     return batch
 
 
-def _empty(rows: int, width: int, loss_count: int, pad_id: int, kind: np.dtype) -> Batch:
+def _empty(rows: int, width: int, loss_count: int, pad_id: int, kind: np.dtype, packed: bool) -> Batch:
     return {
         "input_ids": np.full((rows, width), pad_id, np.int32),
-        "segment_ids": np.zeros((rows, width), np.int32),
+        **({"segment_ids": np.zeros((rows, width), np.int32)} if packed else {"lengths": np.zeros(rows, np.int32)}),
         "positions": np.zeros((rows, width), np.int32),
         "loss_index": np.zeros((rows, loss_count), np.int32),
         "loss_target": np.zeros((rows, loss_count), kind),
@@ -149,7 +150,10 @@ def _place(batch: Batch, row: int, start: int, segments: int, losses: int, examp
     length, (index, target) = len(example.input_ids), targets(example)
     tokens, slots = slice(start, start + length), slice(losses, losses + len(index))
     batch["input_ids"][row, tokens] = example.input_ids
-    batch["segment_ids"][row, tokens] = segments + 1
+    if "segment_ids" in batch:
+        batch["segment_ids"][row, tokens] = segments + 1
+    else:
+        batch["lengths"][row] = length
     batch["positions"][row, tokens] = np.arange(length)
     batch["loss_index"][row, slots] = start + index
     batch["loss_target"][row, slots] = target
@@ -161,6 +165,8 @@ def stack(batches: Sequence[Batch], pad_id: int = 0) -> Batch:
     """Micro-batches (B, ...) as one batch (n, B, ...), each padded on the right to the widest."""
 
     def widest(key):
+        if batches[0][key].ndim == 1:  # lengths
+            return np.stack([batch[key] for batch in batches])
         size = max(batch[key].shape[1] for batch in batches)
         fill_with = pad_id if key == "input_ids" else 0
         pads = [((0, 0), (0, size - batch[key].shape[1])) for batch in batches]

@@ -17,13 +17,15 @@ class Layout(NamedTuple):
     """The shapes of a run: slot s of a step lies in row ``slot_row[s]``, the examples of a row one after another.
 
     slot_row: (slots,) int. num_rows: rows of a batch. widths: (k,) the row widths that occur, rising; a step takes the
-    first that holds its longest row. loss_counts: (k,) loss positions per row at that width.
+    first that holds its longest row. loss_counts: (k,) loss positions per row at that width. packed: whether a row may
+    hold several examples.
     """
 
     slot_row: np.ndarray
     num_rows: int
     widths: np.ndarray
     loss_counts: np.ndarray
+    packed: bool = False
 
 
 def round_up(lengths, multiple: int):
@@ -121,7 +123,7 @@ def pack_layout(lengths: np.ndarray, answers: np.ndarray, config, multiple: int)
     row_of, width = _rows(longest, config, multiple)
     counts = np.bincount(row_of, weights=_most_answers(strata, lengths, answers), minlength=row_of.max() + 1)
     num_rows = int(round_up(max(config.rows, int(row_of.max()) + 1), multiple))
-    return Layout(row_of, num_rows, np.array([width]), np.array([max(1, min(int(counts.max()), width))]))
+    return Layout(row_of, num_rows, np.array([width]), np.array([max(1, min(int(counts.max()), width))]), True)
 
 
 def pack_order(rng: np.random.Generator, lengths: np.ndarray, layout: Layout) -> np.ndarray:

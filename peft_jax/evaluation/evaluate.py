@@ -15,7 +15,7 @@ from peft_jax.evaluation.generation import GREEDY, Sampling, generate
 from peft_jax.evaluation.objectives import Objective, objective_of
 from peft_jax.evaluation.unpacking import as_chosen
 from peft_jax.parallel.mesh import feed, fetch, row_shards, rows_apart
-from peft_jax.train.loss import pick, summed_loss
+from peft_jax.train.loss import pick, states_of, summed_loss
 from peft_jax.train.progress import watched
 
 
@@ -111,9 +111,7 @@ def make_score(apply: Callable, loss_chunk: int, objective: Objective, mesh: Mes
         def head(states):
             return apply({"params": params}, rows_apart(mesh, states), method="head")
 
-        hidden = apply({"params": params}, batch["input_ids"], positions=batch["positions"],
-                       segment_ids=batch["segment_ids"], method="hidden")
-        picked = pick(hidden, batch["loss_index"])
+        picked = pick(states_of(apply, params, batch), batch["loss_index"])
         loss, weight = summed_loss(head, picked, batch["loss_target"], batch["loss_weight"], loss_chunk,
                                    objective.error, row_shards(mesh))
         if choices is None:

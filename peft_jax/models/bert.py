@@ -218,7 +218,8 @@ class Encoder(nn.Module):
             self.pre_classifier = nn.Dense(c.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype)
         self.classifier = nn.Dense(c.head.num_labels, dtype=self.dtype, param_dtype=self.param_dtype)
 
-    def __call__(self, input_ids, attention_mask=None, *, token_type_ids=None, positions=None, segment_ids=None):
+    def __call__(self, input_ids, attention_mask=None, *, token_type_ids=None, positions=None, segment_ids=None,
+                 lengths=None):
         """Logits (batch, labels) of each text, (batch, seq, labels) of each token, or, without a head, hidden states
         (batch, seq, hidden), in ``dtype``, for ``input_ids`` int (batch, seq).
 
@@ -227,6 +228,7 @@ class Encoder(nn.Module):
           token_type_ids: int (batch, seq), zeros by default.
           positions: int (batch, seq); by default real tokens are counted from 0, anew in each segment.
           segment_ids: int (batch, seq) for packed rows: tokens see their own segment only; 0 is padding.
+          lengths: int (batch,), real tokens of rows that are padded on the right.
 
         Raises ``PeftJaxError`` for inputs whose shapes do not fit, and for packed rows where each row has one answer:
         take :meth:`hidden` and :meth:`head`.
@@ -237,23 +239,25 @@ class Encoder(nn.Module):
             raise PeftJaxError("a row has one answer for one text, but segment_ids pack several into it: apply "
                                "method='hidden', pick the first token of each text, then method='head'.")
         states = self.hidden(input_ids, attention_mask, token_type_ids=token_type_ids, positions=positions,
-                             segment_ids=segment_ids)
+                             segment_ids=segment_ids, lengths=lengths)
         if whole:
             real = masks.real_tokens(input_ids, attention_mask, None)
             states = jnp.take_along_axis(states, jnp.argmax(real, 1)[:, None, None], axis=1)[:, 0]
         return states if head is None else self.head(states)
 
-    def hidden(self, input_ids, attention_mask=None, *, token_type_ids=None, positions=None, segment_ids=None):
+    def hidden(self, input_ids, attention_mask=None, *, token_type_ids=None, positions=None, segment_ids=None,
+               lengths=None):
         """The states (batch, seq, hidden) that :meth:`head` reads, arguments as of ``__call__``: see :meth:`pool`."""
-        masks.check_inputs(input_ids, attention_mask, positions, segment_ids)
-        real = masks.real_tokens(input_ids, attention_mask, segment_ids)
+        masks.check_inputs(input_ids, attention_mask, positions, segment_ids, lengths)
+        real = masks.real_tokens(input_ids, attention_mask, segment_ids, lengths)
         if positions is None and segment_ids is None:
-            self.check_length(masks.longest(input_ids, attention_mask))
+            self.check_length(masks.longest(input_ids, attention_mask, lengths))
         if positions is None:
             positions = masks.count_positions(real, segment_ids, None, None)
         types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         layers = self.transformer if self.config.model_type == "distilbert" else self.encoder
-        seen, _ = self.visible(real, positions, None, segment_ids)
+        rows = masks.row_mask(input_ids, segment_ids, lengths, causal=False)
+        seen, _ = self.visible(None if attention_mask is None else real, positions, None, rows)
         x = layers(self.embeddings(self.embed(input_ids), self.place(positions), types), seen)
         return self.pool(x, masks.same_text(real, segment_ids))
 
@@ -269,10 +273,11 @@ class Encoder(nn.Module):
         """The embeddings (batch, seq, hidden) of ``input_ids`` (batch, seq), to which positions and types are added."""
         return self.embeddings.words(input_ids)
 
-    def visible(self, key_mask, positions, index, segment_ids):
-        """Who sees whom, of keys of which ``key_mask`` (B, S) are real: a boolean mask (B, 1, S, S), and ``None``, as
-        no layer has a window; names are those of :class:`peft_jax.models.llama.CausalLM`, ``index`` is ``None``."""
-        return masks.same_text(key_mask, segment_ids)[:, None], None
+    def visible(self, key_mask, positions, index, rows):
+        """Who sees whom, of keys of which ``key_mask`` (B, S) are real: a boolean mask (B, 1, S, S), or ``rows``
+        without it; and ``None``, as no layer has a window. Names are those of
+        :class:`peft_jax.models.llama.CausalLM`, ``index`` is ``None``."""
+        return rows if key_mask is None else masks.same_text(key_mask, rows.segment_ids)[:, None], None
 
     def pool(self, x, seen):
         """For every token what its answer is read from, (B, S, D), of states ``x`` and, (B, S, S), which tokens are of

@@ -26,15 +26,18 @@ def extend(model, mask, segment_ids):
     return index, held
 
 
-def arrived(model, input_ids, attention_mask, positions, segment_ids):
-    """``(positions, mask of all slots, first free slot)`` of a decoder's call, checked: positions as given or counted,
-    the mask (B, S) and the slot as of :func:`extend`."""
-    masks.check_inputs(input_ids, attention_mask, positions, segment_ids)
-    mask = masks.real_tokens(input_ids, attention_mask, segment_ids)
+def arrived(model, input_ids, attention_mask, positions, segment_ids, lengths):
+    """``(positions, mask of all slots, first free slot, rows)`` of a decoder's call, checked: positions as given or
+    counted, the mask (B, S) and the slot as of :func:`extend`, but no mask where ``rows``, a
+    :class:`peft_jax.models.masks.RowMask`, says it all."""
+    masks.check_inputs(input_ids, attention_mask, positions, segment_ids, lengths)
+    mask = masks.real_tokens(input_ids, attention_mask, segment_ids, lengths)
     index, key_mask = extend(model, mask, segment_ids)
     if positions is None:
         positions = masks.count_positions(mask, segment_ids, key_mask, index)
-    return positions, key_mask, index
+    rows = masks.row_mask(input_ids, segment_ids, lengths, causal=True)
+    in_words = attention_mask is None and index is None
+    return positions, None if in_words else key_mask, index, rows
 
 
 def remember(attention, name, new, index):
@@ -44,6 +47,6 @@ def remember(attention, name, new, index):
     return held
 
 
-def spoiled(x, index, new: int, slots: int):
-    """``x``, NaN where the cache overflowed; see :func:`peft_jax.models.masks.check_room`."""
-    return x if index is None else jnp.where(index + new > slots, jnp.nan, x)
+def spoiled(x, index, key_mask):
+    """``x`` (B, T, D), NaN where the cache overflowed; see :func:`peft_jax.models.masks.check_room`."""
+    return x if index is None else jnp.where(index + x.shape[1] > key_mask.shape[1], jnp.nan, x)

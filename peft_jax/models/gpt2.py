@@ -112,19 +112,21 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(c.layer_norm_epsilon, use_fast_variance=False, **kinds)
         self.lm_head = nn.Dense(c.vocab_size, use_bias=False, **kinds)
 
-    def __call__(self, input_ids, attention_mask=None, *, positions=None, segment_ids=None):
+    def __call__(self, input_ids, attention_mask=None, *, positions=None, segment_ids=None, lengths=None):
         """Logits (batch, seq, vocab) in ``dtype`` for ``input_ids`` int (batch, seq)."""
-        return self.head(self.hidden(input_ids, attention_mask, positions=positions, segment_ids=segment_ids))
+        return self.head(self.hidden(input_ids, attention_mask, positions=positions, segment_ids=segment_ids,
+                                     lengths=lengths))
 
-    def hidden(self, input_ids, attention_mask=None, *, positions=None, segment_ids=None):
+    def hidden(self, input_ids, attention_mask=None, *, positions=None, segment_ids=None, lengths=None):
         """The normed last hidden states (batch, seq, hidden), arguments as of ``__call__``."""
         counted = positions is None and segment_ids is None
-        positions, key_mask, index = cache.arrived(self, input_ids, attention_mask, positions, segment_ids)
+        positions, key_mask, index, rows = cache.arrived(self, input_ids, attention_mask, positions, segment_ids,
+                                                         lengths)
         if counted and index is None:
-            self.check_length(masks.longest(input_ids, attention_mask))
-        seen, _ = self.visible(key_mask, positions, index, segment_ids)
+            self.check_length(masks.longest(input_ids, attention_mask, lengths))
+        seen, _ = self.visible(key_mask, positions, index, rows)
         x = self.embed(input_ids) + self.wpe(self.place(positions))
-        x, _ = self.h(cache.spoiled(x, index, positions.shape[1], key_mask.shape[1]), seen, index)
+        x, _ = self.h(cache.spoiled(x, index, key_mask), seen, index)
         return self.ln_f(x)
 
     def check_length(self, tokens: int) -> None:
@@ -139,9 +141,9 @@ class GPT2(nn.Module):
         """The embeddings (batch, seq, hidden) of ``input_ids`` (batch, seq), to which those of positions are added."""
         return self.wte(input_ids)
 
-    def visible(self, key_mask, positions, index, segment_ids):
-        """Who sees whom: a boolean mask (B, 1, T, S), and ``None``, since no layer has a window."""
-        return masks.attention_masks(key_mask, positions.shape[1], index, segment_ids, None)
+    def visible(self, key_mask, positions, index, rows):
+        """Who sees whom: a mask, and ``None``, since no layer has a window."""
+        return masks.attention_masks(key_mask, positions.shape[1], index, rows, None)
 
     def head(self, hidden):
         """Logits (..., vocab) of hidden states (..., hidden)."""

@@ -117,8 +117,7 @@ class DecoderLayer(nn.Module):
         """(B, T, D) -> ((B, T, D), None); ``windowed`` is this layer's boolean scalar."""
         c = self.config
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        if window_mask is not None:
-            mask = jnp.where(windowed, window_mask, mask)
+        mask = masks.of_layer(windowed, mask, window_mask)
         normed = nn.RMSNorm(c.rms_norm_eps, **kinds, name="input_layernorm")(x)
         x = x + SelfAttention(c, **kinds, name="self_attn")(normed, cos, sin, mask, index)
         normed = nn.RMSNorm(c.rms_norm_eps, **kinds, name="post_attention_layernorm")(x)
@@ -164,29 +163,35 @@ class CausalLM(nn.Module):
         self.norm = nn.RMSNorm(c.rms_norm_eps, **kinds)
         self.lm_head = nn.Dense(c.vocab_size, use_bias=False, **kinds)
 
-    def __call__(self, input_ids, attention_mask=None, *, positions=None, segment_ids=None):
+    def __call__(self, input_ids, attention_mask=None, *, positions=None, segment_ids=None, lengths=None):
         """Logits (batch, seq, vocab) in ``dtype`` for ``input_ids`` int (batch, seq).
 
         Args:
           attention_mask: (batch, seq), 1 for real tokens, padding on either side. With a cache: of the new tokens only.
           positions: int (batch, seq); by default real tokens are counted from 0, anew in each segment.
           segment_ids: int (batch, seq) for packed rows: tokens see their own segment only; 0 is padding.
+          lengths: int (batch,) for rows of one text each, padded on the right: how many real tokens they have. Without
+            any of the three all tokens are real. Where there is no attention_mask, kernels get no mask but these words.
 
         A ``cache`` collection (see :meth:`init_cache`), passed as mutable, is read and extended.
         Raises ``PeftJaxError`` for inputs whose shapes do not fit, and for a full cache; under ``jit``, where nobody
         can see how full it is, tokens beyond it give NaN.
         """
-        return self.head(self.hidden(input_ids, attention_mask, positions=positions, segment_ids=segment_ids))
+        return self.head(self.hidden(input_ids, attention_mask, positions=positions, segment_ids=segment_ids,
+                                     lengths=lengths))
 
-    def hidden(self, input_ids, attention_mask=None, *, positions=None, segment_ids=None):
+    def hidden(self, input_ids, attention_mask=None, *, positions=None, segment_ids=None, lengths=None):
         """The normed last hidden states (batch, seq, hidden), arguments as of ``__call__``."""
-        positions, key_mask, index = cache.arrived(self, input_ids, attention_mask, positions, segment_ids)
+        positions, key_mask, index, rows = cache.arrived(self, input_ids, attention_mask, positions, segment_ids,
+                                                         lengths)
         cos, sin = rope.angles(self.place(positions), rope.inverse_frequencies(
             self.config.head_dim, self.config.rope_theta, self.config.rope_scaling))
-        full, windowed = self.visible(key_mask, positions, index, segment_ids)
-        flags = jnp.asarray(self.config.sliding_layers or (False,) * self.config.num_hidden_layers)
-        x = cache.spoiled(self.embed(input_ids), index, positions.shape[1], key_mask.shape[1])
-        x, _ = self.layers(x, flags, cos, sin, full, windowed, index)
+        full, windowed = self.visible(key_mask, positions, index, rows)
+        flags = self.config.sliding_layers or (False,) * self.config.num_hidden_layers
+        if all(flags):  # known here, so that the layers need no choice
+            full, windowed = windowed, None
+        x = cache.spoiled(self.embed(input_ids), index, key_mask)
+        x, _ = self.layers(x, jnp.asarray(flags), cos, sin, full, windowed, index)
         return self.norm(x)
 
     def place(self, positions):
@@ -197,11 +202,12 @@ class CausalLM(nn.Module):
         """The first layer's input (batch, seq, hidden) of ``input_ids`` (batch, seq)."""
         return self.embed_tokens(input_ids)
 
-    def visible(self, key_mask, positions, index, segment_ids):
-        """Who sees whom, of queries at ``positions`` (B, T) and keys of which ``key_mask`` (B, S) are real: two boolean
-        masks (B, 1, T, S), for layers without a window and for those with one, ``None`` where there is none.
+    def visible(self, key_mask, positions, index, rows):
+        """Who sees whom, of queries at ``positions`` (B, T) and keys of which ``key_mask`` (B, S) are real: two masks,
+        for layers without a window and for those with one, ``None`` where there is none. They are boolean arrays
+        (B, 1, T, S) or, without a key_mask, :class:`peft_jax.models.masks.RowMask` like ``rows``.
         """
-        return masks.attention_masks(key_mask, positions.shape[1], index, segment_ids, self._window())
+        return masks.attention_masks(key_mask, positions.shape[1], index, rows, self._window())
 
     def head(self, hidden):
         """Logits (..., vocab) of hidden states (..., hidden)."""

@@ -12,7 +12,7 @@ from peft_jax.core import tree
 from peft_jax.parallel.mesh import row_shards
 from peft_jax.planner.liveness import kept, loops
 from peft_jax.planner.shapes import Shapes
-from peft_jax.train.loss import pick, summed_loss
+from peft_jax.train.loss import pick, states_of, summed_loss
 
 GROUPS = ("weights", "gradients", "optimiser", "activations", "logits", "batch")
 
@@ -40,7 +40,7 @@ def sum_of_parts(shapes: Shapes, loss_chunk: int, error: Callable) -> list[Part]
             _optimiser(shapes.opt_state, tree.count(shapes.trainable)),
             *_working(*found, shapes, loss_chunk),
             *_gathered(shapes),
-            Part("batch", held((shapes.batch, *OTHERS)), "token ids, positions, segments, answers; the step's number, "
+            Part("batch", held((shapes.batch, *OTHERS)), "token ids, positions, lengths, answers; the step's number, "
                  "a key", "batch")]
 
 
@@ -158,8 +158,7 @@ def _within(shapes: Shapes, chunk: int, error: Callable) -> tuple[tuple[int, int
     micro = {name: jax.ShapeDtypeStruct(shard(leaf).shape[1:], leaf.dtype) for name, leaf in shapes.batch.items()}
 
     def hidden(trainable, frozen, micro):
-        states = apply({"params": tree.combine(frozen, trainable)}, micro["input_ids"], positions=micro["positions"],
-                       segment_ids=micro["segment_ids"], rngs={"dropout": jax.random.key(0)}, method="hidden")
+        states = states_of(apply, tree.combine(frozen, trainable), micro, {"dropout": jax.random.key(0)})
         return pick(states, micro["loss_index"])
 
     def back(trainable, frozen, micro, gradient):

@@ -61,11 +61,12 @@ def _loops(jaxpr: Jaxpr, adds: bool) -> list[tuple[int, int]]:
     return found
 
 
-KERNELS = {"core_map", "mpmd_map"}  # a GPU's, of Pallas: what they make lies in a processor's own memory
+KERNELS = {"pallas_call", "core_map", "mpmd_map"}  # Pallas' own
 
 
 def inside(equation) -> Iterator[Jaxpr]:
-    """The programs within an equation: bodies of loops, branches, called functions; not a GPU's kernels."""
+    """The programs within an equation: bodies of loops, branches, called functions; not a kernel's, which computes in
+    a memory of its own."""
     if equation.primitive.name in KERNELS:
         return
     for value in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)):

@@ -48,7 +48,8 @@ def plan(method: Method, model: Any, optimizer: optax.GradientTransformation, ba
       base: the model's parameters or their shapes; by default what ``model.init`` gives, in the model's
         ``param_dtype``.
       target: what to compile for, such as ``peft_jax.planner.h100()``; by default a device of the default backend.
-      packed: rows hold several texts, positions from 0 in each: they may be longer than the model's positions.
+      packed: rows hold several texts, positions from 0 in each: they may be longer than the model's positions, and have
+        ``segment_ids`` instead of ``lengths``.
       assumed: words on where the shapes come from, to be shown with the plan.
 
     Returns a :class:`peft_jax.planner.Plan`; ``peft_jax.planner.describe(plan)`` is its table, ``plan.groups`` the
@@ -63,7 +64,7 @@ def plan(method: Method, model: Any, optimizer: optax.GradientTransformation, ba
     >>> sizes = LlamaConfig(99, 32, 48, 2, 4, 2, 8, 1e-5, 1e4, 256, True)
     >>> found = plan(lora(r=4), sizes, optax.adamw(1e-4), batch=2, seq=16)
     >>> {name: found.groups[name] for name in ("weights", "gradients", "optimiser", "batch")}
-    {'weights': 78352, 'gradients': 3584, 'optimiser': 7172, 'batch': 756}
+    {'weights': 78352, 'gradients': 3584, 'optimiser': 7172, 'batch': 636}
     """
     check_types(method, optimizer, mesh, target)
     if target is not None and several(mesh):

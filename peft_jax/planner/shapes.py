@@ -16,10 +16,11 @@ from peft_jax.errors import PeftJaxError
 from peft_jax.hub import families
 from peft_jax.hub.load import floating
 from peft_jax.method import Method
-from peft_jax.models.attention import AttentionCore, check_device, flash_fits
+from peft_jax.models.attention import LACKS, AttentionCore, check_device, choice
 from peft_jax.parallel import partitioning
 from peft_jax.parallel.mesh import ROWS, row_shards, several
 from peft_jax.planner.target_device import Target
+from peft_jax.train.loss import states_of
 
 STEPS = 1000  # of the schedule, where only epochs are set: a constant of the program, no memory
 
@@ -75,7 +76,8 @@ def _check_model(model, given) -> None:
     kind = type(model)
     if lacks := [name for name in ("hidden", "head") if not hasattr(kind, name)]:
         raise PeftJaxError(f"plan: a {kind.__name__} has no method '{lacks[0]}': training calls hidden(input_ids, "
-                           "positions=, segment_ids=), then head(hidden) in chunks, so give the model both.")
+                           "positions=, lengths= or segment_ids=), then head(hidden) in chunks, so give the model "
+                           "both.")
     if lacks := [name for name in given if name not in kind.__dataclass_fields__]:
         raise PeftJaxError(f"plan: a {kind.__name__} has no field '{lacks[0]}' to set: leave {lacks[0]} out.")
 
@@ -96,7 +98,7 @@ def shapes(model: Any, method: Method, optimizer: optax.GradientTransformation, 
     base = abstract(model) if base is None else base
     plain = jax.eval_shape(method.init, jax.random.key(0), base)
     mesh = several(mesh)
-    found = batch_shapes(batch, seq, answers, accumulate_steps, kind, mesh)
+    found = batch_shapes(batch, seq, answers, accumulate_steps, kind, mesh, packed)
     params = partitioning.shapes(plain, partitioning.shardings(method, model, plain, mesh)) if mesh else plain
     jax.eval_shape(bind(method, model, mesh), {"params": params}, jnp.zeros((1, 8), jnp.int32))  # leaves nothing reads
     model = attending(model, method, plain, found, target)
@@ -121,8 +123,8 @@ def _answers(model, seq: int) -> int:
 
 
 def check_attention(config: Any, dtype: Any, target: Target | None = None) -> None:
-    """Raise ``PeftJaxError`` where ``config`` asks for cuDNN and the target, or this machine, does not have it."""
-    if getattr(config, "attn_implementation", None) == "cudnn":
+    """Raise ``PeftJaxError`` where ``config`` asks for a program that the target, or this machine, does not have."""
+    if getattr(config, "attn_implementation", None) in LACKS:
         check_device(config, dtype, target and target.device)
 
 
@@ -137,15 +139,16 @@ def abstract(model: Any) -> tree.Tree:
 
 
 def batch_shapes(rows: int, seq: int, answers: int, accumulate_steps: int = 1, kind: Any = jnp.int32,
-                 mesh: Mesh | None = None) -> dict[str, Any]:
+                 mesh: Mesh | None = None, packed: bool = False) -> dict[str, Any]:
     """The shapes of a step's batch as :mod:`peft_jax.data.batches` has it, the axis of micro-batches in front."""
     where = NamedSharding(mesh, PartitionSpec(None, ROWS)) if mesh else None
 
-    def of(width, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct((accumulate_steps, rows, width), dtype, sharding=where)
+    def of(*width, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct((accumulate_steps, rows, *width), dtype, sharding=where)
 
-    return {"input_ids": of(seq), "segment_ids": of(seq), "positions": of(seq),
-            "loss_index": of(answers), "loss_target": of(answers, kind), "loss_weight": of(answers, jnp.float32)}
+    return {"input_ids": of(seq), **({"segment_ids": of(seq)} if packed else {"lengths": of()}), "positions": of(seq),
+            "loss_index": of(answers), "loss_target": of(answers, dtype=kind),
+            "loss_weight": of(answers, dtype=jnp.float32)}
 
 
 def attending(model: Any, method: Method, params: tree.Tree, batch: Mapping[str, Any],
@@ -155,22 +158,22 @@ def attending(model: Any, method: Method, params: tree.Tree, batch: Mapping[str,
     device = target and target.device
     if device is None or getattr(model.config, "attn_implementation", None) != "auto":
         return model
-    fits = []
+    choices = set()
 
     def watch(next_fun, context, *args, **kwargs):
         if isinstance(context.module, AttentionCore):
-            fits.append(flash_fits(args[0], args[1], device))
+            query, key, _, mask = args
+            choices.add(choice(query, key, mask, device))
         return next_fun(*args, **kwargs)
 
     def intercept(next_fun, args, kwargs, context):
         return method.intercept(partial(watch, next_fun, context), args, kwargs, context)
 
-    ids, segments, positions = (batch[name] for name in ("input_ids", "segment_ids", "positions"))
     plain = model.clone(config=dataclasses.replace(model.config, attn_implementation="xla"))
-    jax.eval_shape(lambda params, *given: bind(method._replace(intercept=intercept), plain)(
-        {"params": params}, given[0][0], segment_ids=given[1][0], positions=given[2][0], method="hidden"),
-        params, ids, segments, positions)
-    chosen = "cudnn" if fits and all(fits) else "xla"
+    apply = bind(method._replace(intercept=intercept), plain)
+    jax.eval_shape(lambda params, batch: states_of(apply, params, jax.tree.map(lambda one: one[0], batch)),
+                   params, dict(batch))
+    chosen = choices.pop() if len(choices) == 1 else "xla"
     return model.clone(config=dataclasses.replace(model.config, attn_implementation=chosen))
 
 

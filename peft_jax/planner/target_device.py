@@ -1,4 +1,5 @@
-"""A device that need not be there: with jax's CUDA plugin installed, programs compile for an H100 on any machine."""
+"""A device that need not be there: with jax's CUDA plugin programs compile for an H100 on any machine, with libtpu for
+a chip of a TPU."""
 
 from typing import Any, NamedTuple
 
@@ -56,3 +57,18 @@ def h100() -> Target | None:
         return None
     place = jax.sharding.SingleDeviceSharding(found.devices[0])
     return Target(f"{found.devices[0].device_kind}, without one", place, {"xla_gpu_autotune_level": "0"})
+
+
+def tpu(topology: str = "v5p:2x2x1") -> Target | None:
+    """One chip of a TPU as a target, ``None`` where libtpu is not installed or does not load.
+
+    ``topology``: a kind and the chips of a host, such as "v5e:2x2" or "v6e:2x2". On a machine without a TPU libtpu
+    loads with ``JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1`` in the environment; the second says that there is no server to
+    ask about the TPU.
+    """
+    try:
+        found = topologies.get_topology_desc(topology, "tpu")
+    except (NotImplementedError, RuntimeError):
+        return None
+    kind, place = found.devices[0].device_kind, jax.sharding.SingleDeviceSharding(found.devices[0])
+    return Target(f"{kind}, without one", place, {})

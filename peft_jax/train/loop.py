@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from peft_jax.core.rows import real_tokens
 from peft_jax.errors import PeftJaxError
 from peft_jax.parallel import processes
 from peft_jax.parallel.mesh import feed
@@ -136,7 +137,7 @@ def fit(
     with stop or StopRequest() as stop:
         while done < total_steps and not stopping:
             state, metrics = _take(step, state, frozen, batch, mesh, guard, trace)
-            tokens, done = int((batch["segment_ids"] > 0).sum()), done + 1
+            tokens, done = int(real_tokens(batch).sum()), done + 1
             batch = at_step(batches, done) if done < total_steps else {}  # while the device works
             values = {name: float(value) for name, value in metrics.items()}  # waits for it
             _check_finite(values, done, checkpoints)

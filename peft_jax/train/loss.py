@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from peft_jax.core import rows
+from peft_jax.errors import PeftJaxError
 from peft_jax.parallel.mesh import row_shards, rows_apart
 
 
@@ -91,14 +93,29 @@ def _total_backward(pure, error, kept, cotangent):
 _total.defvjp(_total_forward, _total_backward)
 
 
+def states_of(apply, params, batch, rngs=None):
+    """What the model's ``hidden`` makes of a batch: (batch, seq, hidden).
+
+    Raises ``PeftJaxError`` where the batch has ``lengths`` and the model does not take them.
+    """
+    try:
+        return apply({"params": params}, batch["input_ids"], positions=batch["positions"], **rows.arguments(batch),
+                     rngs=rngs, method="hidden")
+    except TypeError as error:
+        if "unexpected keyword argument 'lengths'" not in str(error):
+            raise
+        raise PeftJaxError("the model's hidden does not take lengths=, int (rows,), by which rows of one text each say "
+                           "how many of their tokens are real: add it, or pack rows (data.collate=pack), whose batches "
+                           "have segment_ids.") from error
+
+
 def batch_loss(apply, params, batch, *, chunk: int, rngs=None, error=cross_entropy, mesh=None):
     """Summed loss and weight of a batch, laid out as :mod:`peft_jax.data.batches` says.
 
     The model has ``hidden`` and ``head``: what the head makes of the states at the tokens that the batch names is
     compared with the batch's targets by ``error``. On a ``mesh`` the rows stay split.
     """
-    hidden = apply({"params": params}, batch["input_ids"], positions=batch["positions"],
-                   segment_ids=batch["segment_ids"], rngs=rngs, method="hidden")
+    hidden = states_of(apply, params, batch, rngs)
 
     def head(states):
         return apply({"params": params}, rows_apart(mesh, states), rngs=rngs, method="head")

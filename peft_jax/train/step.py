@@ -97,7 +97,8 @@ def make_step(apply: Callable, tx: optax.GradientTransformation, loss_chunk: int
       ``step``. ``frozen`` is the second tree of :func:`peft_jax.partition`. ``batch`` has the arrays below, with the
       axes (accumulate_steps, rows) in front; int32 but for ``loss_weight``, and ``loss_target`` where it is a score:
 
-      * ``input_ids``, ``segment_ids`` (0: padding) and ``positions``: (..., tokens).
+      * ``input_ids`` and ``positions``: (..., tokens). ``lengths``: (...), how many of a row's tokens are one text,
+        padding behind it; or, of packed rows, ``segment_ids``: (..., tokens), 0 for padding; or neither.
       * ``loss_index``: (..., answers), at which tokens the model is asked. ``loss_target``: the answer there.
         ``loss_weight``: float32, 0 where there is none.
 
@@ -113,7 +114,7 @@ def make_step(apply: Callable, tx: optax.GradientTransformation, loss_chunk: int
     >>> params = method.init(jax.random.key(1), base)
     >>> trainable, frozen = peft_jax.partition(params, method.labels(params))
     >>> ids = jnp.arange(5)[None, None]  # one micro-batch of one row; each token is asked for its next one
-    >>> batch = {"input_ids": ids, "segment_ids": jnp.ones_like(ids), "positions": ids, "loss_index": ids[..., :4],
+    >>> batch = {"input_ids": ids, "lengths": jnp.array([[5]]), "positions": ids, "loss_index": ids[..., :4],
     ...          "loss_target": ids[..., 1:], "loss_weight": jnp.ones((1, 1, 4))}
     >>> step, state = make_step(peft_jax.bind(method, model), tx), init_state(trainable, tx, jax.random.key(2))
     >>> losses = []

@@ -52,7 +52,7 @@ def test_it_is_the_memory_of_the_program_that_training_runs(asked, experiment, o
     _, rows, length = batch["input_ids"].shape
     found = plan(method, session.model, build_optimizer(config.optim, total, method.labels(params)),
                  rows, length, answers=batch["loss_index"].shape[-1],
-                 accumulate_steps=config.optim.accumulate_steps)
+                 accumulate_steps=config.optim.accumulate_steps, packed="segment_ids" in batch)
     assert found.program.memory == real
 
 

@@ -3,12 +3,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from peft_jax.core.rows import real_tokens
 from peft_jax.data import Batches, Encoded, eval_batches, prompt_batches
 from peft_jax.data.batches import stack
 from peft_jax.data.packing import best_widths
 from peft_jax.errors import PeftJaxError
 
 COLLATIONS = ("pad", "bucket", "pack")
+ROWS = {"pad": "lengths", "bucket": "lengths", "pack": "segment_ids"}  # what says which tokens are real
 
 
 def config(collate="pad", **changes):
@@ -31,9 +33,9 @@ def made(count=101, seed=0, longest=60):
 
 
 def segments(batch):
-    """The sequences that lie in a batch, read back from segment_ids alone."""
+    """The sequences that lie in a batch, read back from segment_ids or lengths alone."""
     found = []
-    for ids, segment, positions in zip(batch["input_ids"], batch["segment_ids"], batch["positions"], strict=True):
+    for ids, segment, positions in zip(batch["input_ids"], segments_of(batch), batch["positions"], strict=True):
         for number in range(1, segment.max() + 1):
             (where,) = np.nonzero(segment == number)
             assert (np.diff(where) == 1).all(), "a segment must be contiguous"
@@ -43,14 +45,20 @@ def segments(batch):
     return found
 
 
+def segments_of(batch):
+    """segment_ids, of rows of one example each too."""
+    return batch["segment_ids"] if "segment_ids" in batch else real_tokens(batch).astype(np.int32)
+
+
 def check_losses(batch):
     """Every target is the next token of the same segment; empty slots weigh nothing."""
     for row in range(len(batch["input_ids"])):
         real = batch["loss_weight"][row] > 0
         index, target = batch["loss_index"][row][real], batch["loss_target"][row][real]
         assert (batch["input_ids"][row][index + 1] == target).all()
-        assert (batch["segment_ids"][row][index + 1] == batch["segment_ids"][row][index]).all()
-        assert (batch["segment_ids"][row][index] > 0).all() and len(set(index.tolist())) == len(index)
+        segment = segments_of(batch)[row]
+        assert (segment[index + 1] == segment[index]).all()
+        assert (segment[index] > 0).all() and len(set(index.tolist())) == len(index)
 
 
 def targets(batches):
@@ -78,10 +86,11 @@ def test_every_example_once_per_epoch_and_never_mixed(collate, count, batch_size
 def test_dtypes_and_equal_shapes_within_a_batch(collate):
     for batch in (Batches(made(), config(collate)).at(i) for i in range(5)):
         assert {k: v.dtype for k, v in batch.items()} == {
-            **dict.fromkeys(("input_ids", "segment_ids", "positions", "loss_index", "loss_target"), np.int32),
+            **dict.fromkeys(("input_ids", ROWS[collate], "positions", "loss_index", "loss_target"), np.int32),
             "loss_weight": np.float32,
         }
-        assert batch["input_ids"].shape == batch["segment_ids"].shape == batch["positions"].shape
+        assert batch["input_ids"].shape == segments_of(batch).shape == batch["positions"].shape
+        assert batch[ROWS[collate]].shape == batch["input_ids"].shape[:2 if collate == "pack" else 1]
         assert batch["loss_index"].shape == batch["loss_target"].shape == batch["loss_weight"].shape
 
 
@@ -120,7 +129,7 @@ def test_steps_of_an_epoch_have_nearly_equally_many_examples(collate):
 def test_efficiency_is_what_the_batches_hold():
     batches = Batches(made(), config("bucket"))
     steps = [batches.at(i) for i in range(batches.num_steps_per_epoch)]
-    real, area = sum((b["segment_ids"] > 0).sum() for b in steps), sum(b["input_ids"].size for b in steps)
+    real, area = sum(real_tokens(b).sum() for b in steps), sum(b["input_ids"].size for b in steps)
     assert batches.describe()["efficiency"] == pytest.approx(real / area)
     assert batches.describe()["shapes"] == len({b["input_ids"].shape for b in steps})
 
@@ -172,9 +181,9 @@ def test_accumulation_stacks_consecutive_micro_batches(collate):
         batch, singles = stacked.at(step), [plain.at(3 * step + i) for i in range(3)]
         for i, single in enumerate(singles):
             for key, value in single.items():
-                assert (batch[key][i, :, : value.shape[1]] == value).all() and not batch[key][
-                    i, :, value.shape[1] :
-                ].any()
+                tokens = value.shape[1:]
+                assert (batch[key][(i, slice(None), *map(slice, tokens))] == value).all()
+                assert not tokens or not batch[key][i, :, tokens[0] :].any()
     assert stacked.num_steps(2) == round(2 * plain.num_steps_per_epoch / 3)
 
 
@@ -186,7 +195,8 @@ def test_padding_is_the_pad_token_and_weighs_nothing():
     single = [Batches([one], config(width_multiple=1, batch_size=1), pad_id=7).at(0) for one in encoded]
     both = stack(single, pad_id=7)
     assert both["input_ids"].tolist() == [[[1, 2, 3, 7, 7]], [[1, 2, 3, 4, 5]]]
-    assert both["segment_ids"].tolist() == [[[1, 1, 1, 0, 0]], [[1] * 5]]
+    assert both["lengths"].tolist() == [[3], [5]]
+    assert segments_of(both).tolist() == [[[1, 1, 1, 0, 0]], [[1] * 5]]
     assert both["positions"].tolist() == [[[0, 1, 2, 0, 0]], [[0, 1, 2, 3, 4]]]
     assert both["loss_weight"].tolist() == [[[1, 1, 0, 0]], [[1] * 4]]
     assert both["loss_target"].tolist() == [[[2, 3, 0, 0]], [[2, 3, 4, 5]]]
@@ -220,7 +230,7 @@ def test_eval_batches_are_finite_in_order_and_weigh_missing_rows_nothing():
     )
     found = [segment[0] // 1000 - 1 for batch in batches for segment in segments(batch)]
     assert found == list(range(21))
-    assert not batches[-1]["loss_weight"][5:].any() and not batches[-1]["segment_ids"][5:].any()
+    assert not batches[-1]["loss_weight"][5:].any() and not segments_of(batches[-1])[5:].any()
     for batch in batches:
         check_losses(batch)
     assert targets(batches) == sorted(t for e in encoded for t in e.input_ids[e.loss_mask].tolist())

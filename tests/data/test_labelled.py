@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from peft_jax.core.rows import real_tokens
 from peft_jax.data import Batches, eval_batches
 from peft_jax.data.labelled import Labelled, encode_labelled, targets
 from peft_jax.data.tables import keys_of_labels
@@ -44,7 +45,8 @@ def test_the_label_is_asked_at_the_first_token_of_each_text(tokenizer, collate, 
     asked = {}
     for row, slot in zip(rows, slots):
         first = batch["loss_index"][row, slot]
-        inside = batch["segment_ids"][row] == batch["segment_ids"][row, first]
+        segments = batch.get("segment_ids", real_tokens(batch))
+        inside = segments[row] == segments[row, first]
         assert batch["positions"][row, first] == 0
         asked[tuple(batch["input_ids"][row][inside])] = batch["loss_target"][row, slot]
     assert asked == {tuple(one.input_ids): one.label for one in found}

@@ -65,7 +65,7 @@ def test_a_model_with_cudnn_lowers_to_flash_attention_forward_and_back(method, m
 
 def test_an_unknown_implementation_says_which_there_are():
     model = CausalLM(replace(SIZES, attn_implementation="flash"))
-    with pytest.raises(PeftJaxError, match=r"attn_implementation='flash'.*auto, cudnn, xla"):
+    with pytest.raises(PeftJaxError, match=r"attn_implementation='flash'.*auto, xla, cudnn, splash"):
         model.init(jax.random.key(0), np.zeros((1, 2), np.int32))
 
 
@@ -83,6 +83,8 @@ def test_cudnn_without_a_gpu_is_an_error_that_says_so():
         attention.check_device(replace(SIZES, attn_implementation="cudnn"), jnp.bfloat16)
     attention.check_device(replace(SIZES, attn_implementation="cudnn"), jnp.bfloat16, H100)
     attention.check_device(SIZES, jnp.bfloat16)
+    with pytest.raises(PeftJaxError, match="attn_implementation='splash' wants a TPU"):
+        attention.check_device(replace(SIZES, attn_implementation="splash"), jnp.bfloat16)
 
 
 def test_heads_that_a_mesh_cannot_share_evenly_do_without_cudnn():

@@ -17,6 +17,7 @@ from peft_jax import lora
 from peft_jax.binding.linen import bind
 from peft_jax.cli.build_optimizer import build_optimizer, build_schedule
 from peft_jax.core import tree
+from peft_jax.core.rows import real_tokens
 from peft_jax.data import Batches, encode_all
 from peft_jax.errors import PeftJaxError
 from peft_jax.train import loop
@@ -192,7 +193,7 @@ def test_the_log_tells_seconds_over_resumptions_and_real_tokens_each(setting, tm
     run(setting, tmp_path / "run")
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["seconds"] for row in rows] == [1, 2, 3, 4, 5]
-    tokens = [int((at_step(setting.batches, step)["segment_ids"] > 0).sum()) for step in range(STEPS)]
+    tokens = [int(real_tokens(at_step(setting.batches, step)).sum()) for step in range(STEPS)]
     assert [row["tokens_per_second"] for row in rows] == [*tokens[:4], (tokens[3] + tokens[4]) / 2]
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from peft_jax.errors import PeftJaxError
 from peft_jax.parallel.mesh import feed, make_mesh
 from peft_jax.planner.collectives import collectives
 from peft_jax.train.loss import batch_loss, cross_entropy, pick, squared_error, summed_loss
@@ -104,6 +105,14 @@ def asked(table, target, weight):
         return states @ params["kernel"] if "kernel" in params else neighbours(states)
 
     return apply, {"table": table}, batch
+
+
+def test_a_model_of_ones_own_that_takes_no_lengths_is_told(inputs):
+    apply, params, batch = asked(jnp.ones((16, 5)), np.zeros((4, 3), int), np.ones((4, 3), np.float32))
+    del batch["segment_ids"]
+    assert np.isfinite(batch_loss(apply, params, batch, chunk=4)[0])
+    with pytest.raises(PeftJaxError, match=r"hidden does not take lengths=, int \(rows,\).*data\.collate=pack"):
+        batch_loss(apply, params, batch | {"lengths": np.full(4, 3)}, chunk=4)
 
 
 @pytest.mark.parametrize("sizes, shards", [((1, 1, 1), 1), ((2, 1, 1), 2), ((1, 2, 2), 2), ((2, 2, 1), 4)])

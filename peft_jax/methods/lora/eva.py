@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from peft_jax.core import kernel_axes, targeting, validation
+from peft_jax.core import kernel_axes, rows, targeting, validation
 from peft_jax.errors import PeftJaxError
 
 DEFAULTS = {"rho": 2.0, "tau": 0.99, "whiten": False, "adjust_scaling_factors": True}
@@ -54,7 +54,8 @@ def analyse(options: Mapping[str, Any] | None, model: Any, params: Mapping[str, 
 
     Args:
       options: ``eva_config``. targets: of the LoRA. ranks: of each module by name, before they are shared out.
-      batches: dicts with ``input_ids`` and maybe ``positions`` and ``segment_ids`` (..., batch, seq), 0 for padding.
+      batches: dicts with ``input_ids`` and maybe ``positions`` (..., batch, seq) and, where there is padding,
+        ``lengths`` (..., batch) or ``segment_ids`` (..., batch, seq), as :mod:`peft_jax.data.batches` has them.
     Raises:
       PeftJaxError: no batches, modules that the pass does not call or whose nn.scan withholds intermediates.
     """
@@ -92,16 +93,18 @@ def _inputs(model: Any, params: Mapping[str, Any], batch: Mapping[str, Any], tar
             context.module.sow("intermediates", "seen", flat)
         return next_fun(*args, **kwargs)
 
-    rows = {name: np.asarray(batch[name]).reshape(-1, np.shape(batch[name])[-1])
-            for name in ("input_ids", "positions", "segment_ids") if name in batch}
+    width = np.shape(batch["input_ids"])[-1]
+    given = {name: np.asarray(batch[name]).reshape(-1) if name == "lengths" else
+             np.asarray(batch[name]).reshape(-1, width)
+             for name in ("input_ids", "positions", *rows.NAMES) if name in batch}
     with nn.intercept_methods(note):
-        _, seen = model.apply({"params": params}, **rows, mutable=["intermediates"])
+        _, seen = model.apply({"params": params}, **given, mutable=["intermediates"])
     flat = {path: _at(seen.get("intermediates", {}), path) for path in paths}
     absent = [path for path, x in flat.items() if x is None or x.shape[:-2] != paths[path].stack]
     if absent:
         raise PeftJaxError(f"eva: the inputs of '{absent[0]}' cannot be seen: the pass does not call it, or calls it "
                            "more than once, or its nn.scan lacks variable_axes={'intermediates': 0}.")
-    return flat, jnp.asarray(rows.get("segment_ids", np.ones_like(rows["input_ids"]))).ravel() > 0
+    return flat, jnp.asarray(rows.real_tokens(given)).ravel()
 
 
 def _at(seen: Mapping[str, Any], path: str) -> Any:

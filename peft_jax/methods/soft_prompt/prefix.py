@@ -24,6 +24,7 @@ from peft_jax.core.peft_format import Format, Naming, Slot
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.methods.soft_prompt import virtual_tokens
+from peft_jax.models import masks
 
 # The kernel that makes the keys, beside the attention's core, by its name: how many parts its output has.
 KEYS = {"k_proj": 1, "c_attn": 3, "key": 1, "k_lin": 1}
@@ -169,14 +170,14 @@ def _own(context: Any) -> jax.Array | None:
 
 
 def _attend(config: Mapping[str, Any], own: jax.Array, context: Any, next_fun: Callable[..., Any], query: jax.Array,
-            key: jax.Array, value: jax.Array, mask: jax.Array) -> Any:
+            key: jax.Array, value: jax.Array, mask: Any) -> Any:
     n, where = own.shape[0], "/".join(context.module.path)
     heads, size = key.shape[2:]
     if own.shape[1:] != (2, heads * size) or config["num_attention_heads"] not in (None, heads):
         raise PeftJaxError(f"'{where}' has {heads} kv heads of {size}, the prefix is {own.shape} for "
                            f"num_attention_heads={config['num_attention_heads']}: it is another model's.")
-    if mask.shape[-1] != n + key.shape[1]:
-        raise PeftJaxError(f"'{where}' gets a mask for {mask.shape[-1]} keys, {n} virtual and {key.shape[1]} others: "
+    if masks.keys(mask) != n + key.shape[1]:
+        raise PeftJaxError(f"'{where}' gets a mask for {masks.keys(mask)} keys, {n} virtual and {key.shape[1]} others: "
                            "prefix tuning needs a model whose masks pass through its method visible().")
     front = jnp.broadcast_to(own.reshape(1, n, 2, heads, size), (key.shape[0], n, 2, heads, size))
     key, value = (jnp.concatenate([front[:, :, i].astype(x.dtype), x], axis=1) for i, x in enumerate((key, value)))
@@ -185,12 +186,10 @@ def _attend(config: Mapping[str, Any], own: jax.Array, context: Any, next_fun: C
 
 def _count(params: Mapping[str, Any]) -> int:
     """How many virtual tokens the whole tree holds."""
-    for path, leaf in tree.flatten(params).items():
-        if path == "prefix_encoder/tokens":
-            return leaf.shape[0]
-        if path.endswith("core/prefix"):
-            return leaf.shape[1]
-    return 0
+    flat = tree.flatten(params)
+    if "prefix_encoder/tokens" in flat:
+        return flat["prefix_encoder/tokens"].shape[0]
+    return next((leaf.shape[1] for path, leaf in flat.items() if path.endswith("core/prefix")), 0)
 
 
 def _place(n: int, shifted: bool, module: Any, next_fun: Callable[..., Any], positions: Any) -> Any:
@@ -203,11 +202,12 @@ def _check_length(n: int, shifted: bool, module: Any, next_fun: Callable[..., An
 
 
 def _visible(n: int, shifted: bool, module: Any, next_fun: Callable[..., Any], key_mask: Any, positions: Any,
-             index: Any, segment_ids: Any) -> tuple:
+             index: Any, rows: Any) -> tuple:
     """The masks with n keys more in front, which every query sees, or in a window those near enough."""
-    full, windowed = (None if mask is None else jnp.pad(mask, [(0, 0)] * 3 + [(n, 0)], constant_values=True)
-                      for mask in next_fun(key_mask, positions, index, segment_ids))
-    if windowed is not None and shifted:
+    both = next_fun(key_mask, positions, index, rows)
+    words = key_mask is None and not rows.packed and (both[1] is None or shifted)
+    full, windowed = (masks.behind(mask, n, None if words else positions.shape) for mask in both)
+    if windowed is not None and shifted and not words:
         near = positions[:, None, :, None] + n - jnp.arange(n) < module.config.sliding_window
         windowed = windowed.at[..., :n].set(near)
     return full, windowed

@@ -23,6 +23,7 @@ from peft_jax.core.peft_format import PREFIX, Naming, Slot, no_place
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.methods import _kernel_adapter as kernel_adapter
+from peft_jax.models import masks
 
 KEY = "prompt_embeddings"  # in the file; as in peft without the prefix of other keys
 SAVED = PREFIX.removesuffix("model.")  # of modules_to_save: for these methods peft has one wrapper only
@@ -142,17 +143,19 @@ def _embedding_leaves(module: Any) -> Mapping[str, Any]:
 
 
 def _hidden(front: Front, module: Any, next_fun: Callable[..., Any], input_ids: Any, attention_mask: Any = None, *,
-            positions: Any = None, segment_ids: Any = None, **types: Any) -> Any:
+            positions: Any = None, segment_ids: Any = None, lengths: Any = None, **types: Any) -> Any:
     """The virtual tokens take positions 0 to n - 1 and come out again at the end; a cache holds them already."""
     n, others = front.tokens, [attention_mask, positions, segment_ids, *types.values()]
+    odd = lengths is not None and (segment_ids is not None or lengths.shape != input_ids.shape[:1])
     if module.has_variable("cache", "index"):
         if not module.has_variable("cache", MARK):
             raise PeftJaxError(f"the cache was made without the {n} virtual tokens: make it with the bound model, "
                                "apply({'params': params}, batch, length, method='init_cache').")
         moved = None if positions is None else positions + n
-        return next_fun(input_ids, attention_mask, positions=moved, segment_ids=segment_ids)
-    if input_ids.ndim != 2 or any(array is not None and array.shape != input_ids.shape for array in others):
-        return next_fun(input_ids, attention_mask, positions=positions, segment_ids=segment_ids, **types)  # says what
+        return next_fun(input_ids, attention_mask, positions=moved, segment_ids=segment_ids, lengths=lengths)
+    if input_ids.ndim != 2 or odd or any(array is not None and array.shape != input_ids.shape for array in others):
+        return next_fun(input_ids, attention_mask, positions=positions, segment_ids=segment_ids, lengths=lengths,
+                        **types)  # says what
     texts = _texts(front, module, segment_ids)
     if positions is None and segment_ids is not None:
         positions = _counted(segment_ids)
@@ -162,6 +165,7 @@ def _hidden(front: Front, module: Any, next_fun: Callable[..., Any], input_ids: 
     front.context.notes[MARK] = n * texts
     states = next_fun(_in_front(zero, input_ids), _in_front(one, attention_mask), positions=positions,
                       segment_ids=_in_front(jnp.repeat(jnp.arange(1, texts + 1), n), segment_ids),
+                      lengths=None if lengths is None else lengths + n,
                       **{name: _in_front(zero, array) for name, array in types.items()})[:, n * texts:]
     if segment_ids is None or not is_encoder(module):
         return states
@@ -201,14 +205,16 @@ def _embed(front: Front, module: Any, next_fun: Callable[..., Any], input_ids: A
 
 
 def _visible(front: Front, module: Any, next_fun: Callable[..., Any], key_mask: Any, positions: Any, index: Any,
-             segment_ids: Any) -> tuple:
+             rows: Any) -> tuple:
     """Every segment of a decoder sees the virtual tokens, through a window as far as it reaches: by positions, since
-    in the row padding or other segments may lie between."""
-    n, (full, windowed) = front.tokens, next_fun(key_mask, positions, index, segment_ids)
-    if is_encoder(module):
+    in the row padding or other segments may lie between. In a row of one text, padded on the right, none do."""
+    n, (full, windowed) = front.tokens, next_fun(key_mask, positions, index, rows)
+    if is_encoder(module) or (key_mask is None and not rows.packed):
         return full, windowed
-    first = full.shape[-1] - key_mask.shape[1]  # keys of another method may stand in front
-    if segment_ids is not None:
+    full, windowed = (masks.dense(mask, positions.shape) for mask in (full, windowed))
+    own = positions.shape[1] if key_mask is None else key_mask.shape[1]
+    first = full.shape[-1] - own  # keys of another method may stand in front
+    if rows.packed:
         full = full.at[:, :, n:, first:first + n].set(True)
     if windowed is not None:
         near = positions[:, None, :, None] - jnp.arange(n) < module.config.sliding_window

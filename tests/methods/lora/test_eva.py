@@ -19,7 +19,7 @@ class Plain(nn.Module):
     """One layer whose input is known: the embedding of the ids."""
 
     @nn.compact
-    def __call__(self, input_ids, positions=None, segment_ids=None):
+    def __call__(self, input_ids, positions=None, segment_ids=None, lengths=None):
         return nn.Dense(3, name="out")(nn.Embed(37, 6, name="table")(input_ids))
 
 
@@ -42,7 +42,7 @@ def test_vectors_are_those_of_the_centred_real_inputs(known):
     real = np.ones_like(IDS)
     real[:, 9:] = 0
     batches = [{"input_ids": IDS[:5], "segment_ids": real[:5]},
-               {"input_ids": IDS[None, 5:], "segment_ids": real[None, 5:]}]
+               {"input_ids": IDS[None, 5:], "lengths": np.array([[9, 9, 9]])}]
     x = known[2][IDS][real > 0]
     _, s, v = np.linalg.svd(x - x.mean(0), full_matrices=False)
     method, a = prepared(known, batches, r=6, eva_config={"tau": 1.0})

@@ -210,7 +210,7 @@ def test_a_run_prepares_it_for_its_batches(encoder_bases, case, collate):
     batches = Batches(texts, ConfigDict({"collate": collate, "batch_size": 6, "width_multiple": 4, "buckets": 2,
                                          "rows": 2 if collate == "pack" else 0, "row_length": 0}))
     batch = batches.at(0)
-    assert (batch["segment_ids"].max() > 1) == (collate == "pack")
+    assert ("segment_ids" in batch) == (collate == "pack")
     method = make(4, **options, modules_to_save="classifier")
     method = method.prepare(model, base, [batch]) if method.prepare else method
     params = method.init(jax.random.key(0), base)
