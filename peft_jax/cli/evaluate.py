@@ -12,6 +12,6 @@ def job(command) -> int:
     candidate = trained_run.load(folder, config, session.model, session.base, session.mesh)
     metrics = {"base": session.evaluator(session.bound())(session.base),
                candidate.name: session.evaluator(candidate.apply)(candidate.params)}
-    workdir.write_json(folder / "eval.json", metrics)
     print(console.metrics_table(metrics))
+    workdir.write_report(folder, "eval.json", metrics)
     return 0

@@ -62,17 +62,18 @@ def job(command) -> int:
     """Train, evaluate before and after, save; goes on where an interrupted run of the workdir stopped."""
     with processes.one_voice():
         folder = Path(command.workdir)
-        return _already_done(folder) if _is_done(command, folder) else _train(command, folder)
+        processes.check_alike({**command.config.to_dict(), "--overwrite": command.overwrite})
+        workdir.check_writable(folder, leave=jax.process_count() > 1)
+        workdir.check_own(folder, *workdir.WRITTEN)
+        with workdir.locked(folder):
+            return _already_done(folder) if _is_done(command, folder) else _train(command, folder)
 
 
 def _is_done(command, folder: Path) -> bool:
-    """Whether the workdir holds this run, finished. Raises ``PeftJaxError`` where it holds another, or cannot be."""
-    config = command.config.to_dict()
-    processes.check_alike({**config, "--overwrite": command.overwrite})
-    workdir.check_writable(folder, leave=jax.process_count() > 1)
+    """Whether the workdir holds this run, finished. Raises ``PeftJaxError`` where it holds another."""
     if command.overwrite:
         return False
-    workdir.check_config(folder, config)
+    workdir.check_config(folder, command.config.to_dict())
     return processes.agreed((folder / "results.json").exists())
 
 

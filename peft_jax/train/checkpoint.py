@@ -1,15 +1,33 @@
 """Checkpoints of what training changes: adapter, optimiser state, step and random key. The frozen base is never in one.
 
 The position in the data is the step itself: a batch is a pure function of (seed, step).
+
+Beside the state stands a checksum of each array, made where the array lies: the formats of orbax have none, and a bit
+that turned over on a disk would train on unseen.
 """
 
+import asyncio
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
+from peft_jax.core import files
 from peft_jax.errors import PeftJaxError
 from peft_jax.train.step import TrainState
+
+CHECKSUMS = "checksums"
+
+
+class OnDisk(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A checkpoint's folder, which is on the disk before it gets its name."""
+
+    async def finalize(self) -> None:
+        await asyncio.to_thread(files.flush_all, Path(self.get()))
+        await super().finalize()
 
 
 class Checkpoints:
@@ -17,8 +35,10 @@ class Checkpoints:
     then renamed. On a mesh each process writes what its devices hold."""
 
     def __init__(self, folder: Path, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-        self.folder, self.manager = folder, ocp.CheckpointManager(folder.absolute(), options=options)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, temporary_path_class=OnDisk)
+        self.folder = folder
+        self.manager = ocp.CheckpointManager(folder.absolute(), options=options,
+                                             item_handlers=ocp.StandardCheckpointHandler())
 
     @property
     def latest(self) -> int | None:
@@ -30,7 +50,8 @@ class Checkpoints:
         """Keep ``state`` under its step; nothing happens if that step is there already."""
         step = int(state.step)
         if step not in self.manager.all_steps():
-            self.manager.save(step, args=ocp.args.StandardSave(_storable(state)))
+            plain = storable(state)
+            self.manager.save(step, args=ocp.args.StandardSave({**plain, CHECKSUMS: checksums(plain)}))
 
     def restore(self, like: TrainState) -> TrainState:
         """The newest checkpoint, bit for bit, with the structure, shapes and placement of ``like``: another mesh or
@@ -41,12 +62,32 @@ class Checkpoints:
         """
         if self.latest is None:
             return like
+        plain = storable(like)
         try:
-            stored = self.manager.restore(self.latest, args=ocp.args.StandardRestore(_storable(like)))
+            target = {**plain, CHECKSUMS: checksums(plain)} if self._has_checksums() else plain
+            stored = self.manager.restore(self.latest, args=ocp.args.StandardRestore(target))
         except Exception as error:  # a damaged file raises whatever orbax and tensorstore meet, bare Exception too
             raise PeftJaxError(self._fault(error)) from error
+        self._check(stored, stored.pop(CHECKSUMS, None))
         rng = jax.random.wrap_key_data(stored["rng"], impl=jax.random.key_impl(like.rng))
         return TrainState(**{**stored, "rng": rng})
+
+    def _has_checksums(self) -> bool:
+        """Not so in a checkpoint of a version before there were any."""
+        return CHECKSUMS in self.manager.item_metadata(self.latest).tree
+
+    def _check(self, stored: dict[str, Any], written: dict[str, Any] | None) -> None:
+        """Raise ``PeftJaxError`` where an array is not the one that was written."""
+        now = checksums(stored)
+        odd = [name for name in now if written is not None and np.any(np.asarray(now[name]) != written[name])]
+        if odd:
+            raise PeftJaxError(f"the checkpoint {self.folder / str(self.latest)} is damaged: {odd[0]} is not what was "
+                               f"written. {self._way_on()}")
+
+    def _way_on(self) -> str:
+        earlier = max((step for step in self.manager.all_steps() if step != self.latest), default=0)
+        return (f"Remove that folder to go on from step {earlier}, or train from the start in a new one (run.py: "
+                "--overwrite)")
 
     def _fault(self, error: Exception) -> str:
         """What is wrong with the newest checkpoint: it is damaged if it cannot be read without a ``like`` either."""
@@ -54,9 +95,7 @@ class Checkpoints:
         try:
             self.manager.restore(self.latest, args=ocp.args.StandardRestore())
         except Exception:
-            earlier = max((step for step in self.manager.all_steps() if step != self.latest), default=0)
-            return (f"{what} cannot be read: {reason}. Remove that folder to go on from step {earlier}, or train from "
-                    "the start in a new one (run.py: --overwrite)")
+            return f"{what} cannot be read: {reason}. {self._way_on()}"
         return (f"{what} is not of this run: {reason}. Choose another folder (run.py: --workdir), or train from the "
                 "start (run.py: --overwrite)")
 
@@ -64,5 +103,27 @@ class Checkpoints:
         self.manager.close()
 
 
-def _storable(state: TrainState) -> dict:
+def storable(state: TrainState) -> dict[str, Any]:
+    """The state as a tree of plain arrays."""
     return state._replace(rng=jax.random.key_data(state.rng))._asdict()
+
+
+def checksums(arrays: Any) -> dict[str, jax.Array]:
+    """uint32 of each array of a tree, by its path: the sum of its words, each times an odd number of its own, so that a
+    bit that turns over always changes it. The same on any mesh."""
+    named = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)}
+    return _sums(named)
+
+
+@jax.jit
+def _sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: _sum(jnp.asarray(array)) for name, array in arrays.items()}
+
+
+def _sum(array: jax.Array) -> jax.Array:
+    kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[array.dtype.itemsize]
+    words = array.astype(kind) if array.dtype == bool else jax.lax.bitcast_convert_type(array, kind)
+    words = words.astype(jnp.uint32)
+    for axis in range(words.ndim):  # a factor for each index of each axis, all odd, so that their product is
+        words = words * (2 * (2 * axis + 1) * jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) + 1)
+    return words.sum(dtype=jnp.uint32)
