@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from peft_jax.cli import console, workdir
+from peft_jax.cli import console, fingerprint, workdir
 from peft_jax.cli.build_method import build_method
 from peft_jax.cli.build_optimizer import build_optimizer, build_schedule
 from peft_jax.cli.checks import check_fits
@@ -111,6 +111,7 @@ def _begin(command, folder: Path) -> tuple[Run, TrainState]:
     if processes.first():
         workdir.start(folder, config.to_dict(), command.overwrite)
     processes.barrier("workdir")
+    fingerprint.settle(folder, batches.encoded, session.base)
     apply = session.bound(method)
     jax.eval_shape(apply, {"params": params}, np.zeros((1, 8), np.int32))  # an adapter that nothing reads stops here
     evaluate = session.evaluator(apply)

@@ -1,6 +1,7 @@
 """What a run keeps in its folder, and whether the folder fits the command that is about to use it.
 
     config.json          the configuration, written when training starts
+    fingerprint.json     of the training examples and the base's weights; a resumed run must have the same
     checkpoints/         see checkpoint.py
     metrics.jsonl        one line per logged step
     tensorboard/
@@ -28,7 +29,7 @@ from peft_jax.parallel import processes
 
 WRITTEN = (
     "results.json", "config.json", "checkpoints", "metrics.jsonl", "tensorboard", "before.json", "adapter", "model",
-    "merged", "eval.json", "profile", "measured.json",
+    "merged", "eval.json", "profile", "measured.json", "fingerprint.json",
 )  # fmt: skip
 KEPT = tuple(name for name in WRITTEN if name != "merged")  # which merge does not write
 MATTERS = ("seed", "model", "method", "task", "data", "optim")  # sections that a resumed run may not change

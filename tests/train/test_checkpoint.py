@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from peft_jax.errors import PeftJaxError
-from peft_jax.train.checkpoint import Checkpoints, checksums, storable
+from peft_jax.train.checkpoint import Checkpoints, storable
 from peft_jax.train.step import init_state
 
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(1e-3, 0.0, 9)))
@@ -114,19 +114,6 @@ def test_a_bit_that_turned_over_in_a_checkpoint_is_noticed(tmp_path):
             noticed.append(str(error))
     assert any("is damaged: ['trainable']['q']['lora_a'] is not what was written. Remove that folder to go on from "
                "step 1" in line for line in noticed), noticed
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "uint32", "bool"])
-def test_a_checksum_changes_with_every_bit_of_an_array(dtype):
-    array = np.asarray(jnp.arange(6).reshape(2, 3).astype(dtype))
-    first = checksums({"a": array})
-    for place in range(array.nbytes if dtype != "bool" else 0):
-        for bit in range(8):
-            changed = bytearray(array.tobytes())
-            changed[place] ^= 1 << bit
-            other = np.frombuffer(bytes(changed), array.dtype).reshape(2, 3)
-            assert checksums({"a": other})["['a']"] != first["['a']"], (place, bit)
-    assert checksums({"a": ~array if dtype == "bool" else array[::-1]})["['a']"] != first["['a']"]
 
 
 def test_a_checkpoint_from_before_there_were_checksums_is_read(tmp_path):
