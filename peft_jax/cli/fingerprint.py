@@ -1,4 +1,4 @@
-"""What a run began with, so that it is not resumed on other data or another base: ``fingerprint.json`` in its workdir."""
+"""What a run began with, ``fingerprint.json`` in its workdir, so that it is not resumed on other data or another base."""
 
 import hashlib
 from collections.abc import Sequence
@@ -30,8 +30,8 @@ def settle(folder: Path, examples: Sequence[Any], base: tree.Tree) -> None:
     path = folder / FILE
     changed = _changed(workdir.read_json(path, *now), now) if processes.first() and path.exists() else ""
     if processes.agreed(bool(changed)):
-        raise PeftJaxError(f"{folder} holds a run that began with other {changed or 'data or weights'}: bring them back "
-                           "to go on, choose another --workdir, or --overwrite to train again from the start")
+        raise PeftJaxError(f"{folder} holds a run that began with other {changed or 'data or weights'}: bring them "
+                           "back to go on, choose another --workdir, or --overwrite to train again from the start")
     if processes.first():
         workdir.write_json(path, now)
 

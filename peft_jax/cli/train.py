@@ -20,7 +20,7 @@ from peft_jax.data.tokenize import describe
 from peft_jax.evaluation.objectives import objective_of
 from peft_jax.hub.adapters.save import is_stored, save_adapter
 from peft_jax.hub.save import save_pretrained
-from peft_jax.method import Method
+from peft_jax.method import FROZEN, Method
 from peft_jax.parallel import partitioning, processes
 from peft_jax.parallel.mesh import feed, row_shards, several
 from peft_jax.planner.compiled import memory_of
@@ -218,7 +218,7 @@ def _finish(run: Run, training: Training, memory_used: dict[str, int], earlier: 
     """Evaluate, save, and tell; ``earlier`` is the peak memory until training began."""
     params = tree.combine(run.frozen, training.state.trainable)
     after = training.evaluations.get(run.total) or run.evaluate(params)
-    params = processes.brought(params)
+    params = processes.brought(params, _saved_leaves(run.method, params))
     if processes.first():
         saved = _save(run, params)
         peak = {where: max(size, earlier[where]) for where, size in memory.peak_memory().items()}
@@ -229,6 +229,13 @@ def _finish(run: Run, training: Training, memory_used: dict[str, int], earlier: 
     processes.barrier("saved")
     if processes.first():
         print("\n" + console.summary(results))
+
+
+def _saved_leaves(method: Method, params: tree.Tree) -> Callable[[str], bool]:
+    """Which leaves' values are in what is saved, by their paths: of an adapter those that train or are the method's."""
+    labels = tree.flatten(method.labels(params))
+    whole = not is_stored(method, params)
+    return lambda path: whole or labels[path] != FROZEN or tree.owns(method.leaves, path)
 
 
 def _save(run: Run, params: tree.Tree) -> Path:

@@ -86,7 +86,7 @@ def _unwritable(folder: Path, error: OSError) -> PeftJaxError:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """While entered, no other process trains in ``folder``, which is made for it and goes again if nothing came into it.
+    """While entered, no other process trains in ``folder``, which is made for it and goes if nothing came into it.
 
     Raises ``PeftJaxError``, in all processes of a run, where another run is at it.
     """
@@ -122,8 +122,8 @@ def check_own(folder: Path, *names: str) -> None:
     """Raise ``PeftJaxError`` where one of ``names`` is in ``folder`` and no run wrote it."""
     own = own_names(folder)
     if foreign := [name for name in names if name not in own and os.path.lexists(folder / name)]:
-        raise PeftJaxError(f"{folder} holds {foreign[0]!r}, which no run wrote and which this one would replace: choose "
-                           "another --workdir, or move it away")
+        raise PeftJaxError(f"{folder} holds {foreign[0]!r}, which no run wrote and which this one would replace: "
+                           "choose another --workdir, or move it away")
 
 
 def claim(folder: Path, *names: str) -> None:

@@ -126,7 +126,8 @@ def test_a_folder_that_no_run_made_is_left_as_it_is(tmp_path, capsys, mode, flag
     assert run.main(["--config=experiments/lora.py", f"--workdir={tmp_path}", f"--mode={mode}", *flags]) == 2
     assert re.search(f"error: {tmp_path} holds '.*', which no run wrote .*: choose another --workdir, or move it away",
                      capsys.readouterr().err)
-    assert {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == files
+    left = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == files
 
 
 def test_a_run_from_before_there_were_manifests_goes_on(tmp_path):
