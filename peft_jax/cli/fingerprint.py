@@ -1,4 +1,4 @@
-"""What a run began with, ``fingerprint.json`` in its workdir, so that it is not resumed on other data or another base."""
+"""What a run began with (``fingerprint.json``), so that it is not resumed on other data or another base."""
 
 import hashlib
 from collections.abc import Sequence
