@@ -57,6 +57,8 @@ class Method(NamedTuple):
         saved adapter then fits only a base that was quantised in this way.
       along: ``{leaf: (for each of its axes behind the stack)}``: "inputs" or "outputs" where the axis runs along the
         kernel's, else ``None``. A mesh cuts such an axis as it cuts the kernel's.
+      vectors: names of trained leaves of one axis for each module, scales or biases, which weight decay leaves alone
+        by default. "bias", "scale" and what ends in "_bias" need not be named.
     """
 
     init: Callable[..., tree.Tree]
@@ -74,6 +76,7 @@ class Method(NamedTuple):
     convert: Callable[..., Any] | None = None
     base_quantization: "Method | None" = None
     along: Mapping[str, tuple[str | None, ...]] = MappingProxyType({})
+    vectors: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         """Its kind, or those of a chain: what a message or a notebook can show."""
@@ -144,6 +147,7 @@ def chain(*methods: Method) -> Method:
         leaves=tuple(dict.fromkeys(name for method in methods for name in method.leaves)),
         convert=_conversion(methods),
         along={name: axes for method in methods for name, axes in method.along.items()},
+        vectors=tuple(dict.fromkeys(name for method in methods for name in method.vectors)),
     )
 
 

@@ -127,7 +127,7 @@ def build(matrices: Matrices, stored: Format, **arguments: Any) -> Method:
         init=partial(_init, config, matrices, trains), intercept=partial(_intercept, config, matrices),
         labels=partial(kernel_adapter.labels, trained=trains), fold=None, config=config,
         padding=partial(kernel_adapter.padding, config=config, leaves=own, switch=SWITCH, chosen=chosen),
-        stored=stored, leaves=(*own, SWITCH, *shared))
+        stored=stored, leaves=(*own, SWITCH, *shared), vectors=tuple(EXTRAS))
 
 
 def _check(config: Mapping[str, Any]) -> None:
