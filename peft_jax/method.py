@@ -42,7 +42,7 @@ class Method(NamedTuple):
         stay zero, and do not count as parameters.
       stored: how an adapter file holds the leaves; ``None`` where no file can.
       optimizer: ``(optax transformation, steps of the training) -> optax transformation`` over the trainable leaves.
-        A method sets it to change the steps: AdaLoRA sets ranks to zero in them.
+        A method sets it to change the steps: AdaLoRA sets ranks to zero in them. Clipping goes before it.
       penalty: ``(params) -> float32 scalar``, added to the loss, in nats per answer token; ``None`` for no penalty.
       parts: the methods of a chain; empty for one that is none.
       prepare: ``(model, base params, batches) -> Method``, where ``init`` needs to see data; ``None`` elsewhere. The

@@ -159,8 +159,7 @@ def _start(session: Session, method: Method, apply: Callable, params: tree.Tree,
            total: int) -> tuple[Callable, TrainState, tree.Tree]:
     """(training step, state before the first one, frozen leaves)."""
     config, mesh, labels = session.config, session.mesh, method.labels(params)
-    optimizer = method.optimizer(build_optimizer(config.optim, total, labels, method.vectors),
-                                 total)
+    optimizer = build_optimizer(config.optim, total, labels, method.vectors, method.optimizer)
     trainable, frozen = tree.partition(params, labels)
     where = state_shardings(trainable, optimizer, mesh) if several(mesh) else None
     step = make_step(apply, optimizer, config.optim.loss_chunk, objective_of(config.task).error, method.penalty, mesh,
