@@ -23,8 +23,9 @@ def start(command) -> None:
     """Settle how jax runs, as the command line says, and join the other processes where there are some.
 
     Compiled programs are kept with the downloads, in ``PEFT_JAX_CACHE``, unless ``JAX_COMPILATION_CACHE_DIR`` says
-    where; those that were not used for longest go when there are more than ``MOST_COMPILED`` bytes of them. Prints one line where an accelerator is at hand and jax computes on the CPU. Raises ``PeftJaxError`` where
-    other processes cannot be found.
+    where; those that were not used for longest go when there are more than ``MOST_COMPILED`` bytes of them. Prints one
+    line where an accelerator is at hand and jax computes on the CPU. Raises ``PeftJaxError`` where other processes
+    cannot be found.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(_programs()))

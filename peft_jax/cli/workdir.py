@@ -150,15 +150,19 @@ def check_config(folder: Path, config: dict[str, Any], matters: tuple[str, ...] 
 
 
 def start(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
-    """Make the folder, remove an old run's files if told to, and write ``config.json``.
+    """Make the folder, remove an old run's files if told to, and what a killed one left aside, and write
+    ``config.json``. For the process that has the lock.
 
     Raises ``PeftJaxError`` where the folder holds files of these names that no run wrote.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         claim(folder, *WRITTEN)
-        for name in WRITTEN if overwrite else ():
-            files.remove(folder / name)
+        for name in WRITTEN:
+            files.sweep(folder / name)
+            files.remove(folder / f"{name}.tmp")
+            if overwrite:
+                files.remove(folder / name)
         write_json(folder / "config.json", config)
     except OSError as error:
         raise _unwritable(folder, error) from error

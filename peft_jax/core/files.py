@@ -1,6 +1,7 @@
 """Files and folders that are never half there: written aside, brought to the disk, then renamed; JSON objects read."""
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -84,6 +85,9 @@ def _whose(owner: Path) -> str:
         return ""
 
 
+DAY = 86400.0  # seconds
+
+
 @contextlib.contextmanager
 def written_aside(folder: Path, what: str, last: str, stale: tuple[str, ...] = ()) -> Iterator[Path]:
     """A scratch folder whose files move into ``folder`` when the block ends well; until then ``folder`` is untouched.
@@ -100,6 +104,7 @@ def written_aside(folder: Path, what: str, last: str, stale: tuple[str, ...] = (
 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        sweep(folder, older=DAY)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as made:
             scratch, aside = Path(made, "new"), Path(made, "old")
             scratch.mkdir()
@@ -113,6 +118,16 @@ def written_aside(folder: Path, what: str, last: str, stale: tuple[str, ...] = (
     except (OSError, SafetensorError) as error:
         said = getattr(error, "strerror", None) or error
         raise PeftJaxError(f"the {what} cannot be written to {folder}: {said}.") from error
+
+
+def sweep(folder: Path, older: float = 0) -> None:
+    """Remove the scratch folders beside ``folder`` that killed processes left, if they are ``older`` (seconds): another
+    process may be writing one."""
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}-????????"):
+        with contextlib.suppress(OSError):  # it has just gone, or is somebody else's
+            ours = {path.name for path in left.iterdir()} <= {"new", "old", "whole", "archive", "requirements.txt"}
+            if ours and time.time() - left.stat().st_mtime >= older:
+                shutil.rmtree(left)
 
 
 def _move(scratch: Path, folder: Path, aside: Path, last: str, stale: tuple[str, ...]) -> None:
