@@ -14,7 +14,8 @@ from peft_jax.errors import PeftJaxError
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     order = []
     sync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: order.append(os.readlink(f"/proc/self/fd/{handle}")) or sync(handle))
+    monkeypatch.setattr(os, "fsync", lambda handle: order.append(os.readlink(f"/proc/self/fd/{handle}")) or
+                        sync(handle))
     monkeypatch.setattr(os, "replace", lambda one, other: order.append("rename") or replace(one, other))
     files.write(tmp_path / "results.json", "{}")
     assert order == [f"{tmp_path}/results.json.tmp", "rename", str(tmp_path)]
