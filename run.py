@@ -21,13 +21,18 @@ not run again. With --sweep_index=N one of them is run here and now, for the job
 import sys
 from typing import NamedTuple
 
-from absl import flags
-from ml_collections.config_dict import ConfigDict
+from peft_jax.cli import modes
+from peft_jax.errors import DISK, PeftJaxError, disk_fault, lacking, nearest
+
+try:
+    from absl import flags
+    from ml_collections.config_dict import ConfigDict
+except ModuleNotFoundError as error:
+    print(f"error: {lacking(error, 'to read a command line')}", file=sys.stderr)
+    sys.exit(2)
 
 from configs import base, parse
 from configs.check import check, check_cells, check_sweep, tidy
-from peft_jax.cli import modes
-from peft_jax.errors import PeftJaxError, nearest
 
 GUARDS = ("allow", "log", "disallow")
 MODES = (*modes.JOBS, "report", "cells")
@@ -249,6 +254,18 @@ def main(argv: list[str] | None = None) -> int:
         return start(command, sys.argv[1:] if argv is None else argv)
     except PeftJaxError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "peft_jax").partition(".")[0] in ("peft_jax", "configs"):  # no package of somebody else's
+            raise
+        print(f"error: {lacking(error, 'for this command')}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {disk_fault(error)}{where}: free some and start the same command again; what was finished is "
+              "kept", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

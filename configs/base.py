@@ -114,6 +114,8 @@ def get_config(model: str = "smollm2-135m", task: str = "movie_rating", method: 
     config.generate.temperature = 0.0  # 0: greedy
     config.generate.top_k = 0  # 0: all
     config.generate.top_p = 1.0
+    config.generate.dequantize = "auto"  # a quantised base, before text is written, in evaluation too: always, never;
+    # auto: where plain weights fit the memory that is free
 
     config.recommend = ConfigDict()  # of --mode=recommend
     config.recommend.memory_gb = 24.0  # of one device, 1e9 bytes

@@ -23,6 +23,7 @@ CHOICES = {
     "data.on_too_long": ("error", "truncate_left", "drop", "split"),
     "data.chat_loss": ("all", "last"),
     "optim.schedule": ("cosine", "linear", "constant"),
+    "generate.dequantize": ("auto", "always", "never"),
     "recommend.complexity": ("simple", "moderate", "complex"),
     "recommend.latency": ("any", "none"),
     "task.answer": ("word", "class", "score"),  # this and the next, where the task has them

@@ -85,6 +85,7 @@ def override(config: ConfigDict, argv: list[str]) -> list[str]:
     """Set keys of ``config`` from arguments such as ``--config.method.r=8``; returns the arguments that are not such.
 
     Of two keys of which only one counts (``EITHER``), the one named here wins over the one that the experiment sets.
+    Where a head answers (``task.answer``), general text is of no use: ``eval.probe`` is then "" unless named here.
 
     Raises:
       PeftJaxError: a key that does not exist (naming the nearest) or a value of another type.
@@ -100,6 +101,8 @@ def override(config: ConfigDict, argv: list[str]) -> list[str]:
     except flags.Error as error:
         raise PeftJaxError(_flag_error(error, known)) from error
     _settle_either(config, overridden_keys(argv))
+    if config.task.answer != "word" and "eval.probe" not in overridden_keys(argv):
+        config.eval.probe = ""
     return others
 
 

@@ -1,6 +1,8 @@
 """Errors for people: what went wrong, where, the nearest valid choice, what to do."""
 
 import difflib
+import errno
+import os
 from collections.abc import Collection, Iterable, Mapping
 from importlib import import_module
 from types import ModuleType
@@ -43,6 +45,21 @@ def root_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # errors of disks, which no code can mend
+
+
+def disk_fault(error: BaseException) -> str:
+    """What the disk says, where an error is of one: "No space left on device"; else the error itself, on one line.
+
+    >>> disk_fault(ValueError("RESOURCE_EXHAUSTED: Error writing file: [OS error 28: No space left on device]"))
+    'No space left on device'
+    """
+    text = root_cause(error)
+    said = [os.strerror(number) for number in DISK if getattr(error, "errno", None) == number]
+    said += [os.strerror(number) for number in DISK if os.strerror(number) in text]
+    return said[0] if said else text
+
+
 def needed(name: str, purpose: str) -> ModuleType:
     """The module ``name`` of a package that only some jobs need; ``purpose`` completes the error where it is lacking.
 
@@ -56,5 +73,17 @@ def needed(name: str, purpose: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != name:  # installed, but broken
             raise
-        raise PeftJaxError(
-            f"the package {name} is needed {purpose}, and is not installed: pip install {name}") from None
+        raise PeftJaxError(lacking(error, purpose)) from None
+
+
+AT_PIP = {"absl": "absl-py", "orbax": "orbax-checkpoint", "jinja2": "Jinja2"}  # packages that pip knows by another name
+
+
+def lacking(error: ModuleNotFoundError, purpose: str) -> str:
+    """What to tell a person who lacks the package of a failed import.
+
+    >>> lacking(ModuleNotFoundError(name="absl.flags"), "to read a command line")
+    'the package absl is needed to read a command line, and is not installed: pip install absl-py'
+    """
+    name = str(error.name).partition(".")[0]
+    return f"the package {name} is needed {purpose}, and is not installed: pip install {AT_PIP.get(name, name)}"

@@ -10,8 +10,9 @@ def job(command) -> int:
     folder, config = trained_run.folder_of(command), command.config
     session = load_session(config, command.probe, trained_on(config))
     candidate = trained_run.load(folder, config, session.model, session.base, session.mesh)
-    metrics = {"base": session.evaluator(session.bound())(session.base),
-               candidate.name: session.evaluator(candidate.apply)(candidate.params)}
+    dequantize = session.dequantize(candidate.params)
+    metrics = {"base": session.evaluator(session.bound(), dequantize)(session.base),
+               candidate.name: session.evaluator(candidate.apply, dequantize)(candidate.params)}
     print(console.metrics_table(metrics))
     workdir.write_report(folder, "eval.json", metrics)
     return 0

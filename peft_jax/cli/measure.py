@@ -16,6 +16,7 @@ from peft_jax.data.sources import sample_by_hash
 from peft_jax.errors import PeftJaxError
 from peft_jax.evaluation.evaluate import HeldOut, hold_out, make_evaluator_of_any
 from peft_jax.evaluation.latency import latency
+from peft_jax.evaluation.unpacking import as_chosen
 from peft_jax.method import BASE
 
 MEASURED = "measured.json"
@@ -48,13 +49,16 @@ def measured(command) -> dict[str, Any]:
     session = load_session(config, None, BASE if alone else trained_on(config))
     candidate = _base(session) if alone else trained_run.load(
         trained_run.folder_of(command), config, session.model, session.base, session.mesh)
-    evaluate = make_evaluator_of_any(candidate.apply, session.model, session.tokenizer, config, session.mesh)
+    dequantize = session.dequantize(candidate.params)
+    evaluate = make_evaluator_of_any(candidate.apply, session.model, session.tokenizer, config, session.mesh,
+                                     dequantize)
     metrics = {"test": evaluate(candidate.params, session.held_out, config.task)}
     for kind, limit in (("general", config.measure.general_limit), ("neighbours", config.measure.neighbour_limit)):
         tasks = {name: command.tasks[name] for name in config.measure[kind]}
         metrics[kind] = {name: evaluate(candidate.params, _held_out(session, task, limit), task)
                          for name, task in tasks.items()}  # by the given name: all files are the task "file"
-    return {**metrics, "latency": _latency(session, candidate) if hasattr(session.model, "init_cache") else {}}
+    return {**metrics, "latency": _latency(session, candidate, dequantize) if hasattr(session.model, "init_cache")
+            else {}}
 
 
 def _base(session: Session) -> Candidate:
@@ -73,14 +77,14 @@ def _held_out(session: Session, task, limit: int) -> HeldOut:
     return held_out
 
 
-def _latency(session: Session, candidate: Candidate) -> dict[str, dict[str, float]]:
-    """Of the plain base, of what was trained as it is, and of it merged into plain weights, in turn."""
+def _latency(session: Session, candidate: Candidate, dequantize: str) -> dict[str, dict[str, float]]:
+    """Of the plain base, of what was trained as it is when it writes, and of it merged into plain weights, in turn."""
     base, plain, sizes = session.base, session.bound(), session.config.measure
     if any(quant.is_leaf(leaf) for leaf in tree.flatten(base).values()):
         base = load_model(session.config, BASE, session.mesh)[1]
     variants = {"base": (plain, base)}
     if candidate.params is not session.base:
-        variants["unmerged"] = (candidate.apply, candidate.params)
+        variants["unmerged"] = (candidate.apply, as_chosen(dequantize, session.model, candidate.params, session.mesh))
         if candidate.merge:
             variants["merged"] = (plain, candidate.merged())
     return latency(variants, session.model, prompt_tokens=sizes.prompt_tokens, new_tokens=sizes.new_tokens,

@@ -55,6 +55,6 @@ def _requantized(session: Session, merged: tree.Tree) -> tree.Tree:
     print("relative error that quantising adds again:")
     for path, error in sorted(errors.items(), key=lambda item: -item[1]):
         print(f"  {error:.4f}  {path}")
-    evaluate = session.evaluator(session.bound())
+    evaluate = session.evaluator(session.bound(), session.dequantize(again))
     print(console.metrics_table({"merged": evaluate(merged), "quantised": evaluate(again)}), flush=True)
     return again

@@ -1,5 +1,6 @@
 """How jax runs, as the command line says: where compiled programs are kept, and several processes joined."""
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ def start(command) -> None:
         jax.config.update("jax_compilation_cache_dir", str(_programs()))
         if not os.environ.get("JAX_COMPILATION_CACHE_MAX_SIZE"):
             jax.config.update("jax_compilation_cache_max_size", MOST_COMPILED)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs a traceback of each error that it raises as well
     jax.config.update("jax_debug_nans", command.debug_nans)
     if command.distributed:
         _join(command)

@@ -13,6 +13,7 @@ from peft_jax.core import tree
 from peft_jax.data.chat import check_template, wants_chat
 from peft_jax.data.sources import Example
 from peft_jax.evaluation.evaluate import HeldOut, hold_out, make_evaluator
+from peft_jax.evaluation.unpacking import choose
 from peft_jax.hub.tokenizer import load_tokenizer
 from peft_jax.method import BASE, Method
 from peft_jax.parallel.mesh import make_mesh
@@ -35,9 +36,16 @@ class Session(NamedTuple):
         """``apply`` of the model with a method, by default of the model as it is."""
         return bind(method, self.model, self.mesh)
 
-    def evaluator(self, apply: Callable) -> Callable[[tree.Tree], dict[str, float]]:
+    def evaluator(self, apply: Callable, dequantize: str) -> Callable[[tree.Tree], dict[str, float]]:
         """``evaluate(params) -> metrics`` of what is held out, as :func:`make_evaluator` says."""
-        return make_evaluator(apply, self.model, self.tokenizer, self.held_out, self.config, self.mesh)
+        return make_evaluator(apply, self.model, self.tokenizer, self.held_out, self.config, self.mesh, dequantize)
+
+    def dequantize(self, params: tree.Tree) -> str:
+        """What ``generate.dequantize`` comes to for ``params``; a line says so where evaluation writes."""
+        choice = choose(self.config.generate.dequantize, self.model, params, self.mesh)
+        if choice.words and self.held_out.prompts:
+            print(choice.words, flush=True)
+        return choice.dequantize
 
 
 def load_session(config, probe_task=None, method: Method = BASE) -> Session:

@@ -1,5 +1,6 @@
 """``--mode=train``: evaluate, train, evaluate, save; what was interrupted goes on."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from peft_jax.planner.compiled import memory_of
 from peft_jax.train import memory
 from peft_jax.train.checkpoint import Checkpoints
 from peft_jax.train.loop import StopRequest, Trace, at_step, due, fit
-from peft_jax.train.metrics_log import MetricsLog
+from peft_jax.train.metrics_log import MetricsLog, tensorboard
 from peft_jax.train.progress import say
 from peft_jax.train.step import TrainState, init_state, make_step, state_shardings
 
@@ -101,6 +102,8 @@ def _train(command, folder: Path) -> int:
 def _begin(command, folder: Path) -> tuple[Run, TrainState]:
     """All that training needs, the metrics before it, and the state before its first step."""
     config, method = command.config, build_method(command.config)
+    if config.log.tensorboard:
+        tensorboard()  # an error before anything is loaded
     session = load_session(config, command.probe, method)
     batches, total = _batches(session, method)
     if method.prepare:
@@ -114,7 +117,7 @@ def _begin(command, folder: Path) -> tuple[Run, TrainState]:
     fingerprint.settle(folder, batches.encoded, session.base)
     apply = session.bound(method)
     jax.eval_shape(apply, {"params": params}, np.zeros((1, 8), np.int32))  # an adapter that nothing reads stops here
-    evaluate = session.evaluator(apply)
+    evaluate = session.evaluator(apply, session.dequantize(params))
     before = _before(folder, evaluate, params, config.eval.to_dict()) if config.eval.before else {}
     step, state, frozen = _start(session, method, apply, params, total)
     session = session._replace(base={})  # what does not train is in ``frozen``: a full run has no use for old weights
@@ -188,15 +191,14 @@ def _fit(run: Run, state: TrainState, command) -> Training:
         print(f"resuming {run.folder} after step {int(state.step)} of {run.total}", flush=True)
     log = _log(run, int(state.step))
     trace = Trace(run.folder / "profile", command.profile) if command.profile else None
-    try:
+    with contextlib.ExitStack() as stack:
+        for one in filter(None, (trace, log, checkpoints)):
+            stack.enter_context(contextlib.closing(one))
         state = fit(run.step, state, run.frozen, run.batches, total_steps=run.total,
                     schedule=build_schedule(config.optim, run.total), checkpoints=checkpoints, log=log,
                     checkpoint_due=_due(run, config.checkpoint), log_every=config.log.every, evaluate=evaluated,
                     evaluate_due=_due(run, config.eval), mesh=run.session.mesh, stop=stop,
                     guard=command.transfer_guard, trace=trace)  # fmt: skip
-    finally:
-        for one in filter(None, (checkpoints, log, trace)):
-            one.close()
     return Training(state=state, seconds=log.last["seconds"], evaluations=evaluations, signal=stop.asked)
 
 

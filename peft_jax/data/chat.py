@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from peft_jax.data.tables import named_columns
+from peft_jax.data.tokenize import render
 from peft_jax.errors import PeftJaxError
 
 Example = dict[str, Any]  # as of sources.py
@@ -50,11 +51,24 @@ def check_template(tokenizer, source: str, asked_by: str) -> None:
 
 def unused_template(task, examples: Sequence[Example], tokenizer) -> str:
     """What to tell a person whose model has a chat template that plain questions and answers go without; "" where that
-    is not so, or where the task names its columns or has a template of its own, and so says what it wants."""
+    is not so, as the prompts are written by it already, or where the task names its columns or has a template of its
+    own, and so says what it wants."""
     if not tokenizer.chat_template or not hasattr(task, "chat") or wants_chat(task) or named_columns(task):
         return ""
     templates = (task.prompt_template, task.completion_template)
     if "completion" not in examples[0] or templates != ("{prompt}", "{completion}"):
         return ""
+    mark = _end_of_question(tokenizer)
+    if mark and mark in examples[0]["prompt"]:
+        return ""
     return ("the model's chat template is not used: examples are learnt as plain text;\n"
             "--config.task.chat=True makes a user's and an assistant's turn of each")
+
+
+def _end_of_question(tokenizer) -> str:
+    """What the template writes behind a user's turn, its first line; "" where it cannot write one."""
+    try:
+        turn = render(tokenizer, question("QUESTION")["messages"], True, "a question")
+    except PeftJaxError:
+        return ""
+    return turn.rpartition("QUESTION")[2].strip().partition("\n")[0]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from peft_jax.data.sources import Example
-from peft_jax.errors import PeftJaxError, nearest
+from peft_jax.errors import PeftJaxError, nearest, needed
 
 ON_TOO_LONG = ("error", "truncate_left", "drop", "split")
 CHAT_LOSS = ("all", "last")
@@ -169,11 +169,11 @@ def _chat_pieces(messages: list[dict], tokenizer, chat_loss: str, where: str) ->
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise PeftJaxError(f"{where} has no assistant turn to learn from")
-    full = _render(tokenizer, messages[: answers[-1] + 1], False, where)
+    full = render(tokenizer, messages[: answers[-1] + 1], False, where)
     pieces, done = [], 0
     for i in answers if chat_loss == "all" else answers[-1:]:
-        before = _render(tokenizer, messages[:i], True, where)
-        through = _render(tokenizer, messages[: i + 1], False, where)
+        before = render(tokenizer, messages[:i], True, where)
+        through = render(tokenizer, messages[: i + 1], False, where)
         if not (through.startswith(before) and full.startswith(through)):
             raise PeftJaxError(
                 f"{where}: this tokenizer's chat template rewrites what came before when turn {i} is added, so where "
@@ -193,7 +193,10 @@ def _end_of_turn(text: str, start: int, tokenizer) -> int:
     return end if any(text.endswith(token, start, end) for token in special) else len(text)
 
 
-def _render(tokenizer, messages: list[dict], generation_prompt: bool, where: str) -> str:
+def render(tokenizer, messages: list[dict], generation_prompt: bool, where: str) -> str:
+    """``messages`` as the tokenizer's chat template writes them. Raises ``PeftJaxError``, naming ``where``, where it
+    cannot."""
+    needed("jinja2", "for a model's chat template")
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
     except Exception as error:  # jinja raises what the template asks for; a missing template is a ValueError
@@ -207,7 +210,7 @@ def _prompt(index: int, example: Example, tokenizer) -> str:
     where = _where(index, example)
     if "messages" in example:
         messages = example["messages"]
-        return _render(tokenizer, messages[:-1] if messages[-1]["role"] == "assistant" else messages, True, where)
+        return render(tokenizer, messages[:-1] if messages[-1]["role"] == "assistant" else messages, True, where)
     if "prompt" not in example:
         raise PeftJaxError(f"{where} has no prompt to generate from")
     return example["prompt"]

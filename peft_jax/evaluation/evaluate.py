@@ -13,6 +13,7 @@ from peft_jax.data.batches import One
 from peft_jax.data.sources import Example
 from peft_jax.evaluation.generation import GREEDY, Sampling, generate
 from peft_jax.evaluation.objectives import Objective, objective_of
+from peft_jax.evaluation.unpacking import as_chosen
 from peft_jax.parallel.mesh import feed, fetch, row_shards, rows_apart
 from peft_jax.train.loss import pick, summed_loss
 from peft_jax.train.progress import watched
@@ -57,23 +58,25 @@ def _by_length(encoded: Sequence[One]) -> list[One]:
     return sorted(encoded, key=lambda one: len(one.input_ids))
 
 
-def make_evaluator(apply: Callable, model, tokenizer, held: HeldOut, config,
-                   mesh: Mesh | None = None) -> Callable[[tree.Tree], dict[str, float]]:
+def make_evaluator(apply: Callable, model, tokenizer, held: HeldOut, config, mesh: Mesh | None = None,
+                   dequantize: str = "auto") -> Callable[[tree.Tree], dict[str, float]]:
     """``evaluate(params) -> metrics``, compiled once however often it is called.
 
     Args:
       apply: ``model.apply`` or ``peft_jax.bind(method, model)``.
       config: the whole configuration; ``task``, ``eval`` and ``optim.loss_chunk`` are read.
       mesh: on which the parameters lie.
+      dequantize: as of :func:`peft_jax.generate`.
 
     The metrics are those of the task's objective (:mod:`peft_jax.evaluation.objectives`), its loss among them;
     ``probe_loss`` and ``probe_perplexity`` where there is general text.
     """
-    evaluate = make_evaluator_of_any(apply, model, tokenizer, config, mesh)
+    evaluate = make_evaluator_of_any(apply, model, tokenizer, config, mesh, dequantize)
     return lambda params: evaluate(params, held, config.task)
 
 
-def make_evaluator_of_any(apply: Callable, model, tokenizer, config, mesh: Mesh | None = None) -> Callable:
+def make_evaluator_of_any(apply: Callable, model, tokenizer, config, mesh: Mesh | None = None,
+                          dequantize: str = "auto") -> Callable:
     """``evaluate(params, held, task) -> metrics`` as of :func:`make_evaluator`, for more than one task of the objective
     of ``config.task``: what is alike in their batches is compiled once."""
     objective = objective_of(config.task)
@@ -85,7 +88,7 @@ def make_evaluator_of_any(apply: Callable, model, tokenizer, config, mesh: Mesh 
         if held.choices is not None:
             texts = complete(apply, model, params, held.prompts, tokenizer, batch_size=config.eval.batch_size,
                              width_multiple=config.eval.width_multiple, max_new_tokens=config.eval.max_new_tokens,
-                             mesh=mesh)
+                             mesh=mesh, dequantize=dequantize)
             found |= _rate(objective, task, held.examples, answers, texts)
         found |= objective.losses(loss)
         if held.probe:
@@ -143,14 +146,19 @@ def _rate(objective, task, examples, answers, texts) -> dict[str, float]:
 
 def complete(apply: Callable, model, params: tree.Tree, prompts: Sequence[np.ndarray], tokenizer: Any, *,
              batch_size: int, width_multiple: int, max_new_tokens: int, sampling: Sampling = GREEDY,
-             rng: jax.Array | None = None, mesh: Mesh | None = None) -> list[str]:
-    """The continuation of each prompt (n,) int32 as text without special tokens, up to the tokenizer's end token."""
+             rng: jax.Array | None = None, mesh: Mesh | None = None, dequantize: str = "auto") -> list[str]:
+    """The continuation of each prompt (n,) int32 as text without special tokens, up to the tokenizer's end token.
+
+    Other arguments as of :func:`peft_jax.generate`; a quantised base is made plain once, for all batches.
+    """
     texts = [""] * len(prompts)
+    params = as_chosen(dequantize, model, params, mesh) if prompts else params
     batches = watched(prompt_batches(prompts, batch_size, width_multiple), -(-len(prompts) // batch_size), "writing")
     for batch_number, (members, batch) in enumerate(batches):
         key = None if rng is None else jax.random.fold_in(rng, batch_number)
         tokens = generate(apply, model, params, **batch, max_new_tokens=max_new_tokens,
-                          stop_ids=(tokenizer.eos_token_id,), sampling=sampling, rng=key, mesh=mesh)
+                          stop_ids=(tokenizer.eos_token_id,), sampling=sampling, rng=key, mesh=mesh,
+                          dequantize="never")
         for member, row in zip(members, tokens, strict=True):
             if member >= 0:
                 texts[member] = tokenizer.decode(row, skip_special_tokens=True)

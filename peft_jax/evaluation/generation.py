@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from peft_jax.core import arguments, validation
 from peft_jax.errors import PeftJaxError
+from peft_jax.evaluation.unpacking import as_chosen
 from peft_jax.parallel.mesh import feed, fetch
 
 
@@ -83,7 +84,7 @@ def decode(apply: Callable, params, input_ids, attention_mask, stop_ids, rng, *,
 
 def generate(apply: Callable, model, params, input_ids, attention_mask, *, max_new_tokens: int,
              stop_ids: tuple[int, ...], sampling: Sampling = GREEDY, rng: jax.Array | None = None,
-             mesh: Mesh | None = None) -> np.ndarray:
+             mesh: Mesh | None = None, dequantize: str = "auto") -> np.ndarray:
     """Continue prompts.
 
     Args:
@@ -91,10 +92,13 @@ def generate(apply: Callable, model, params, input_ids, attention_mask, *, max_n
       input_ids, attention_mask: int (batch, seq), padded on the left.
       mesh: on which the parameters lie, if that is of several devices.
       stop_ids: tokens that end a row; rows are filled with the first of them afterwards.
+      dequantize: of a quantised base, whether its weights are made plain for this call, in the type that is computed
+        in, so that not every token decodes them again: "auto" does so where they fit the memory that is free, "always",
+        "never". Only the order of sums may differ, so a token only where two are equally likely.
 
     Returns int32 (batch, max_new_tokens). Raises ``PeftJaxError`` for inputs of another type or shape, ids outside the
-    vocabulary, padding on the right, no stop token, a draw without ``rng``, a ``sampling`` out of range, more tokens
-    than the model has positions, or a model that has no cache.
+    vocabulary, padding on the right, no stop token, a draw without ``rng``, a ``sampling`` out of range, another word
+    for ``dequantize``, more tokens than the model has positions, or a model that has no cache.
     """
     arguments.check("generate", {"apply": apply, "model": model, "params": params})
     arguments.check("generate", {"rng": rng, "mesh": mesh}, optional=("rng", "mesh"))
@@ -108,6 +112,7 @@ def generate(apply: Callable, model, params, input_ids, attention_mask, *, max_n
     _check_sampling(sampling, rng)
     rng = jax.random.key(0) if rng is None else rng
     rows = feed(mesh, {"input_ids": ids, "attention_mask": mask})
+    params = as_chosen(dequantize, model, params, mesh)
     tokens = decode(apply, params, **rows, stop_ids=np.asarray(stop_ids), rng=rng, max_new_tokens=max_new_tokens,
                     sampling=sampling)
     return fetch(tokens)

@@ -1,5 +1,6 @@
 """From codes back to numbers, in float32 and with bitsandbytes' roundings."""
 
+import jax
 import jax.numpy as jnp
 
 from peft_jax.errors import PeftJaxError
@@ -27,6 +28,13 @@ def dequantize(leaf: QuantizedArray, dtype=None):
     values = matrices(leaf, leaf.dtype if dtype is None else dtype)
     values = values if leaf.by_rows else jnp.swapaxes(values, -1, -2)
     return values.reshape(leaf.shape)
+
+
+def layer_by_layer(leaf: QuantizedArray, dtype=None):
+    """:func:`dequantize`, one entry of the stack after the other: of no more than one there are float32 numbers."""
+    if leaf.stack:
+        return jax.lax.map(lambda entry: layer_by_layer(entry, dtype), leaf)
+    return dequantize(leaf, dtype)
 
 
 def plain(kernel, dtype=None):

@@ -7,6 +7,8 @@ that turned over on a disk would train on unseen.
 """
 
 import asyncio
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import orbax.checkpoint as ocp
 
 from peft_jax.core import files
 from peft_jax.core.checksums import checksums
-from peft_jax.errors import PeftJaxError
+from peft_jax.errors import PeftJaxError, disk_fault
 from peft_jax.train.step import TrainState
 
 CHECKSUMS = "checksums"
@@ -43,15 +45,18 @@ class Checkpoints:
     @property
     def latest(self) -> int | None:
         """The newest checkpoint's step, or ``None``; of one that is still being written it waits for the end."""
-        self.manager.wait_until_finished()
+        with self._writing():
+            self.manager.wait_until_finished()
         return self.manager.latest_step()
 
     def save(self, state: TrainState) -> None:
-        """Keep ``state`` under its step; nothing happens if that step is there already."""
+        """Keep ``state`` under its step; nothing happens if that step is there already. Raises ``PeftJaxError`` where
+        it, or the one before it, cannot be written."""
         step = int(state.step)
         if step not in self.manager.all_steps():
             plain = storable(state)
-            self.manager.save(step, args=ocp.args.StandardSave({**plain, CHECKSUMS: checksums(plain)}))
+            with self._writing():
+                self.manager.save(step, args=ocp.args.StandardSave({**plain, CHECKSUMS: checksums(plain)}))
 
     def restore(self, like: TrainState) -> TrainState:
         """The newest checkpoint, bit for bit, with the structure, shapes and placement of ``like``: another mesh or
@@ -99,8 +104,18 @@ class Checkpoints:
         return (f"{what} is not of this run: {reason}. Choose another folder (run.py: --workdir), or train from the "
                 "start (run.py: --overwrite)")
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of a thread that writes: whatever orbax and tensorstore meet, bare Exception too
+            raise PeftJaxError(f"a checkpoint cannot be written to {self.folder}: {disk_fault(error)}; those before it "
+                               "remain, and the same command goes on from there") from error
+
     def close(self) -> None:
-        self.manager.close()
+        """Wait for what is still being written; raises ``PeftJaxError`` where it cannot be."""
+        with self._writing():
+            self.manager.close()
 
 
 def storable(state: TrainState) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Bytes in use now and at most, of the device where it tells, else of this process."""
+"""Bytes in use now and at most, of the device where it tells, else of this process; and bytes that are free."""
 
 import contextlib
 import resource
@@ -14,6 +14,28 @@ def memory_now() -> int:
     if stats and "bytes_in_use" in stats:
         return stats["bytes_in_use"]
     return int(host.read_text(encoding="ascii").split()[1]) * resource.getpagesize() if host.exists() else 0
+
+
+def free_memory() -> int | None:
+    """Bytes that are free: on the device where it tells, on a CPU of this host; ``None`` where nobody tells."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    return _free_of_host() if device.platform == "cpu" else None
+
+
+def _free_of_host() -> int | None:
+    """What Linux says is available, or what a container has left of its limit, where that is less."""
+    table = Path("/proc/meminfo")
+    if not table.exists():
+        return None
+    kilobytes = {line.split()[0]: int(line.split()[1]) for line in table.read_text(encoding="ascii").splitlines()}
+    free = kilobytes["MemAvailable:"] * 1024
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if not limit.exists() or (most := limit.read_text(encoding="ascii").strip()) == "max":
+        return free
+    return min(free, int(most) - int(used.read_text(encoding="ascii")))
 
 
 def forget_peak() -> None:

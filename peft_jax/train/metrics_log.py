@@ -54,6 +54,10 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return rows
 
 
+def tensorboard():
+    """The package that writes for TensorBoard. Raises ``PeftJaxError`` where it is not installed."""
+    return needed("tensorboardX", "to write for TensorBoard (run.py: --config.log.tensorboard=False does without)")
+
+
 def _open_board(folder: Path, first_step: int):
-    purpose = "to write for TensorBoard (run.py: --config.log.tensorboard=False does without)"
-    return needed("tensorboardX", purpose).SummaryWriter(str(folder), purge_step=first_step + 1)
+    return tensorboard().SummaryWriter(str(folder), purge_step=first_step + 1)

@@ -107,3 +107,19 @@ def test_instructions_are_learnt_as_turns_where_that_is_asked_for(chatty, tmp_pa
     assert run.main([*command, f"--workdir={tmp_path / 'chat'}", "--config.task.chat=True", "--mode=generate",
                      "--prompt=Name film 1."]) == 0
     assert capsys.readouterr().out.startswith("<user>Name film 1.<end><assistant>")
+
+
+@pytest.mark.slow
+def test_a_quantised_base_writes_the_same_plain_or_packed_and_says_which(tiny_folder, adapters, capsys):
+    command = [f"--config=experiments/qlora.py:model={tiny_folder}", "--mode=generate", "--prompt=the film is",
+               f"--adapters={adapters / 'one' / 'adapter'}", "--config.generate.max_new_tokens=4",
+               "--config.method.quantize.block_size=16", "--config.model.dtype=float32"]  # fmt: skip
+    assert run.main(command) == 0
+    plain = capsys.readouterr().out.splitlines()
+    assert run.main([*command, "--config.generate.dequantize=never"]) == 0
+    packed = capsys.readouterr().out.splitlines()
+    assert plain[0].startswith("text is written with plain weights, decoded once: plain it takes 0.0 GB, ")
+    assert packed[0] == "text is written with packed weights: dequantize=never"
+    assert plain[1:] == packed[1:] and len(plain) > 3
+    assert run.main([*command, "--config.generate.dequantize=packed"]) == 2
+    assert "--config.generate.dequantize=packed: choose one of: always, auto, never" in capsys.readouterr().err

@@ -35,6 +35,16 @@ def test_settings_that_make_another_run_are_named(tmp_path, key, value):
         workdir.check_config(tmp_path, settings(**{key: value}))
 
 
+def test_a_run_of_a_file_from_before_labels_had_names_goes_on(tmp_path):
+    config = base.get_config(task="films.csv").to_dict()
+    task = {key: value for key, value in config["task"].items() if key not in ("chat", "label_names")}
+    workdir.start(tmp_path, {**config, "task": task}, overwrite=False)
+    workdir.check_config(tmp_path, config)
+    for key, value in (("chat", True), ("label_names", ("bad", "good"))):
+        with pytest.raises(PeftJaxError, match=rf"other settings: task\.{key} was [^;]*, now [^;]*\. "):
+            workdir.check_config(tmp_path, {**config, "task": {**config["task"], key: value}})
+
+
 def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path):
     workdir.start(tmp_path, settings(), overwrite=False)
     (tmp_path / "adapter").mkdir()

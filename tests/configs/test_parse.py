@@ -102,6 +102,15 @@ def test_steps_and_epochs_on_one_command_line_are_an_error(config):
         check.check(config)
 
 
+def test_general_text_is_for_models_that_write(config):
+    config.task, config.optim.steps = base.task_config("movie_classes"), 1
+    parse.override(config, ["--config.method.r=2"])
+    assert config.eval.probe == "" and check.check(config) is None
+    parse.override(config, ["--config.eval.probe=newspaper"])
+    with pytest.raises(PeftJaxError, match=r"set --config\.eval\.probe="):
+        check.check(config)
+
+
 def test_an_unknown_file_names_the_nearest(tmp_path):
     with pytest.raises(PeftJaxError, match=r"did you mean experiments/lora\.py"):
         parse.load_experiment("experiments/lorra.py")

@@ -43,9 +43,11 @@ def test_a_system_prompt_goes_before_the_question(tokenizer):
 def test_a_template_that_is_not_used_is_said_once_it_could_be_meant(tokenizer, spaced_tokenizer):
     assert "--config.task.chat=True" in chat.unused_template(task(), [ALPACA], tokenizer)
     (turns,) = chat.as_turns([ALPACA])
+    written = tokenizer.apply_chat_template(turns["messages"][:1], tokenize=False, add_generation_prompt=True)
     for silent in ((task(), [ALPACA], spaced_tokenizer),  # has no template
                    (task(chat=True), [turns], tokenizer), (task(), [turns], tokenizer),
                    (task(), [{"text": "a"}], tokenizer),
+                   (task(), [{**ALPACA, "prompt": written}], tokenizer),
                    (task(prompt_column="a", completion_column="b"), [ALPACA], tokenizer),
                    (task(prompt_template="Q: {prompt}\nA:"), [ALPACA], tokenizer),
                    (SimpleNamespace(kind="rating"), [ALPACA], tokenizer)):  # fmt: skip
