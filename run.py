@@ -18,6 +18,7 @@ A sweep (experiments/compare.py, experiments/ablations/) is many runs, each in a
 not run again. With --sweep_index=N one of them is run here and now, for the job array of a cluster.
 """
 
+import os
 import sys
 from typing import NamedTuple
 
@@ -273,4 +274,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == 2:  # the error is told; of a full disk, say, a dozen threads would print tracebacks while they end
+        sys.stderr.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    sys.exit(code)

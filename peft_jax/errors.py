@@ -54,10 +54,9 @@ def disk_fault(error: BaseException) -> str:
     >>> disk_fault(ValueError("RESOURCE_EXHAUSTED: Error writing file: [OS error 28: No space left on device]"))
     'No space left on device'
     """
-    text = root_cause(error)
-    said = [os.strerror(number) for number in DISK if getattr(error, "errno", None) == number]
-    said += [os.strerror(number) for number in DISK if os.strerror(number) in text]
-    return said[0] if said else text
+    said = [os.strerror(number) for number in DISK if getattr(error, "errno", None) == number or
+            os.strerror(number) in str(error)]
+    return said[0] if said else root_cause(error)
 
 
 def needed(name: str, purpose: str) -> ModuleType:

@@ -1,9 +1,11 @@
 """How jax runs, as the command line says: where compiled programs are kept, and several processes joined."""
 
+import contextlib
 import logging
 import os
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -32,7 +34,6 @@ def start(command) -> None:
         jax.config.update("jax_compilation_cache_dir", str(_programs()))
         if not os.environ.get("JAX_COMPILATION_CACHE_MAX_SIZE"):
             jax.config.update("jax_compilation_cache_max_size", MOST_COMPILED)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs a traceback of each error that it raises as well
     jax.config.update("jax_debug_nans", command.debug_nans)
     if command.distributed:
         _join(command)
@@ -41,6 +42,21 @@ def start(command) -> None:
         cards = [name for name, device in CARDS.items() if Path(device).exists()]
         if note := unused_accelerator(plugins(), cards):
             print(note, flush=True)
+
+
+@contextlib.contextmanager
+def quiet_writers() -> Iterator[None]:
+    """While entered, the threads that write checkpoints print no traceback of an error that is raised as well, nor of
+    what they find closed when they come after it. After an error they stay quiet, as they may still be at it."""
+    usual, loggers = sys.unraisablehook, {name: logging.getLogger(name) for name in ("absl", "asyncio")}
+    levels = {name: logger.level for name, logger in loggers.items()}
+    for logger in loggers.values():
+        logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda told: None if str(told.exc_value) == "Event loop is closed" else usual(told)
+    yield
+    sys.unraisablehook = usual
+    for name, logger in loggers.items():
+        logger.setLevel(levels[name])
 
 
 def _programs() -> Path:

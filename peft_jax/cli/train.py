@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from peft_jax.cli import console, fingerprint, workdir
+from peft_jax.cli import console, fingerprint, runtime, workdir
 from peft_jax.cli.build_method import build_method
 from peft_jax.cli.build_optimizer import build_optimizer, build_schedule
 from peft_jax.cli.checks import check_fits
@@ -191,7 +191,7 @@ def _fit(run: Run, state: TrainState, command) -> Training:
         print(f"resuming {run.folder} after step {int(state.step)} of {run.total}", flush=True)
     log = _log(run, int(state.step))
     trace = Trace(run.folder / "profile", command.profile) if command.profile else None
-    with contextlib.ExitStack() as stack:
+    with runtime.quiet_writers(), contextlib.ExitStack() as stack:
         for one in filter(None, (trace, log, checkpoints)):
             stack.enter_context(contextlib.closing(one))
         state = fit(run.step, state, run.frozen, run.batches, total_steps=run.total,
