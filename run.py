@@ -18,11 +18,12 @@ A sweep (experiments/compare.py, experiments/ablations/) is many runs, each in a
 not run again. With --sweep_index=N one of them is run here and now, for the job array of a cluster.
 """
 
+import os
 import sys
 from typing import NamedTuple
 
 from peft_jax.cli import modes
-from peft_jax.errors import PeftJaxError, lacking, nearest
+from peft_jax.errors import DISK, PeftJaxError, disk_fault, lacking, nearest
 
 try:
     from absl import flags
@@ -260,10 +261,21 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"error: {lacking(error, 'for this command')}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {disk_fault(error)}{where}: free some and start the same command again; what was finished is "
+              "kept", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == 2:  # the error is told; of a full disk, say, a dozen threads would print tracebacks while they end
+        sys.stderr.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    sys.exit(code)

@@ -67,6 +67,7 @@ def get_config(model: str = "smollm2-135m", task: str = "movie_rating", method: 
     config.optim.b2 = 0.999
     config.optim.eps = 1e-8
     config.optim.weight_decay = 0.0
+    config.optim.decay_vectors = False  # biases, norms' scales, magnitudes and other vectors too
     config.optim.clip_norm = 1.0  # over the trainable part; 0: no clipping
     config.optim.accumulate_steps = 1  # micro-batches per step
     config.optim.steps = 0  # set either steps

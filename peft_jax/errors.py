@@ -1,6 +1,8 @@
 """Errors for people: what went wrong, where, the nearest valid choice, what to do."""
 
 import difflib
+import errno
+import os
 from collections.abc import Collection, Iterable, Mapping
 from importlib import import_module
 from types import ModuleType
@@ -41,6 +43,20 @@ def root_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # errors of disks, which no code can mend
+
+
+def disk_fault(error: BaseException) -> str:
+    """What the disk says, where an error is of one: "No space left on device"; else the error itself, on one line.
+
+    >>> disk_fault(ValueError("RESOURCE_EXHAUSTED: Error writing file: [OS error 28: No space left on device]"))
+    'No space left on device'
+    """
+    said = [os.strerror(number) for number in DISK if getattr(error, "errno", None) == number or
+            os.strerror(number) in str(error)]
+    return said[0] if said else root_cause(error)
 
 
 def needed(name: str, purpose: str) -> ModuleType:

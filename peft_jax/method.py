@@ -42,7 +42,7 @@ class Method(NamedTuple):
         stay zero, and do not count as parameters.
       stored: how an adapter file holds the leaves; ``None`` where no file can.
       optimizer: ``(optax transformation, steps of the training) -> optax transformation`` over the trainable leaves.
-        A method sets it to change the steps: AdaLoRA sets ranks to zero in them.
+        A method sets it to change the steps: AdaLoRA sets ranks to zero in them. Clipping goes before it.
       penalty: ``(params) -> float32 scalar``, added to the loss, in nats per answer token; ``None`` for no penalty.
       parts: the methods of a chain; empty for one that is none.
       prepare: ``(model, base params, batches) -> Method``, where ``init`` needs to see data; ``None`` elsewhere. The
@@ -57,6 +57,8 @@ class Method(NamedTuple):
         saved adapter then fits only a base that was quantised in this way.
       along: ``{leaf: (for each of its axes behind the stack)}``: "inputs" or "outputs" where the axis runs along the
         kernel's, else ``None``. A mesh cuts such an axis as it cuts the kernel's.
+      vectors: names of trained leaves of one axis for each module, scales or biases, which weight decay leaves alone
+        by default. "bias", "scale" and what ends in "_bias" need not be named.
     """
 
     init: Callable[..., tree.Tree]
@@ -74,6 +76,7 @@ class Method(NamedTuple):
     convert: Callable[..., Any] | None = None
     base_quantization: "Method | None" = None
     along: Mapping[str, tuple[str | None, ...]] = MappingProxyType({})
+    vectors: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         """Its kind, or those of a chain: what a message or a notebook can show."""
@@ -144,6 +147,7 @@ def chain(*methods: Method) -> Method:
         leaves=tuple(dict.fromkeys(name for method in methods for name in method.leaves)),
         convert=_conversion(methods),
         along={name: axes for method in methods for name, axes in method.along.items()},
+        vectors=tuple(dict.fromkeys(name for method in methods for name in method.vectors)),
     )
 
 

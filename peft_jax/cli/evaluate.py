@@ -13,6 +13,6 @@ def job(command) -> int:
     dequantize = session.dequantize(candidate.params)
     metrics = {"base": session.evaluator(session.bound(), dequantize)(session.base),
                candidate.name: session.evaluator(candidate.apply, dequantize)(candidate.params)}
-    workdir.write_json(folder / "eval.json", metrics)
     print(console.metrics_table(metrics))
+    workdir.write_report(folder, "eval.json", metrics)
     return 0

@@ -31,10 +31,13 @@ def job(command) -> int:
     config, folder = command.config, Path(command.workdir)
     asked = settings.plain({name: config[name].to_dict() for name in ASKED})
     path = folder / MEASURED
-    if command.overwrite or not path.exists() or workdir.read_json(path, "asked")["asked"] != asked:
-        folder.mkdir(parents=True, exist_ok=True)
-        workdir.write_json(path, {"asked": asked, **measured(command)})
-    print(table(workdir.read_json(path, "test", "general", "neighbours", "latency")))
+    workdir.check_own(folder, MEASURED)
+    if not command.overwrite and path.exists() and workdir.read_json(path, "asked")["asked"] == asked:
+        print(table(workdir.read_json(path, "test", "general", "neighbours", "latency")))
+        return 0
+    figures = measured(command)
+    print(table(figures))
+    workdir.write_report(folder, MEASURED, {"asked": asked, **figures})
     return 0
 
 

@@ -27,6 +27,8 @@ def job(command) -> int:
         tokenizer, mesh = load_tokenizer(config.model.source), make_mesh(**config.mesh)
         model, base = load_model(config, trained_on(config), mesh)
         params = _mergeable(folder, trained_run.load(folder, config, model, base, mesh)).merged()
+    if not command.output:
+        workdir.claim(folder, "merged")
     save_pretrained(output, model, params, tokenizer)
     print(f"merged model: {output} ({console.size(workdir.bytes_in(output))})")
     return 0

@@ -44,7 +44,8 @@ def plan_config(config, target: Target | None = None) -> Plan:
     model = families.of(sizes).model(sizes, **kinds, remat=config.model.remat)
     base, method = _base(files, model), build_method(config)
     params = base if method.prepare else jax.eval_shape(method.init, jax.random.key(0), base)
-    optimizer = build_optimizer(config.optim, config.optim.steps or STEPS, method.labels(params))
+    optimizer = build_optimizer(config.optim, config.optim.steps or STEPS, method.labels(params),
+                                method.vectors)
     batch, seq, words = batch_sizes(config.data, sizes, row_shards(mesh))
     return plan(method, model, optimizer, batch, seq, mesh, answers=None if objective.writes else 1,
                 accumulate_steps=config.optim.accumulate_steps, loss_chunk=config.optim.loss_chunk,

@@ -1,17 +1,22 @@
 """How jax runs, as the command line says: where compiled programs are kept, and several processes joined."""
 
+import contextlib
+import logging
 import os
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
 import jax
 
+from peft_jax.core import files
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub import download
 
 GRACE = 60  # seconds; jax's 300 would keep a process that met an error waiting for those that wait for it
+MOST_COMPILED = 4 << 30  # bytes: a few hundred training steps of large models
 NO_DEVICE = ("plan", "recommend", "show")  # modes that compute nothing, or from shapes alone
 PLUGIN = re.compile(r"(jax[-_](cuda|rocm)\w*[-_]plugin|libtpu)$")  # distributions that bring jax to an accelerator
 CARDS = {"an NVIDIA card": "/dev/nvidia0", "an AMD card": "/dev/kfd", "a TPU": "/dev/accel0"}  # and where each shows
@@ -21,11 +26,14 @@ def start(command) -> None:
     """Settle how jax runs, as the command line says, and join the other processes where there are some.
 
     Compiled programs are kept with the downloads, in ``PEFT_JAX_CACHE``, unless ``JAX_COMPILATION_CACHE_DIR`` says
-    where. Prints one line where an accelerator is at hand and jax computes on the CPU. Raises ``PeftJaxError`` where
-    other processes cannot be found.
+    where; those that were not used for longest go when there are more than ``MOST_COMPILED`` bytes of them. Prints one
+    line where an accelerator is at hand and jax computes on the CPU. Raises ``PeftJaxError`` where other processes
+    cannot be found.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(download.cache_folder("compiled")))
+        jax.config.update("jax_compilation_cache_dir", str(_programs()))
+        if not os.environ.get("JAX_COMPILATION_CACHE_MAX_SIZE"):
+            jax.config.update("jax_compilation_cache_max_size", MOST_COMPILED)
     jax.config.update("jax_debug_nans", command.debug_nans)
     if command.distributed:
         _join(command)
@@ -34,6 +42,32 @@ def start(command) -> None:
         cards = [name for name, device in CARDS.items() if Path(device).exists()]
         if note := unused_accelerator(plugins(), cards):
             print(note, flush=True)
+
+
+@contextlib.contextmanager
+def quiet_writers() -> Iterator[None]:
+    """While entered, the threads that write checkpoints print no traceback of an error that is raised as well, nor of
+    what they find closed when they come after it. After an error they stay quiet, as they may still be at it."""
+    usual, loggers = sys.unraisablehook, {name: logging.getLogger(name) for name in ("absl", "asyncio")}
+    levels = {name: logger.level for name, logger in loggers.items()}
+    for logger in loggers.values():
+        logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda told: None if str(told.exc_value) == "Event loop is closed" else usual(told)
+    yield
+    sys.unraisablehook = usual
+    for name, logger in loggers.items():
+        logger.setLevel(levels[name])
+
+
+def _programs() -> Path:
+    """Where compiled programs are kept. Of each jax notes when it was last used; one without that, which a killed
+    process left, would keep it from writing any other."""
+    folder = download.cache_folder("programs")
+    for program in folder.glob("*-cache"):
+        if not program.with_name(f"{program.name.removesuffix('-cache')}-atime").exists():
+            program.unlink(missing_ok=True)
+    files.remove(folder.with_name("compiled"))  # of versions whose programs had no such notes
+    return folder
 
 
 def plugins() -> dict[str, str]:

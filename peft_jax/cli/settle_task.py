@@ -54,6 +54,7 @@ def _of_run(command) -> dict[str, Any]:
     file = Path(command.workdir) / "config.json"
     if command.mode in (*BEFORE, *FROM_SHAPES) or not file.is_file():
         return {}
+    workdir.check_own(file.parent, file.name)
     task = workdir.read_json(file, "task")["task"]
     return {key: tuple(task[key]) if key == "label_names" else task[key] for key in KEYS if key in task}
 

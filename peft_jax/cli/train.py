@@ -1,5 +1,6 @@
 """``--mode=train``: evaluate, train, evaluate, save; what was interrupted goes on."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from peft_jax.cli import console, workdir
+from peft_jax.cli import console, fingerprint, runtime, workdir
 from peft_jax.cli.build_method import build_method
 from peft_jax.cli.build_optimizer import build_optimizer, build_schedule
 from peft_jax.cli.checks import check_fits
@@ -20,7 +21,7 @@ from peft_jax.data.tokenize import describe
 from peft_jax.evaluation.objectives import objective_of
 from peft_jax.hub.adapters.save import is_stored, save_adapter
 from peft_jax.hub.save import save_pretrained
-from peft_jax.method import Method
+from peft_jax.method import FROZEN, Method
 from peft_jax.parallel import partitioning, processes
 from peft_jax.parallel.mesh import feed, row_shards, several
 from peft_jax.planner.compiled import memory_of
@@ -62,17 +63,18 @@ def job(command) -> int:
     """Train, evaluate before and after, save; goes on where an interrupted run of the workdir stopped."""
     with processes.one_voice():
         folder = Path(command.workdir)
-        return _already_done(folder) if _is_done(command, folder) else _train(command, folder)
+        processes.check_alike({**command.config.to_dict(), "--overwrite": command.overwrite})
+        workdir.check_writable(folder, leave=jax.process_count() > 1)
+        workdir.check_own(folder, *workdir.WRITTEN)
+        with workdir.locked(folder):
+            return _already_done(folder) if _is_done(command, folder) else _train(command, folder)
 
 
 def _is_done(command, folder: Path) -> bool:
-    """Whether the workdir holds this run, finished. Raises ``PeftJaxError`` where it holds another, or cannot be."""
-    config = command.config.to_dict()
-    processes.check_alike({**config, "--overwrite": command.overwrite})
-    workdir.check_writable(folder, leave=jax.process_count() > 1)
+    """Whether the workdir holds this run, finished. Raises ``PeftJaxError`` where it holds another."""
     if command.overwrite:
         return False
-    workdir.check_config(folder, config)
+    workdir.check_config(folder, command.config.to_dict())
     return processes.agreed((folder / "results.json").exists())
 
 
@@ -112,6 +114,7 @@ def _begin(command, folder: Path) -> tuple[Run, TrainState]:
     if processes.first():
         workdir.start(folder, config.to_dict(), command.overwrite)
     processes.barrier("workdir")
+    fingerprint.settle(folder, batches.encoded, session.base)
     apply = session.bound(method)
     jax.eval_shape(apply, {"params": params}, np.zeros((1, 8), np.int32))  # an adapter that nothing reads stops here
     evaluate = session.evaluator(apply, session.dequantize(params))
@@ -159,7 +162,7 @@ def _start(session: Session, method: Method, apply: Callable, params: tree.Tree,
            total: int) -> tuple[Callable, TrainState, tree.Tree]:
     """(training step, state before the first one, frozen leaves)."""
     config, mesh, labels = session.config, session.mesh, method.labels(params)
-    optimizer = method.optimizer(build_optimizer(config.optim, total, labels), total)
+    optimizer = build_optimizer(config.optim, total, labels, method.vectors, method.optimizer)
     trainable, frozen = tree.partition(params, labels)
     where = state_shardings(trainable, optimizer, mesh) if several(mesh) else None
     step = make_step(apply, optimizer, config.optim.loss_chunk, objective_of(config.task).error, method.penalty, mesh,
@@ -188,15 +191,14 @@ def _fit(run: Run, state: TrainState, command) -> Training:
         print(f"resuming {run.folder} after step {int(state.step)} of {run.total}", flush=True)
     log = _log(run, int(state.step))
     trace = Trace(run.folder / "profile", command.profile) if command.profile else None
-    try:
+    with runtime.quiet_writers(), contextlib.ExitStack() as stack:
+        for one in filter(None, (trace, log, checkpoints)):
+            stack.enter_context(contextlib.closing(one))
         state = fit(run.step, state, run.frozen, run.batches, total_steps=run.total,
                     schedule=build_schedule(config.optim, run.total), checkpoints=checkpoints, log=log,
                     checkpoint_due=_due(run, config.checkpoint), log_every=config.log.every, evaluate=evaluated,
                     evaluate_due=_due(run, config.eval), mesh=run.session.mesh, stop=stop,
                     guard=command.transfer_guard, trace=trace)  # fmt: skip
-    finally:
-        for one in filter(None, (checkpoints, log, trace)):
-            one.close()
     return Training(state=state, seconds=log.last["seconds"], evaluations=evaluations, signal=stop.asked)
 
 
@@ -218,7 +220,7 @@ def _finish(run: Run, training: Training, memory_used: dict[str, int], earlier: 
     """Evaluate, save, and tell; ``earlier`` is the peak memory until training began."""
     params = tree.combine(run.frozen, training.state.trainable)
     after = training.evaluations.get(run.total) or run.evaluate(params)
-    params = processes.brought(params)
+    params = processes.brought(params, _saved_leaves(run.method, params))
     if processes.first():
         saved = _save(run, params)
         peak = {where: max(size, earlier[where]) for where, size in memory.peak_memory().items()}
@@ -229,6 +231,13 @@ def _finish(run: Run, training: Training, memory_used: dict[str, int], earlier: 
     processes.barrier("saved")
     if processes.first():
         print("\n" + console.summary(results))
+
+
+def _saved_leaves(method: Method, params: tree.Tree) -> Callable[[str], bool]:
+    """Which leaves' values are in what is saved, by their paths: of an adapter those that train or are the method's."""
+    labels = tree.flatten(method.labels(params))
+    whole = not is_stored(method, params)
+    return lambda path: whole or labels[path] != FROZEN or tree.owns(method.leaves, path)
 
 
 def _save(run: Run, params: tree.Tree) -> Path:

@@ -1,6 +1,7 @@
 """What a run keeps in its folder, and whether the folder fits the command that is about to use it.
 
     config.json          the configuration, written when training starts
+    fingerprint.json     of the training examples and the base's weights; a resumed run must have the same
     checkpoints/         see checkpoint.py
     metrics.jsonl        one line per logged step
     tensorboard/
@@ -10,25 +11,30 @@
     model/               the whole model instead, of a method that has no adapter file
     results.json         written last: its presence means that the run is finished
     merged/, eval.json   by --mode=merge (a whole model; --mode=export is the same) and --mode=eval
+    manifest.json        which of these names are the run's own: nothing else is ever replaced or removed
+    lock                 held by the process that trains
 """
 
 import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from peft_jax.core import files, settings
 from peft_jax.errors import PeftJaxError
+from peft_jax.parallel import processes
 
 WRITTEN = (
     "results.json", "config.json", "checkpoints", "metrics.jsonl", "tensorboard", "before.json", "adapter", "model",
-    "merged", "eval.json", "profile", "measured.json",
+    "merged", "eval.json", "profile", "measured.json", "fingerprint.json",
 )  # fmt: skip
 KEPT = tuple(name for name in WRITTEN if name != "merged")  # which merge does not write
 MATTERS = ("seed", "model", "method", "task", "data", "optim")  # sections that a resumed run may not change
 ADAPTER_MATTERS = ("model.source",)  # what its adapter needs; the method is in the adapter's own files
+MANIFEST, LOCK = "manifest.json", "lock"
 
 
 def check_writable(folder: Path, leave: bool = False) -> None:
@@ -78,10 +84,62 @@ def _unwritable(folder: Path, error: OSError) -> PeftJaxError:
     return PeftJaxError(f"workdir {folder} cannot be written: {error.strerror}; choose another with --workdir")
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """While entered, no other process trains in ``folder``, which is made for it and goes if nothing came into it.
+
+    Raises ``PeftJaxError``, in all processes of a run, where another run is at it.
+    """
+    made = not folder.exists()
+    with contextlib.ExitStack() as stack:
+        fault = _entered(stack, files.locked(folder / LOCK, folder, "this run")) if processes.first() else None
+        if processes.agreed(fault is not None):
+            raise fault or PeftJaxError(f"{folder}: another process is at this run now")
+        try:
+            yield
+        finally:
+            if made and processes.first() and {path.name for path in folder.iterdir()} <= {LOCK, f"{LOCK}.json"}:
+                files.remove(folder)
+
+
+def _entered(stack: contextlib.ExitStack, lock: contextlib.AbstractContextManager) -> PeftJaxError | None:
+    try:
+        stack.enter_context(lock)
+    except PeftJaxError as error:
+        return error
+    return None
+
+
+def own_names(folder: Path) -> set[str]:
+    """The names in ``folder`` that a run wrote. One from before there were manifests is known by its config.json."""
+    path = folder / MANIFEST
+    if path.exists():
+        return set(read_json(path, "written", mend="remove it")["written"])
+    return set(WRITTEN) if _is_run(folder) else set()
+
+
+def check_own(folder: Path, *names: str) -> None:
+    """Raise ``PeftJaxError`` where one of ``names`` is in ``folder`` and no run wrote it."""
+    own = own_names(folder)
+    if foreign := [name for name in names if name not in own and os.path.lexists(folder / name)]:
+        raise PeftJaxError(f"{folder} holds {foreign[0]!r}, which no run wrote and which this one would replace: "
+                           "choose another --workdir, or move it away")
+
+
+def claim(folder: Path, *names: str) -> None:
+    """Make ``names`` the run's own, before they are written; raises ``PeftJaxError`` as :func:`check_own`."""
+    check_own(folder, *names)
+    own = own_names(folder)
+    if not own.issuperset(names):
+        write_json(folder / MANIFEST, {"written": sorted({*own, *names})})
+
+
 def check_config(folder: Path, config: dict[str, Any], matters: tuple[str, ...] = MATTERS) -> None:
-    """Raise ``PeftJaxError``, naming the keys, where the run in ``folder`` differs in these sections or keys."""
+    """Raise ``PeftJaxError``, naming the keys, where the run in ``folder`` differs in these sections or keys, and where
+    what is there is no run's."""
     if not (folder / "config.json").exists():
         return
+    check_own(folder, "config.json")
     sections = dict.fromkeys(name.split(".")[0] for name in matters)
     changes = settings.differences(read_json(folder / "config.json", *sections), config, matters)
     if changes:
@@ -92,11 +150,19 @@ def check_config(folder: Path, config: dict[str, Any], matters: tuple[str, ...] 
 
 
 def start(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
-    """Make the folder, remove an old run's files if told to, and write ``config.json``."""
+    """Make the folder, remove an old run's files if told to, and what a killed one left aside, and write
+    ``config.json``. For the process that has the lock.
+
+    Raises ``PeftJaxError`` where the folder holds files of these names that no run wrote.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in WRITTEN if overwrite else ():
-            files.remove(folder / name)
+        claim(folder, *WRITTEN)
+        for name in WRITTEN:
+            files.sweep(folder / name)
+            files.remove(folder / f"{name}.tmp")
+            if overwrite:
+                files.remove(folder / name)
         write_json(folder / "config.json", config)
     except OSError as error:
         raise _unwritable(folder, error) from error
@@ -116,6 +182,7 @@ def write_report(folder: Path, name: str, value: Any) -> None:
     """What a job found, into the workdir, and where that is to the terminal."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        claim(folder, name)
         write_json(folder / name, value)
     except OSError as error:
         raise _unwritable(folder, error) from error

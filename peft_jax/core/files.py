@@ -1,10 +1,13 @@
-"""Files and folders that are never half there: written aside, then renamed; JSON objects read."""
+"""Files and folders that are never half there: written aside, brought to the disk, then renamed; JSON objects read."""
 
 import contextlib
+import glob
 import json
 import os
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,70 @@ def write(path: Path, data: str | bytes) -> None:
     """
     aside = path.with_name(path.name + ".tmp")
     aside.write_bytes(data.encode() if isinstance(data, str) else data)
+    flush(aside)
     os.replace(aside, path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Bring a file, or a folder's list of names, to the disk: a rename may be there before the bytes are, and after a
+    power failure the new name would be of an empty file."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:  # a file system that cannot: it keeps what it can
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+def flush_all(folder: Path) -> None:
+    """:func:`flush` of every file and folder in ``folder``, and of itself."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir() or path.is_file():
+            flush(path)
+
+
+@contextlib.contextmanager
+def locked(path: Path, folder: Path, what: str) -> Iterator[None]:
+    """While entered, no other process is at ``what`` in the workdir ``folder``; the lock ends with the process, however
+    that ends.
+
+    Beside the lock file ``path`` stands ``path.json``: which process has it, on which machine, since when.
+
+    Raises ``PeftJaxError`` where another one is.
+    """
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    owner, lock = path.with_name(f"{path.name}.json"), FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+        write(owner, json.dumps({"process": os.getpid(), "machine": socket.gethostname(),
+                                 "since": time.strftime("%Y-%m-%d %H:%M:%S")}) + "\n")
+    except Timeout as error:
+        raise PeftJaxError(f"{folder}: another process is at {what} now{_whose(owner)}; wait for it, or choose another "
+                           "--workdir") from error
+    except (OSError, NotImplementedError):  # a file system that knows no locks
+        pass
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def _whose(owner: Path) -> str:
+    try:
+        said = json.loads(owner.read_text(encoding="utf-8"))
+        return f", number {said['process']} on {said['machine']}, since {said['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # it is about to say so, or has just gone
+        return ""
+
+
+DAY = 86400.0  # seconds
 
 
 @contextlib.contextmanager
@@ -38,6 +104,7 @@ def written_aside(folder: Path, what: str, last: str, stale: tuple[str, ...] = (
 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        sweep(folder, older=DAY)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as made:
             scratch, aside = Path(made, "new"), Path(made, "old")
             scratch.mkdir()
@@ -45,10 +112,22 @@ def written_aside(folder: Path, what: str, last: str, stale: tuple[str, ...] = (
             yield scratch
             for file in scratch.glob("*.safetensors"):  # which safetensors makes private
                 shutil.copymode(scratch / last, file)
+            flush_all(scratch)
             _move(scratch, folder, aside, last, stale)
+            flush(folder)
     except (OSError, SafetensorError) as error:
         said = getattr(error, "strerror", None) or error
         raise PeftJaxError(f"the {what} cannot be written to {folder}: {said}.") from error
+
+
+def sweep(folder: Path, older: float = 0) -> None:
+    """Remove the scratch folders beside ``folder`` that killed processes left, if they are ``older`` (seconds): another
+    process may be writing one."""
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}-????????"):
+        with contextlib.suppress(OSError):  # it has just gone, or is somebody else's
+            ours = {path.name for path in left.iterdir()} <= {"new", "old", "whole", "archive", "requirements.txt"}
+            if ours and time.time() - left.stat().st_mtime >= older:
+                shutil.rmtree(left)
 
 
 def _move(scratch: Path, folder: Path, aside: Path, last: str, stale: tuple[str, ...]) -> None:

@@ -51,9 +51,8 @@ def encode_labelled(examples: Sequence[Example], tokenizer, config) -> tuple[lis
         raise PeftJaxError(f"example {first} has {len(every[first])} tokens, more than data.max_length="
                            f"{config.max_length}; raise it or set data.on_too_long to truncate_left or drop")
     if long and config.on_too_long == "truncate_left":
-        tokenizer.truncation_side = "left"
         for i in long:
-            every[i] = tokenizer(examples[i]["text"], truncation=True, max_length=config.max_length)["input_ids"]
+            every[i] = _cut(examples[i]["text"], tokenizer, config.max_length)
     dropped = long if config.on_too_long == "drop" else ()
     kept = [Labelled(np.asarray(every[i], np.int32), example["label"], i) for i, example in enumerate(examples)
             if i not in dropped]
@@ -62,3 +61,12 @@ def encode_labelled(examples: Sequence[Example], tokenizer, config) -> tuple[lis
     lengths = [len(one.input_ids) for one in kept]
     return kept, {"examples": len(examples), "sequences": len(kept), "tokens": sum(lengths), "answer_tokens": len(kept),
                   "longest": max(lengths), "dropped": len(dropped), "truncated": len(long) - len(dropped), "split": 0}
+
+
+def _cut(text: str, tokenizer, tokens: int) -> list[int]:
+    """The ids of a text, its start taken off where they are more than ``tokens``; special ones stay."""
+    side, tokenizer.truncation_side = tokenizer.truncation_side, "left"
+    try:
+        return tokenizer(text, truncation=True, max_length=tokens)["input_ids"]
+    finally:
+        tokenizer.truncation_side = side

@@ -224,6 +224,7 @@ def _known(spec: str) -> Archive:
 
 
 def _download_into(folder: Path, spec: str, archive: Archive) -> None:
+    files.sweep(folder)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         aside = Path(scratch, "whole")
         aside.mkdir()

@@ -117,7 +117,7 @@ def _on_mesh(config: Any, mesh: Mesh | None) -> Any:
 
 def _path_of_weights(files: ModelFiles, in_blocks: Any) -> Path:
     """A folder of safetensors files; or the .gguf file, whose own blocks are read where they stay or are converted."""
-    return files.path if in_blocks or not files.path.is_file() else gguf.convert(files.path)
+    return files.path if in_blocks or not files.path.is_file() else gguf.convert(files.path, weights=True)
 
 
 def _tensors(path: Path, files: ModelFiles, config: Any) -> dict[str, Any]:

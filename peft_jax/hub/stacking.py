@@ -16,6 +16,7 @@ from peft_jax.hub.families.hf_names import Place
 
 Convert = Callable[..., Any]  # see peft_jax.Method
 Where = Callable[[str, Any], Any]
+_CHUNK = 1 << 20  # elements that are looked at together, so that they stay in the processor's cache
 
 
 def stack(stored: Mapping[str, Any], places: Mapping[str, Place], dtype: jnp.dtype, convert: Convert | None = None,
@@ -30,7 +31,8 @@ def stack(stored: Mapping[str, Any], places: Mapping[str, Place], dtype: jnp.dty
       where: ``(path, leaf of shapes) -> leaf of shardings``, of a mesh: of each tensor only what this process's devices
         hold is kept, and one leaf's part after the other goes to them. By default all is on the default device.
 
-    Raises ``PeftJaxError`` where the layers of a stack are not quantised alike, or ``convert`` does.
+    Raises ``PeftJaxError`` where the layers of a stack are not quantised alike, a tensor holds NaN or infinity or what
+    ``dtype`` makes that of, or ``convert`` does.
     """
     parts: dict[str, dict[int | None, str]] = {}
     for name, place in places.items():
@@ -41,7 +43,7 @@ def stack(stored: Mapping[str, Any], places: Mapping[str, Place], dtype: jnp.dty
         leaf = None
         for layer, name in layers.items():  # nothing here may hold on to an entry while the next is read
             leaf = _put(leaf, front, layer, dtype, name, partial(where, path) if where else None,
-                        converted(convert, path, front, _entry(stored[name], places[name], dtype, convert, keep)))
+                        converted(convert, path, front, _entry(name, stored[name], places[name], dtype, convert, keep)))
         leaves[path] = jax.tree.map(Parts.on_devices, leaf, is_leaf=lambda node: isinstance(node, Parts))
     return leaves
 
@@ -89,14 +91,44 @@ def converted(convert: Convert | None, path: str, front: tuple[int, ...], entry:
     return convert(path, entry, kernel_axes.plain_axes(entry.shape), names)
 
 
-def _entry(tensor, place, dtype, convert, keep):
+def _entry(name, tensor, place, dtype, convert, keep):
     """A tensor in our layout; plain ones are cast where a method is to see them, else when they are put in place."""
     value = tensor.read()
+    for part in jax.tree.leaves(value):
+        _check_finite(name, part, dtype)
     if quant.is_leaf(value):
         value = dataclasses.replace(value, plain_dtype=dtype.name)
         return value if keep else np.asarray(quant.dequantize(value))
     value = value.T if place.transposed else value
     return value if convert is None else value.astype(dtype, copy=False)
+
+
+def _check_finite(name: str, array: np.ndarray, dtype: jnp.dtype) -> None:
+    """Raise ``PeftJaxError`` where a tensor holds no numbers, of which training would make NaN at its first step."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return
+    if not finite(array):
+        raise PeftJaxError(f"the tensor '{name}' holds NaN or infinity: the file is damaged, or its training diverged; "
+                           "fetch it again, or take another checkpoint.")
+    with np.errstate(over="ignore"):
+        fits = jnp.finfo(dtype).max >= jnp.finfo(array.dtype).max or finite(array.astype(dtype))
+    if not fits:
+        raise PeftJaxError(f"the tensor '{name}' holds numbers beyond {dtype}, which would be infinity: load it in "
+                           "bfloat16 or float32.")
+
+
+def finite(array: np.ndarray) -> bool:
+    """Whether an array of floating-point numbers holds neither NaN nor infinity, by the bits of their exponents.
+
+    >>> finite(np.ones(3, np.float32)), finite(np.array([1, np.inf], np.float16))
+    (True, False)
+    """
+    exponents = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float64": 0x7FF0000000000000}
+    if array.dtype.name not in exponents:
+        return bool(np.isfinite(array.astype(np.float32)).all())
+    words = np.ascontiguousarray(array).reshape(-1).view(f"uint{8 * array.dtype.itemsize}")
+    mask = words.dtype.type(exponents[array.dtype.name])
+    return not any(((words[at:at + _CHUNK] & mask) == mask).any() for at in range(0, len(words), _CHUNK))
 
 
 def _put(leaf, front, layer, dtype, name, where, entry):

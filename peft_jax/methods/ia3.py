@@ -57,7 +57,7 @@ def ia3(target_modules: Patterns = ("k_proj", "v_proj", "down_proj"), feedforwar
     method = kernel_adapter.method(
         config, trained=LEAVES[:2], switch="ia3_on", leaves=_leaves, intercept=_intercept, stored=FORMAT,
         along={"ia3_in": ("inputs",), "ia3_out": ("outputs",)})
-    return method._replace(init=partial(_init, config, method), fold=_merge)
+    return method._replace(init=partial(_init, config, method), fold=_merge, vectors=LEAVES[:2])
 
 
 def _init(config: Mapping[str, Any], method: Method, rng: jax.Array, params: Mapping[str, Any],

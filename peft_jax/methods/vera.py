@@ -72,7 +72,8 @@ def vera(r: int = 256, target_modules: Patterns = ("q_proj", "v_proj"), vera_dro
         raise PeftJaxError(f"projection_prng_key={projection_prng_key!r}: a seed is a whole number.")
     method = kernel_adapter.method(config, trained=VECTORS, switch="vera_on", leaves=_leaves,
                                    intercept=partial(_intercept, vera_dropout), stored=FORMAT)
-    return method._replace(init=partial(_init, config, method), fold=_merge, leaves=(*LEAVES, *SHARED))
+    return method._replace(init=partial(_init, config, method), fold=_merge, leaves=(*LEAVES, *SHARED),
+                           vectors=VECTORS)
 
 
 def _init(config: Mapping[str, Any], method: Method, rng: jax.Array, params: Mapping[str, Any],

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -72,13 +72,16 @@ def preempted(step: int) -> bool:
     return multihost_utils.reached_preemption_sync_point(step)
 
 
-def brought(params: tree.Tree) -> tree.Tree:
-    """``params`` with every leaf whole on the first process; leaf by leaf, others keep nothing of it."""
+def brought(params: tree.Tree, wanted: Callable[[str], bool]) -> tree.Tree:
+    """``params`` with the leaves of ``wanted`` paths whole on the first process, one after another, and of all others
+    the shapes alone; other processes keep nothing."""
     if jax.process_count() == 1:
         return params
 
-    def bring(leaf: Any) -> np.ndarray:
-        array = fetch(leaf)
-        return array if first() else np.zeros(0, array.dtype)
+    def bring(path: str, leaf: Any) -> Any:
+        if not wanted(path):
+            return jax.eval_shape(lambda leaf: leaf, leaf)
+        whole = jax.tree.map(fetch, leaf)
+        return whole if first() else jax.eval_shape(lambda leaf: leaf, whole)
 
-    return jax.tree.map(bring, params)
+    return tree.map_paths(bring, params)

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -131,25 +132,21 @@ def fit(
         it remain.
     """
     done = int(state.step)
-    clock = _Clock(before=log.last["seconds"] if log.last else 0.0)
     progress = Progress(total_steps, done, processes.first())
+    told = _Told(schedule, checkpoints, log, progress)
     batch, stopping = at_step(batches, done) if done < total_steps else {}, False
     with stop or StopRequest() as stop:
         while done < total_steps and not stopping:
             state, metrics = _take(step, state, frozen, batch, mesh, guard, trace)
+            told.read()  # the step before this one, while the device works at it
             tokens, done = int(real_tokens(batch).sum()), done + 1
-            batch = at_step(batches, done) if done < total_steps else {}  # while the device works
-            values = {name: float(value) for name, value in metrics.items()}  # waits for it
-            _check_finite(values, done, checkpoints)
-            values |= clock.lap(tokens) | {"learning_rate": float(schedule(done - 1)), "memory": memory_now()}
-            if evaluation := evaluate_due(done) and evaluate:
-                with clock.paused():
-                    values |= {f"eval_{name}": value for name, value in evaluation(state).items()}
+            told.add(done, metrics, tokens, logged=done % log_every == 0)
+            batch = at_step(batches, done) if done < total_steps else {}
+            if evaluate and evaluate_due(done):
+                told.read(evaluate=partial(evaluate, state))
             stopping = stop.after(done)
-            if done % log_every == 0 or done == total_steps or stopping or evaluation:
-                log.write(done, values)
-            progress.update(done, values["loss"], values["tokens_per_second"])
             if checkpoint_due(done) or done == total_steps or stopping:
+                told.read(logged=done == total_steps or stopping)
                 checkpoints.save(state)
     progress.close()
     return state
@@ -188,6 +185,35 @@ def _check_finite(values: dict[str, float], step: int, checkpoints: Checkpoints)
             "Try a lower learning rate or a longer warm-up (run.py: --config.optim.learning_rate, "
             "--config.optim.warmup_ratio), or look at that step's data"
         )
+
+
+class _Told:
+    """What a step says, read when the next one is under way, so that the device need not wait for the host; at once
+    where something depends on it: an evaluation, a checkpoint, the end."""
+
+    def __init__(self, schedule: Callable[[int], Any], checkpoints: Checkpoints, log: MetricsLog, progress: Progress):
+        self.schedule, self.checkpoints, self.log, self.progress = schedule, checkpoints, log, progress
+        self.clock = _Clock(before=log.last["seconds"] if log.last else 0.0)
+        self.waiting: tuple[int, dict[str, jax.Array], int, bool] | None = None
+
+    def add(self, step: int, metrics: dict[str, jax.Array], tokens: int, logged: bool) -> None:
+        self.waiting = step, metrics, tokens, logged
+
+    def read(self, logged: bool = False, evaluate: Callable[[], dict[str, float]] | None = None) -> None:
+        """Wait for the step, look at its numbers, and log them where it is time, with an evaluation always. Raises as
+        ``fit``."""
+        if self.waiting is None:
+            return
+        (step, metrics, tokens, due_now), self.waiting = self.waiting, None
+        values = {name: float(value) for name, value in metrics.items()}
+        _check_finite(values, step, self.checkpoints)
+        values |= self.clock.lap(tokens) | {"learning_rate": float(self.schedule(step - 1)), "memory": memory_now()}
+        if evaluate:
+            with self.clock.paused():
+                values |= {f"eval_{name}": value for name, value in evaluate().items()}
+        if logged or due_now or evaluate:
+            self.log.write(step, values)
+        self.progress.update(step, values["loss"], values["tokens_per_second"])
 
 
 class _Clock:

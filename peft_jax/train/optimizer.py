@@ -1,6 +1,7 @@
 """The optimiser: clip over the trainable part, AdamW, warm-up and decay, a rate for each group of leaves."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import optax
@@ -54,7 +55,9 @@ def make_schedule(total_steps: int, *, learning_rate: float, schedule: str = "co
 def make_optimizer(total_steps: int, labels: Mapping[str, Any] | None = None, *, learning_rate: float,
                    schedule: str = "cosine", warmup_ratio: float = 0.03, b1: float = 0.9, b2: float = 0.999,
                    eps: float = 1e-8, weight_decay: float = 0.0, clip_norm: float = 1.0,
-                   rates: Mapping[str, float] | None = None) -> optax.GradientTransformation:
+                   rates: Mapping[str, float] | None = None, decay_vectors: bool = False,
+                   vectors: Sequence[str] = (), around: Callable[[Any, int], Any] | None = None,
+                   ) -> optax.GradientTransformation:
     """AdamW for the trainable tree alone. Its moments have the leaves' dtype: keep trainable leaves in float32.
 
     Args:
@@ -64,6 +67,10 @@ def make_optimizer(total_steps: int, labels: Mapping[str, Any] | None = None, *,
       clip_norm: gradients whose global norm, over all trainable leaves, is larger are scaled down to it; 0: never.
       rates: ``{group: factor}``: leaves with that label train at the factor times the learning rate, weight decay
         included. The group "trainable" has the factor 1 where it is not named.
+      decay_vectors: whether biases, norms' scales and ``vectors``, ``method.vectors``, decay as well. By default they
+        do not, as in transformers: 0 is no place for a factor to be drawn to.
+      around: ``method.optimizer`` of a method that changes the steps. It goes around AdamW and behind the clipping, so
+        that the gradients it sees are the clipped ones, as in peft.
 
     Raises:
       PeftJaxError: an unknown schedule, a group without a rate, a rate without its group, a factor that is no finite
@@ -78,13 +85,24 @@ def make_optimizer(total_steps: int, labels: Mapping[str, Any] | None = None, *,
     """
     rate = make_schedule(total_steps, learning_rate=learning_rate, schedule=schedule, warmup_ratio=warmup_ratio)
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
-    adam = optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay)
+    mask = partial(_decays, vectors) if weight_decay and not decay_vectors else None
+    adam = optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=mask)
     groups = {path: label for path, label in tree.flatten(labels or {}).items() if label != FROZEN}
     factors = _factors(dict(rates or {}), set(groups.values()))
-    if set(factors.values()) <= {1.0}:
-        return optax.chain(clip, adam)
-    return optax.chain(clip, adam, optax.multi_transform(
-        {group: optax.scale(factor) for group, factor in factors.items()}, tree.unflatten(groups)))
+    steps = [adam]
+    if not set(factors.values()) <= {1.0}:
+        steps.append(optax.multi_transform({group: optax.scale(factor) for group, factor in factors.items()},
+                                           tree.unflatten(groups)))
+    return optax.chain(clip, *([around(optax.chain(*steps), total_steps)] if around else steps))
+
+
+def _decays(vectors: Sequence[str], leaves: Mapping[str, Any]) -> tree.Tree:
+    """For each leaf whether weight decay acts on it."""
+    return tree.map_paths(lambda path, _: not _is_vector(path.rpartition("/")[2], vectors), leaves)
+
+
+def _is_vector(name: str, vectors: Sequence[str]) -> bool:
+    return name in ("bias", "scale", *vectors) or name.endswith("_bias")
 
 
 def _factors(rates: dict[str, float], groups: set[str]) -> dict[str, float]:

@@ -98,3 +98,15 @@ def test_the_line_comes_first(tiny_folder, films, tmp_path):
         outputs[platforms] = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
     assert outputs[""].startswith("computing on the CPU, although jax-cuda13-plugin 0.1.0 is installed")
     assert "computing on the CPU" not in outputs["cpu"]
+
+
+def test_a_program_that_a_killed_process_left_half_kept_goes(tmp_path, monkeypatch):
+    """jax would fail on it whenever it looks which program was not used for longest."""
+    monkeypatch.setenv("PEFT_JAX_CACHE", str(tmp_path))
+    (tmp_path / "programs").mkdir()
+    for name in ("whole-cache", "whole-atime", "half-cache"):
+        (tmp_path / "programs" / name).write_bytes(b"x" * 8)
+    (tmp_path / "compiled").mkdir()
+    assert runtime._programs() == tmp_path / "programs"
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {
+        "programs", "programs/whole-cache", "programs/whole-atime"}

@@ -1,6 +1,8 @@
 """A workdir that cannot be used, or that holds another run, is refused before anything is written."""
 
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -50,7 +52,7 @@ def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path):
     (tmp_path / "results.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("mine")
     workdir.start(tmp_path, settings(seed=3), overwrite=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "manifest.json", "notes.txt"]
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 3
 
 
@@ -90,6 +92,7 @@ def test_of_several_processes_none_takes_the_folder_away(tmp_path):
 
 
 def test_a_damaged_file_is_named(tmp_path):
+    workdir.start(tmp_path, settings(), overwrite=False)
     (tmp_path / "config.json").write_text('{"seed": ')
     with pytest.raises(PeftJaxError, match=r"config.json is not readable as JSON"):
         workdir.check_config(tmp_path, settings())
@@ -100,7 +103,8 @@ def test_a_damaged_file_is_named(tmp_path):
     [("[]", r"holds \[\], not a JSON object"), ("3", "holds 3, not a JSON object"), ("null", "holds null, not a JSON"),
      ("{}", "lacks seed, model, method, task, data, optim"), ('{"model": {}}', "lacks seed, method")],
 )  # fmt: skip
-def test_a_configuration_that_no_run_wrote_is_named(tmp_path, content, words):
+def test_a_configuration_that_was_changed_is_named(tmp_path, content, words):
+    workdir.start(tmp_path, settings(), overwrite=False)
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(PeftJaxError, match=rf"config.json {words}.*: remove it, or train again with --overwrite\.$"):
         workdir.check_config(tmp_path, settings())
@@ -120,3 +124,40 @@ def test_only_the_model_s_source_matters_to_a_trained_adapter(tmp_path):
 def test_a_run_is_kept_under_the_name_of_its_experiment():
     for experiment in ("lora", "full"):
         assert run.parse_command([f"--config=experiments/{experiment}.py"]).workdir == f"runs/{experiment}"
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "merge", "generate", "measure"])
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]], ids=["", "overwrite"])
+def test_a_folder_that_no_run_made_is_left_as_it_is(tmp_path, capsys, mode, flags):
+    files = {"config.json": '{"model_type": "llama"}', "checkpoints/7/weights": "mine", "adapter/notes.txt": "mine"}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert run.main(["--config=experiments/lora.py", f"--workdir={tmp_path}", f"--mode={mode}", *flags]) == 2
+    assert re.search(f"error: {tmp_path} holds '.*', which no run wrote .*: choose another --workdir, or move it away",
+                     capsys.readouterr().err)
+    left = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == files
+
+
+def test_a_run_from_before_there_were_manifests_goes_on(tmp_path):
+    workdir.write_json(tmp_path / "config.json", settings())
+    (tmp_path / "adapter").mkdir()
+    workdir.check_config(tmp_path, settings())
+    workdir.start(tmp_path, settings(seed=3), overwrite=True)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_while_a_run_trains_no_other_starts_in_its_folder(tmp_path, capsys):
+    with workdir.locked(tmp_path):
+        assert run.main(["--config=experiments/lora.py", f"--workdir={tmp_path}"]) == 2
+        assert re.fullmatch(f"error: {tmp_path}: another process is at this run now, number {os.getpid()} on .*, since "
+                            "20.*; wait for it, or choose another --workdir", capsys.readouterr().err.strip())
+    with workdir.locked(tmp_path):
+        assert (tmp_path / "lock").exists()
+
+
+def test_a_lock_leaves_no_folder_behind_that_it_made(tmp_path):
+    with workdir.locked(tmp_path / "new" / "run"):
+        assert (tmp_path / "new" / "run").exists()
+    assert not (tmp_path / "new" / "run").exists()

@@ -61,7 +61,9 @@ def test_too_long_texts(tokenizer):
     dropped, counts = encoded(tokenizer, max_length=longest - 1, on_too_long="drop")
     assert [one.example for one in dropped] == [0, 1, 3]
     assert (counts["examples"], counts["sequences"], counts["dropped"], counts["truncated"]) == (4, 3, 1, 0)
+    side = tokenizer.truncation_side
     cut, counts = encoded(tokenizer, max_length=longest - 2, on_too_long="truncate_left")
+    assert tokenizer.truncation_side == side == "right"
     assert cut[2].input_ids.tolist() == tokenizer(TEXTS[2])["input_ids"][2:] and counts["truncated"] == 1
     with pytest.raises(PeftJaxError, match="cannot be split"):
         encoded(tokenizer, on_too_long="split")

@@ -1,5 +1,6 @@
 """Weights are quantised while they are read, one at a time, to the leaves that the method's init makes."""
 
+import shutil
 import tracemalloc
 import weakref
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from peft_jax import chain, load_pretrained, lora, make_mesh, quant, quantize, save_pretrained
 from peft_jax.core import tree
@@ -14,6 +16,7 @@ from peft_jax.errors import PeftJaxError
 from peft_jax.hub.families.gpt2 import FAMILY as GPT2
 from peft_jax.hub.formats import safetensors_files
 from peft_jax.hub.model_config import param_shapes
+from peft_jax.hub.stacking import finite
 from peft_jax.models.heads import Head
 from peft_jax.models.llama import CausalLM, LlamaConfig
 from peft_jax.parallel import partitioning
@@ -141,16 +144,6 @@ def test_bad_methods_are_named_before_anything_is_read(folder, monkeypatch, meth
         load_pretrained(folder, method=method)
 
 
-def test_weights_that_no_code_stands_for_are_named(tmp_path):
-    from safetensors.numpy import load_file, save_file
-
-    tensors = load_file(saved(tmp_path) / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = np.nan
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(PeftJaxError, match=r"'layers/mlp/up_proj/kernel': .* 1 NaN or infinite values"):
-        load_pretrained(tmp_path, method=quantize())
-
-
 @pytest.mark.slow
 def test_what_stands_on_quantised_leaves_is_merged_before_it_is_saved(folder, tmp_path):
     qlora = chain(quantize(), lora(r=2))
@@ -188,3 +181,31 @@ def test_weights_go_from_the_file_to_the_devices_that_hold_them(tmp_path, method
             cut += 1
             assert {shard.data.size for shard in codes.addressable_shards} == {codes.size // 4}
     assert cut == 9
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "float8_e4m3fn"])
+def test_what_is_no_number_is_seen_in_every_type(dtype):
+    array = np.linspace(-3, 3, 3001).astype(dtype)
+    assert finite(array) and finite(array[:0]) and finite(array.reshape(-1, 1).T[:, ::2])
+    for odd in (np.nan, -np.nan, np.inf, -np.inf)[:2 if dtype.startswith("float8") else 4]:
+        for place in (0, 1500, 3000):
+            broken = array.copy()
+            broken[place] = odd
+            assert not finite(broken), (odd, place)
+    assert finite(np.array([jnp.finfo(dtype).max, jnp.finfo(dtype).min, jnp.finfo(dtype).tiny], dtype))
+
+
+@pytest.mark.parametrize("method", [None, quantize(block_size=32)], ids=["plain", "quantised"])
+@pytest.mark.parametrize("odd, dtype, words", [
+    (np.nan, "float32", "holds NaN or infinity: the file is damaged"),
+    (-np.inf, "bfloat16", "holds NaN or infinity: the file is damaged"),
+    (1e5, "float16", "holds numbers beyond float16, which would be infinity: load it in bfloat16 or float32"),
+])  # fmt: skip
+def test_weights_that_are_no_numbers_are_named_with_their_tensor(folder, tmp_path, method, odd, dtype, words):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.self_attn.v_proj.weight"
+    tensors[name][3, 5] = odd
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PeftJaxError, match=f"the tensor '{name}' {words}"):
+        load_pretrained(tmp_path, dtype, method=method)

@@ -19,7 +19,9 @@ from safetensors.numpy import load_file
 
 import peft_jax
 from peft_jax import METHODS, PeftJaxError, bind, chain, combine, flatten, ia3, lora, make_mesh, partition, quantize
+from peft_jax.core import tree
 from peft_jax.method import owns
+from peft_jax.train import optimizer
 from tests import peer, properties
 
 # Arguments where the defaults cannot work on a model of 16 channels, or would not be what they are elsewhere.
@@ -168,6 +170,14 @@ def test_labels_and_leaves_agree(bases, case_of, name):
 
 
 @pytest.mark.parametrize("name", TRAINED)
+def test_what_weight_decay_leaves_alone_is_what_has_one_axis(case_of, name):
+    trainable, _ = partition(case_of(name).start, case_of(name).method.labels(case_of(name).start))
+    axes = {path: leaf.ndim - path.startswith("layers/") for path, leaf in flatten(trainable).items()}
+    decays = flatten(optimizer._decays(case_of(name).method.vectors, trainable))
+    assert decays == {path: count > 1 for path, count in axes.items()}
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_every_trainable_leaf_has_a_gradient(case_of, name):
     case = case_of(name)
     _, _, gradient = case.at(case.tuned)
@@ -281,14 +291,28 @@ def test_what_has_no_adapter_file_says_so(bases, case_of, name, tmp_path):
         peft_jax.save_adapter(tmp_path, case_of(name).method, bases[1], case_of(name).tuned)
 
 
+def check_saved_without_the_base(case, model, whole, apart):
+    """Of what is neither trained nor the method's, a file needs the shapes alone, so that nothing else has to travel
+    from other processes."""
+    labels = flatten(case.method.labels(case.tuned))
+    peft_jax.save_adapter(apart, case.method, model, tree.map_paths(
+        lambda path, leaf: leaf if labels[path] != "frozen" or owns(case.method.leaves, path) else
+        jax.eval_shape(lambda leaf: leaf, leaf), case.tuned))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (apart / name).read_bytes() == (whole / name).read_bytes()
+
+
 def test_the_file_has_as_many_numbers_as_are_trained(bases, case_of, tmp_path):
     """Of methods that keep no frozen leaf in it, and fold none away."""
     others = {*NO_FILE, *FILE_OF_A_LORA, "ptuning", "vera", "trainable_tokens"}
     for name in NAMES:
-        if name in others:
+        if name in NO_FILE:
             continue
         case = case_of(name)
         peft_jax.save_adapter(tmp_path / name, case.method, bases[1], case.tuned)
+        check_saved_without_the_base(case, bases[1], tmp_path / name, tmp_path / f"{name}, apart")
+        if name in others:
+            continue
         stored = load_file(tmp_path / name / "adapter_model.safetensors")
         trainable, _ = partition(case.tuned, case.method.labels(case.tuned))
         assert sum(tensor.size for tensor in stored.values()) == peft_jax.count(trainable), name

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from peft_jax.errors import PeftJaxError
-from peft_jax.train.checkpoint import Checkpoints
+from peft_jax.train.checkpoint import Checkpoints, storable
 from peft_jax.train.step import init_state
 
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(1e-3, 0.0, 9)))
@@ -97,3 +98,25 @@ def test_of_several_good_checkpoints_the_newest_is_named(tmp_path):
     shutil.rmtree(tmp_path / "3" / "default")
     with closing(Checkpoints(tmp_path, keep=3)) as checkpoints, pytest.raises(PeftJaxError, match="go on from step 2"):
         checkpoints.restore(state_of())
+
+
+def test_a_bit_that_turned_over_in_a_checkpoint_is_noticed(tmp_path):
+    states = [state_of(step=step, rank=400) for step in (1, 2)]
+    save(tmp_path, *states)
+    values = max((tmp_path / "2").rglob("*"), key=lambda found: found.stat().st_size)
+    whole = values.read_bytes()
+    noticed = []
+    for place in np.random.default_rng(0).integers(0, len(whole), 12).tolist():
+        values.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1:])
+        try:
+            same(restore(tmp_path, state_of(rank=400)), states[1])  # a byte that nothing reads
+        except PeftJaxError as error:
+            noticed.append(str(error))
+    assert any("is damaged: ['trainable']['q']['lora_a'] is not what was written. Remove that folder to go on from "
+               "step 1" in line for line in noticed), noticed
+
+
+def test_a_checkpoint_from_before_there_were_checksums_is_read(tmp_path):
+    with closing(ocp.CheckpointManager(tmp_path)) as manager:
+        manager.save(2, args=ocp.args.StandardSave(storable(state_of(step=2))))
+    same(restore(tmp_path, state_of()), state_of(step=2))

@@ -156,6 +156,29 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(setting, 
     assert [row[0] for row in losses(tmp_path / "run")] == [1, 2, 3]
 
 
+def test_a_step_is_read_when_the_next_one_is_under_way_or_something_depends_on_it(setting, tmp_path):
+    order = []
+
+    class Number:
+        def __init__(self, value, step):
+            self.value, self.step = value, step
+
+        def __float__(self):
+            order.append(f"read {self.step}")
+            return float(self.value)
+
+    def step(state, frozen, batch):
+        number = 1 + int(state.step)
+        order.append(f"begin {number}")
+        state, metrics = setting.step(state, frozen, batch)
+        return state, {name: Number(value, number) for name, value in metrics.items()}
+
+    run(setting._replace(step=step), tmp_path / "run", evaluate=lambda state: order.append("evaluate") or {},
+        evaluate_due=due(0, {3}))  # fmt: skip
+    assert list(dict.fromkeys(order)) == ["begin 1", "begin 2", "read 1", "read 2", "begin 3", "read 3", "evaluate",
+                                          "begin 4", "read 4", "begin 5", "read 5"]  # checkpoints after 2, 4, 5
+
+
 def test_what_is_due_when():
     at = [[step for step in range(1, 10) if due(every, also)(step)] for every, also in ((0, ()), (3, ()), (4, {3, 9}))]
     assert at == [[], [3, 6, 9], [3, 4, 8, 9]]

@@ -69,15 +69,16 @@ def test_an_unknown_schedule_names_the_nearest():
 
 STEPS = 6
 RNG = np.random.default_rng(0)
-SHAPES = {"lora_a": (3, 2), "lora_b": (2, 4)}
+SHAPES = {"lora_a": (3, 2), "lora_b": (2, 4), "lora_magnitude": (4,), "bias": (3,)}
 START, *GRADIENTS = ({name: RNG.normal(size=shape) for name, shape in SHAPES.items()} for _ in range(STEPS + 1))
 WARM = {"schedule": "linear", "warmup_ratio": 0.3}
 
 
 def ours(rates, **options):
     """The leaves after steps of fixed gradients; of two groups where there are rates."""
-    labels = {"lora_a": "trainable", "lora_b": "fast", "kernel": "frozen"} if rates else None
-    tx, leaves = optimizer_of(STEPS, labels, **WARM, rates=rates, **options), jax.tree.map(jnp.float32, START)
+    labels = dict.fromkeys(SHAPES, "trainable") | {"lora_b": "fast", "kernel": "frozen"} if rates else None
+    tx = optimizer_of(STEPS, labels, **WARM, rates=rates, vectors=("lora_magnitude",), **options)
+    leaves = jax.tree.map(jnp.float32, START)
     state = tx.init(leaves)
     for gradient in GRADIENTS:
         updates, state = tx.update(jax.tree.map(jnp.float32, gradient), state, leaves)
@@ -85,11 +86,14 @@ def ours(rates, **options):
     return leaves
 
 
-def torch_s(rates, weight_decay, clip_norm):
+def torch_s(rates, weight_decay, clip_norm, decay_vectors):
     """The same by torch's AdamW, with the warm-up of transformers."""
-    factors = {"lora_a": (rates or {}).get("trainable", 1), "lora_b": (rates or {}).get("fast", 1)}
+    rates = rates or {}
+    factors = dict.fromkeys(SHAPES, rates.get("trainable", 1)) | {"lora_b": rates.get("fast", 1)}
+    decays = {name: decay_vectors or name.startswith("lora_a") or name == "lora_b" for name in SHAPES}
     leaves = {name: torch.nn.Parameter(torch.tensor(leaf)) for name, leaf in START.items()}
-    groups = [{"params": [leaf], "lr": OPTIM["learning_rate"] * factors[name]} for name, leaf in leaves.items()]
+    groups = [{"params": [leaf], "lr": OPTIM["learning_rate"] * factors[name],
+               "weight_decay": weight_decay * decays[name]} for name, leaf in leaves.items()]
     adam = torch.optim.AdamW(groups, betas=(OPTIM["b1"], OPTIM["b2"]), eps=OPTIM["eps"], weight_decay=weight_decay)
     scheduler = THEIRS["linear"](adam, math.ceil(STEPS * WARM["warmup_ratio"]), STEPS)
     for gradient in GRADIENTS:
@@ -102,11 +106,11 @@ def torch_s(rates, weight_decay, clip_norm):
 
 
 @pytest.mark.parametrize("rates", [None, {"fast": 16.0}, {"trainable": 0.5, "fast": 2}])
-@pytest.mark.parametrize("decay, clip", [(0.0, 0.0), (0.3, 0.7), (0.3, 100.0)])
-def test_steps_are_those_of_torch(rates, decay, clip):
+@pytest.mark.parametrize("decay, clip, vectors", [(0.0, 0.0, False), (0.3, 0.7, False), (0.3, 100.0, True)])
+def test_steps_are_those_of_torch(rates, decay, clip, vectors):
     """Moments, epsilon, weight decay, clipping before them, schedule and the groups' rates, in one comparison."""
-    theirs = torch_s(rates, decay, clip)
-    for name, leaf in ours(rates, weight_decay=decay, clip_norm=clip).items():
+    theirs = torch_s(rates, decay, clip, vectors)
+    for name, leaf in ours(rates, weight_decay=decay, clip_norm=clip, decay_vectors=vectors).items():
         np.testing.assert_allclose(leaf, theirs[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 

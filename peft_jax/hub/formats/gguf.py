@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from peft_jax.core import files
 from peft_jax.errors import PeftJaxError, needed
 from peft_jax.hub import download, model_config
 from peft_jax.models import rope
 
 # Raise this when the conversion changes, so that old results in people's caches are not used.
-_VERSION = 1
+_VERSION = 2
+WEIGHTS, CHECKSUM = "model.safetensors", "sha256.json"
 
 _TENSORS = {
     "token_embd": "model.embed_tokens",
@@ -44,8 +46,11 @@ _LLAMA3_SCALINGS = [
 ]
 
 
-def convert(path: Path) -> Path:
+def convert(path: Path, weights: bool = False) -> Path:
     """The cached Hugging Face folder with the content of the ``.gguf`` file ``path``, made the first time.
+
+    It is made anew where the file changed, and, if its ``weights`` are to be read, where they are not those that were
+    written.
 
     Raises:
       PeftJaxError: the file is no GGUF file, another architecture, a vocabulary of a kind that is not read, or the
@@ -54,11 +59,20 @@ def convert(path: Path) -> Path:
     from filelock import FileLock
 
     folder = _cached(path)
-    if not folder.is_dir():
+    if not folder.is_dir() or (weights and not _is_whole(folder)):
         with FileLock(folder.with_name(f"{folder.name}.lock")):  # a second process waits here, then finds the folder
+            if folder.is_dir() and not _is_whole(folder):
+                files.remove(folder)
             if not folder.is_dir():
                 _convert_into(folder, path)
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return files.read_json(folder / CHECKSUM, WEIGHTS)[WEIGHTS] == download.sha256_of(folder / WEIGHTS)
+    except (OSError, PeftJaxError):
+        return False
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -71,8 +85,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _cached(path: Path) -> Path:
-    stat = path.resolve().stat()
-    key = f"{_VERSION} {path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    stat = path.resolve().stat()  # the time of change cannot be set back, that of modification can
+    key = f"{_VERSION} {path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
     return download.cache_folder("converted") / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
@@ -93,13 +107,16 @@ def _convert_into(folder: Path, path: Path) -> None:
     reader = opened(path)
     fields = metadata(reader)
     config = _config(reader, fields, path)
+    files.sweep(folder)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         aside = Path(scratch, "whole")
         aside.mkdir()
         save_tokenizer(fields, aside, path)
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(_weights(reader, config, path), aside / "model.safetensors", metadata={"format": "pt"})
-        shutil.copymode(aside / "config.json", aside / "model.safetensors")  # which safetensors makes private
+        save_file(_weights(reader, config, path), aside / WEIGHTS, metadata={"format": "pt"})
+        shutil.copymode(aside / "config.json", aside / WEIGHTS)  # which safetensors makes private
+        files.write(aside / CHECKSUM, json.dumps({WEIGHTS: download.sha256_of(aside / WEIGHTS)}))
+        files.flush_all(aside)
         aside.rename(folder)
 
 

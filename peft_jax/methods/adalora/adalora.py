@@ -76,7 +76,7 @@ def adalora(target_r: int = 8, init_r: int = 12, lora_alpha: float = 8,
         config, trained=FACTORS, switch="adalora_scaling", leaves=_leaves, intercept=partial(_intercept, lora_dropout),
         fold=_fold, stored=FORMAT, along={"adalora_a": ("inputs", None), "adalora_b": (None, "outputs")})
     return method._replace(padding=partial(_padding, config), optimizer=partial(allocation.optimizer, config),
-                           penalty=partial(orthogonality, config))
+                           penalty=partial(orthogonality, config), vectors=("adalora_e",))
 
 
 def _check(config: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.methods import _kernel_adapter as kernel_adapter
 from peft_jax.methods.bottleneck.placement import EXTRAS, SWITCH, Place, chosen, find, scalings, slots
+from peft_jax.methods.lora.low_rank import scaled
 
 ACTIVATIONS = {
     "gelu": partial(nn.gelu, approximate=False), "gelu_new": nn.gelu, "identity": lambda x: x,
@@ -129,7 +130,7 @@ def build(matrices: Matrices, stored: Format, **arguments: Any) -> Method:
         init=partial(_init, config, matrices, trains), intercept=partial(_intercept, config, matrices),
         labels=partial(kernel_adapter.labels, trained=trains), fold=None, config=config,
         padding=partial(kernel_adapter.padding, config=config, leaves=own, switch=SWITCH, chosen=chosen),
-        stored=stored, leaves=(*own, SWITCH, *shared))
+        stored=stored, leaves=(*own, SWITCH, *shared), vectors=tuple(EXTRAS))
 
 
 def _check(config: Mapping[str, Any]) -> None:
@@ -266,7 +267,7 @@ def _branch(config: Mapping[str, Any], matrices: Matrices, context: Any, u: jax.
     low = keep(_affine(flat, down, down_bias))
     f = _affine(ACTIVATIONS[config["non_linearity"]](low), up, up_bias).reshape(u.shape)
     scale = get("adapter_scale")
-    f = f * (scaling if scale is None else scaling * scale).astype(dtype)
+    f = scaled(f, scaling if scale is None else scaling * scale)
     f = _norm(get, "adapter_norm_after", kernel_adapter.dropped(module, context, f, config["dropout"], "dropout"))
     return jnp.where(scaling != 0, f, 0)
 

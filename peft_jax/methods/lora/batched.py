@@ -18,7 +18,7 @@ from peft_jax.core import arguments, kernel_axes, tree
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.method import FROZEN, Method
 from peft_jax.methods.lora.leaves import Leaves, check_pair, on_base
-from peft_jax.methods.lora.low_rank import branch
+from peft_jax.methods.lora.low_rank import branch, scaled
 
 MIXED = ("mixed_a", "mixed_b", "mixed_scaling")
 ROWS = "mixed_rows"
@@ -132,4 +132,4 @@ def _intercept(next_fun, args, kwargs, context):
 def _row(x, a, b, scaling):
     rank = a.shape[-1]
     low = x.reshape(-1, a.size // rank) @ a.astype(x.dtype).reshape(-1, rank)
-    return (low * scaling.astype(x.dtype)) @ b.astype(x.dtype).reshape(rank, -1)
+    return scaled(low, scaling) @ b.astype(x.dtype).reshape(rank, -1)

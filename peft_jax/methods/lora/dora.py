@@ -53,7 +53,7 @@ def _method(config: Mapping[str, Any], starts: Mapping[str, jax.Array] | None = 
     method = build(config, starts, _method, trained=LEAVES[:3], leaves=partial(_leaves, starts=starts),
                    intercept=partial(_intercept, config["lora_dropout"]), fold=_fold, stored=FORMAT,
                    along={**ALONG, "lora_magnitude": ("outputs",)}, first="dora")
-    return method._replace(padding=partial(_padding, config))
+    return method._replace(padding=partial(_padding, config), vectors=("lora_magnitude",))
 
 
 def _leaves(config: Mapping[str, Any], key: jax.Array, target: Target, kernel: Any,

@@ -26,7 +26,7 @@ from peft_jax.methods import _kernel_adapter as kernel_adapter
 from peft_jax.methods.lora import eva, loftq
 from peft_jax.methods.lora import init as lora_init
 from peft_jax.methods.lora.init import ranks, scalings
-from peft_jax.methods.lora.low_rank import branch, delta
+from peft_jax.methods.lora.low_rank import branch, delta, scaled
 from peft_jax.methods.lora.peft_file import (
     ARGUMENTS,
     LEAVES,
@@ -185,7 +185,7 @@ def _embedded(module: nn.Module, method_name: str, x: jax.Array, y: jax.Array) -
     a, b, scaling = (module.get_variable("params", leaf) for leaf in LEAVES)
     if method_name == "attend":
         return branch(x.astype(y.dtype), b.T, a.T, scaling).reshape(y.shape)
-    return (jnp.take(a, x, axis=0).astype(y.dtype) * scaling.astype(y.dtype)) @ b.astype(y.dtype)
+    return scaled(jnp.take(a, x, axis=0).astype(y.dtype), scaling) @ b.astype(y.dtype)
 
 
 def _labels(labels: Callable[..., tree.Tree], params: Mapping[str, Any]) -> tree.Tree:

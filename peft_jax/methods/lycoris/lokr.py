@@ -25,6 +25,7 @@ from peft_jax.core.targeting import Patterns, Target
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method, check_leaves
 from peft_jax.methods import _kernel_adapter as kernel_adapter
+from peft_jax.methods.lora.low_rank import scaled
 from peft_jax.methods.lycoris import common
 from peft_jax.quant import plain
 
@@ -134,13 +135,13 @@ def _intercept(config: Mapping[str, Any], next_fun: Callable[..., Any], args: An
 def branch(x: jax.Array, factors: Mapping[str, jax.Array], scaling: jax.Array) -> jax.Array:
     """(alpha / r) x (W1 (x) W2) for x (..., inputs): (tokens, out) in x's dtype."""
     factors = {name: leaf.astype(x.dtype) for name, leaf in factors.items()}
-    first = _matrix(factors, "lokr_w1") * scaling.astype(x.dtype)
+    first = _matrix(factors, "lokr_w1")
     rest = factors["lokr_w2"] if "lokr_w2" in factors else factors["lokr_w2_b"]
     rows = x.reshape(-1, rest.shape[0]) @ rest
     if "lokr_w2_a" in factors:
         rows = rows @ factors["lokr_w2_a"]
     mixed = jnp.einsum("tmk,ml->tlk", rows.reshape(-1, first.shape[0], rows.shape[-1]), first)
-    return mixed.reshape(len(mixed), -1)
+    return scaled(mixed.reshape(len(mixed), -1), scaling)
 
 
 def _matrix(factors: Mapping[str, jax.Array], name: str) -> jax.Array:

@@ -69,7 +69,8 @@ def ptuning(num_virtual_tokens: int = 20, encoder_reparameterization_type: str |
     return Method(
         init=partial(_init, config), intercept=partial(virtual_tokens.intercept, *read, packed_texts),
         labels=partial(virtual_tokens.labels, config), fold=None, config=config, stored=FORMAT,
-        leaves=virtual_tokens.LEAVES, prepare=partial(virtual_tokens.prepared, ptuning, config))
+        leaves=virtual_tokens.LEAVES, vectors=("b0", "b1", "b2"),
+        prepare=partial(virtual_tokens.prepared, ptuning, config))
 
 
 def _init(config: Mapping[str, Any], rng: jax.Array, params: Mapping[str, Any],

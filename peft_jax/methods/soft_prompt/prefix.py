@@ -73,7 +73,7 @@ def prefix(num_virtual_tokens: int = 20, *, token_dim: int | None = None, num_la
         init=partial(_init, config), intercept=partial(_intercept, config),
         labels=partial(virtual_tokens.labels, config), fold=None, config=config,
         stored=FORMAT if shift_positions else FORMAT_UNSHIFTED, leaves=virtual_tokens.LEAVES,
-        prepare=None if prefix_init_ids is None else partial(_prepare, config))
+        vectors=("b",), prepare=None if prefix_init_ids is None else partial(_prepare, config))
 
 
 def _check(config: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """What the workdir of a sweep holds of its cells: which are finished, and what others choose by them."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,9 @@ from peft_jax.studies.comparison.runs import ASKED, Run, nested, number, run_of
 RESULTS, LOGS = "results", "logs"
 
 
-@contextlib.contextmanager
-def locked(folder: Path, name: str) -> Iterator[None]:
-    """While entered, no other process is at what ``name`` names; the lock ends with the process, however that ends.
-
-    Raises ``PeftJaxError`` where another one is.
-    """
-    from filelock import FileLock, Timeout
-
-    path = folder / LOGS / f"{name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise PeftJaxError(f"{folder}: another process is at {name} now; wait for it, or choose another "
-                           "--workdir") from error
-    except (OSError, NotImplementedError):  # a file system that knows no locks
-        pass
-    try:
-        yield
-    finally:
-        lock.release()
+def locked(folder: Path, name: str) -> AbstractContextManager[None]:
+    """While entered, no other process is at what ``name`` names; raises ``PeftJaxError`` where another one is."""
+    return files.locked(folder / LOGS / f"{name}.lock", folder, name)
 
 
 def record_of(folder: Path, cell) -> Path:

@@ -1,10 +1,14 @@
 """A tiny .gguf file written by the ``gguf`` package, as llama.cpp's converter lays it out."""
 
+import os
+
+import chex
 import gguf as writer_package
 import jax
 import numpy as np
 import pytest
 
+from peft_jax.core import files
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub import download
 from peft_jax.hub.formats import gguf
@@ -73,6 +77,43 @@ def test_logits_equal_transformers_reading(tmp_path):
         expected = theirs(torch.tensor(ids)).logits.numpy()
     ours = np.asarray(jax.jit(model.apply)({"params": params}, ids))
     assert np.abs(ours - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def written(folder):
+    write_gguf(folder / "tiny.gguf")
+    return folder / "tiny.gguf"
+
+
+def test_a_file_that_changed_in_place_is_converted_anew(tmp_path, cache):
+    """Its size and time of modification may be set back to what they were."""
+    path = written(tmp_path)
+    folder, before = gguf.convert(path), path.stat()
+    whole = bytearray(path.read_bytes())
+    whole[-3] ^= 1
+    path.write_bytes(whole)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert gguf.convert(path) != folder
+
+
+def test_a_bit_that_turned_over_in_the_cache_is_noticed_when_weights_are_read(tmp_path, cache):
+    path = written(tmp_path)
+    _, params = load_pretrained(path)
+    weights = gguf.convert(path) / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-3] + bytes([whole[-3] ^ 64]) + whole[-2:])
+    _, again = load_pretrained(path)
+    chex.assert_trees_all_equal(params, again)
+    assert weights.read_bytes() == whole
+
+
+def test_what_a_killed_conversion_left_is_swept_by_the_next(tmp_path, cache):
+    path = written(tmp_path)
+    folder = gguf.convert(path)
+    files.remove(folder)
+    left = folder.with_name(f".{folder.name}-abcdefgh")
+    (left / "whole").mkdir(parents=True)
+    gguf.convert(path)
+    assert not left.exists()
 
 
 def test_unpermute_undoes_the_converter():

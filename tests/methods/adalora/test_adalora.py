@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import peft_jax
 from peft_jax import PeftJaxError, adalora, chain, combine, flatten, ia3, load_adapter, partition, save_adapter
 from peft_jax.methods.adalora import allocation
+from peft_jax.train.optimizer import make_optimizer
 from peft_jax.train.step import init_state, make_step
 from tests import peer, properties
 
@@ -204,3 +206,20 @@ def test_what_cannot_be_meant_is_an_error(peer_bases):
         adalora(tfinal=5).optimizer(optax.sgd(1.0), 5)
     with pytest.raises(PeftJaxError, match=r"did you mean down_proj\?"):
         adalora(target_modules=("down_porj",)).init(jax.random.key(0), base)
+
+
+def test_importance_is_that_of_clipped_gradients():
+    """As in peft, whose trainer clips before it allocates."""
+    method = adalora(target_modules=("q_proj",), total_step=10, tinit=1, tfinal=2, **RANKS)
+    base = {"q_proj": {"kernel": jax.random.normal(jax.random.key(0), (6, 8))}}
+    params = method.init(jax.random.key(1), base)
+    leaves, _ = partition(params, method.labels(params))
+    gradients = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(2), leaf.shape), leaves)
+    small = jax.tree.map(lambda leaf: leaf * 0.01 / optax.tree.norm(gradients), gradients)
+    options = {"learning_rate": 0.1, "schedule": "constant", "warmup_ratio": 0.0, "around": method.optimizer}
+    states = []
+    for gradient, clip in ((gradients, 0.01), (small, 0.0)):
+        tx = make_optimizer(10, clip_norm=clip, **options)
+        states.append(tx.update(gradient, tx.init(leaves), leaves)[1][1]["allocation"])
+    chex.assert_trees_all_close(*states, rtol=1e-4)
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(states[0].sensitivity)) > 0

@@ -1,0 +1,57 @@
+"""Files that are never half there, what a killed process leaves aside, and locks."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from peft_jax.core import files
+from peft_jax.errors import PeftJaxError
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    order = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: order.append(os.readlink(f"/proc/self/fd/{handle}")) or
+                        sync(handle))
+    monkeypatch.setattr(os, "replace", lambda one, other: order.append("rename") or replace(one, other))
+    files.write(tmp_path / "results.json", "{}")
+    assert order == [f"{tmp_path}/results.json.tmp", "rename", str(tmp_path)]
+    order.clear()
+    with files.written_aside(tmp_path / "adapter", "adapter", last="config.json") as scratch:
+        (scratch / "config.json").write_text("{}")
+        (scratch / "weights").write_text("1")
+    kinds = [os.path.basename(one) for one in order]
+    assert {"config.json", "weights"} < set(kinds[:kinds.index("rename")]) and kinds[-1] == "adapter"
+
+
+def test_what_a_killed_process_left_aside_goes_and_nothing_else(tmp_path):
+    for name in (".adapter-abcdefgh/new", ".adapter-mine/new", ".adapter-12345678/my notes", ".model-abcdefgh/new"):
+        (tmp_path / name).mkdir(parents=True)
+    files.sweep(tmp_path / "adapter", older=files.DAY)
+    assert len(list(tmp_path.iterdir())) == 4  # it may be at work still
+    files.sweep(tmp_path / "adapter")
+    assert {path.name for path in tmp_path.iterdir()} == {".adapter-mine", ".adapter-12345678", ".model-abcdefgh"}
+
+
+def test_a_lock_says_whose_it_is_and_ends_with_its_process(tmp_path):
+    program = f"""if True:
+        import time
+        from pathlib import Path
+        from peft_jax.core import files
+        with files.locked(Path({str(tmp_path / "lock")!r}), Path("runs/x"), "this run"):
+            print("locked", flush=True)
+            time.sleep(60)
+    """
+    holder = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
+    words = f"^runs/x: another process is at this run now, number {holder.pid} on .*, since .*; wait for it, or choose"
+    with pytest.raises(PeftJaxError, match=words), files.locked(tmp_path / "lock", "runs/x", "this run"):
+        pytest.fail("two have it")
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with files.locked(tmp_path / "lock", "runs/x", "this run"):
+        assert (tmp_path / "lock.json").exists()
+    assert not (tmp_path / "lock.json").exists()
