@@ -69,17 +69,17 @@ class Checkpoints:
             return like
         plain = storable(like)
         try:
-            target = {**plain, CHECKSUMS: checksums(plain)} if self._has_checksums() else plain
-            stored = self.manager.restore(self.latest, args=ocp.args.StandardRestore(target))
+            target = {**plain, CHECKSUMS: checksums(plain)} if self._has_checksums(self.latest) else plain
+            stored = dict(self.manager.restore(self.latest, args=ocp.args.StandardRestore(target)))
         except Exception as error:  # a damaged file raises whatever orbax and tensorstore meet, bare Exception too
             raise PeftJaxError(self._fault(error)) from error
         self._check(stored, stored.pop(CHECKSUMS, None))
         rng = jax.random.wrap_key_data(stored["rng"], impl=jax.random.key_impl(like.rng))
         return TrainState(**{**stored, "rng": rng})
 
-    def _has_checksums(self) -> bool:
+    def _has_checksums(self, step: int) -> bool:
         """Not so in a checkpoint of a version before there were any."""
-        return CHECKSUMS in self.manager.item_metadata(self.latest).tree
+        return CHECKSUMS in self.manager.item_metadata(step).tree
 
     def _check(self, stored: dict[str, Any], written: dict[str, Any] | None) -> None:
         """Raise ``PeftJaxError`` where an array is not the one that was written."""
