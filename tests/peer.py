@@ -12,6 +12,8 @@ import pytest
 
 import peft_jax
 from peft_jax import bind, flatten, load_adapter, partition, save_adapter
+from peft_jax.core import tree
+from peft_jax.method import owns
 from tests.properties import moved, plain_logits, trained
 
 SIZES = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -251,3 +253,14 @@ def check_virtual_on_real(fresh, model, params, ids, method, config, folder):
     theirs.save_pretrained(folder / "theirs")
     again, loaded = load_adapter(folder / "theirs", params)
     assert_close(jax.jit(bind(again, model))({"params": loaded}, ids), logits(theirs))
+
+
+def check_saved_without_the_base(method, model, tuned, whole):
+    """As in the folder ``whole``: of what is neither trained nor the method's, a file needs the shapes alone, so that
+    nothing else has to travel from other processes."""
+    labels, apart = flatten(method.labels(tuned)), Path(f"{whole}, apart")
+    save_adapter(apart, method, model, tree.map_paths(
+        lambda path, leaf: leaf if labels[path] != "frozen" or owns(method.leaves, path) else
+        jax.eval_shape(lambda leaf: leaf, leaf), tuned))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (apart / name).read_bytes() == (whole / name).read_bytes()

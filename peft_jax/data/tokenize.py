@@ -293,11 +293,8 @@ def _fit(ids: list[int], mask: list[bool], is_text: bool, tokenizer, config, whe
 
 
 def _too_long(length: int, config, where: str) -> str:
-    why = {
-        "error": "",
-        "truncate_left": ", and cutting it there would remove tokens of an answer",
-        "split": ", and only plain text can be split",
-    }[config.on_too_long]
+    why = {"error": "", "truncate_left": ", and cutting it there would remove tokens of an answer",
+           "split": ", and only plain text can be split"}[config.on_too_long]
     options = "truncate_left (shortens the question), drop, or split (plain text)"
     limit = f"data.max_length={config.max_length}"
     return f"{where} has {length} tokens, more than {limit}{why}; raise it or set data.on_too_long to {options}"

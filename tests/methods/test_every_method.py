@@ -19,7 +19,6 @@ from safetensors.numpy import load_file
 
 import peft_jax
 from peft_jax import METHODS, PeftJaxError, bind, chain, combine, flatten, ia3, lora, make_mesh, partition, quantize
-from peft_jax.core import tree
 from peft_jax.method import owns
 from peft_jax.train import optimizer
 from tests import peer, properties
@@ -171,10 +170,10 @@ def test_labels_and_leaves_agree(bases, case_of, name):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_what_weight_decay_leaves_alone_is_what_has_one_axis(case_of, name):
-    trainable, _ = partition(case_of(name).start, case_of(name).method.labels(case_of(name).start))
-    axes = {path: leaf.ndim - path.startswith("layers/") for path, leaf in flatten(trainable).items()}
-    decays = flatten(optimizer._decays(case_of(name).method.vectors, trainable))
-    assert decays == {path: count > 1 for path, count in axes.items()}
+    method, start = case_of(name)[:2]
+    trainable, _ = partition(start, method.labels(start))
+    assert flatten(optimizer._decays(method.vectors, trainable)) == {
+        path: leaf.ndim - path.startswith("layers/") > 1 for path, leaf in flatten(trainable).items()}
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -291,17 +290,6 @@ def test_what_has_no_adapter_file_says_so(bases, case_of, name, tmp_path):
         peft_jax.save_adapter(tmp_path, case_of(name).method, bases[1], case_of(name).tuned)
 
 
-def check_saved_without_the_base(case, model, whole, apart):
-    """Of what is neither trained nor the method's, a file needs the shapes alone, so that nothing else has to travel
-    from other processes."""
-    labels = flatten(case.method.labels(case.tuned))
-    peft_jax.save_adapter(apart, case.method, model, tree.map_paths(
-        lambda path, leaf: leaf if labels[path] != "frozen" or owns(case.method.leaves, path) else
-        jax.eval_shape(lambda leaf: leaf, leaf), case.tuned))
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (apart / name).read_bytes() == (whole / name).read_bytes()
-
-
 def test_the_file_has_as_many_numbers_as_are_trained(bases, case_of, tmp_path):
     """Of methods that keep no frozen leaf in it, and fold none away."""
     others = {*NO_FILE, *FILE_OF_A_LORA, "ptuning", "vera", "trainable_tokens"}
@@ -310,7 +298,7 @@ def test_the_file_has_as_many_numbers_as_are_trained(bases, case_of, tmp_path):
             continue
         case = case_of(name)
         peft_jax.save_adapter(tmp_path / name, case.method, bases[1], case.tuned)
-        check_saved_without_the_base(case, bases[1], tmp_path / name, tmp_path / f"{name}, apart")
+        peer.check_saved_without_the_base(case.method, bases[1], case.tuned, tmp_path / name)
         if name in others:
             continue
         stored = load_file(tmp_path / name / "adapter_model.safetensors")
