@@ -71,8 +71,12 @@ def check_output(output: Path, folder: Path, source: str) -> None:
 
 def _is_run(folder: Path) -> bool:
     """Whether the folder's ``config.json`` is a run's configuration, and not a model's."""
+    return _has_keys(folder / "config.json", MATTERS)
+
+
+def _has_keys(path: Path, names: tuple[str, ...]) -> bool:
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).keys() >= set(MATTERS)
+        return json.loads(path.read_text(encoding="utf-8")).keys() >= set(names)
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -111,11 +115,12 @@ def _entered(stack: contextlib.ExitStack, lock: contextlib.AbstractContextManage
 
 
 def own_names(folder: Path) -> set[str]:
-    """The names in ``folder`` that a run wrote. One from before there were manifests is known by its config.json."""
+    """The names in ``folder`` that a run wrote. One from before there were manifests is known by its config.json, a
+    measured base, which has none, by its measured.json."""
     path = folder / MANIFEST
     if path.exists():
         return set(read_json(path, "written", mend="remove it")["written"])
-    return set(WRITTEN) if _is_run(folder) else set()
+    return set(WRITTEN) if _is_run(folder) or _has_keys(folder / "measured.json", ("asked", "test")) else set()
 
 
 def check_own(folder: Path, *names: str) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 import run
 from configs import base as configs
+from peft_jax.cli import workdir
 from peft_jax.cli.measure import measured
 from peft_jax.data.sources import load_examples
 
@@ -82,6 +83,7 @@ def test_another_model_or_task_is_measured_anew(arguments, films, tmp_path):
 
 @pytest.mark.slow
 def test_a_damaged_measurement_is_overwritten_if_asked_for(arguments, tmp_path):
+    workdir.claim(tmp_path, "measured.json")
     (tmp_path / "measured.json").write_text("{")
     command = [*arguments, f"--workdir={tmp_path}", "--mode=measure", "--config.measure.of=base",
                "--config.measure.general=()"]
