@@ -10,7 +10,7 @@ import pytest
 
 import run
 from peft_jax import lora, plan
-from peft_jax.cli import modes
+from peft_jax.cli import modes, workdir
 from peft_jax.cli import train as training
 from peft_jax.cli.build_method import build_method
 from peft_jax.cli.build_optimizer import build_optimizer
@@ -78,7 +78,9 @@ def test_a_config_without_weights_is_enough(asked, tiny_folder, tmp_path, capsys
 
 @pytest.mark.slow
 def test_where_it_cannot_be_written_is_said(asked, tmp_path, capsys):
-    (tmp_path / "run" / "plan.json").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    workdir.claim(tmp_path / "run", "plan.json")
+    (tmp_path / "run" / "plan.json").mkdir()
     command = asked("lora", "--config.data.row_length=16")
     with pytest.raises(PeftJaxError, match="run cannot be written: Is a directory"):
         modes.run(command)
