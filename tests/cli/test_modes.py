@@ -18,7 +18,8 @@ def test_metrics_before_training_that_no_run_wrote(tmp_path, content, words):
 
 
 @FOREIGN
-def test_results_that_no_run_wrote(tmp_path, content, words):
+def test_results_that_were_changed(tmp_path, content, words):
+    workdir.claim(tmp_path, "results.json")
     (tmp_path / "results.json").write_text(content)
     command = run.parse_command(["--config=experiments/lora.py", f"--workdir={tmp_path}"])
     with pytest.raises(PeftJaxError, match=rf"{tmp_path}/results.json .*{words}.*remove it"):
@@ -35,7 +36,7 @@ def test_merging_onto_a_run_is_refused_before_anything_is_loaded(tmp_path, capsy
     for output in ("run", "run/adapter", "run/checkpoints/new", "run/model", "other", "other/adapter/x"):
         assert run.main([*arguments, f"--workdir={tmp_path}/run", f"--output={tmp_path}/{output}"]) == 2
         assert "which the model would overwrite: choose another folder, such as" in capsys.readouterr().err
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["adapter", "config.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["adapter", "config.json", "manifest.json"]
 
 
 @pytest.mark.parametrize("output", ["run/merged", "run/merged/again", "elsewhere", "model"])
