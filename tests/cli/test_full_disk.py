@@ -35,6 +35,7 @@ def test_one_line_and_the_same_command_goes_on(tiny_folder, films, tmp_path, cap
 
 def check_evaluated_before_it_is_written(command, folder, capsys):
     (folder / "eval.json").mkdir()  # nothing can be written there
+    capsys.readouterr()  # what training said
     assert run.main([*command, "--mode=eval"]) == 2
     told = capsys.readouterr()
     assert "held-out loss" in told.out and told.err.startswith(f"error: workdir {folder} cannot be written: ")
