@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from peft_jax.data.tables import named_columns
-from peft_jax.data.tokenize import render
 from peft_jax.errors import PeftJaxError
+from peft_jax.hub.chat_template import render
 
 Example = dict[str, Any]  # as of sources.py
 

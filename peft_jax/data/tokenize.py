@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from peft_jax.data.sources import Example
-from peft_jax.errors import PeftJaxError, nearest, needed
+from peft_jax.errors import PeftJaxError, nearest
+from peft_jax.hub.chat_template import render
 
 ON_TOO_LONG = ("error", "truncate_left", "drop", "split")
 CHAT_LOSS = ("all", "last")
@@ -191,19 +192,6 @@ def _end_of_turn(text: str, start: int, tokenizer) -> int:
     end = len(text.rstrip())
     special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return end if any(text.endswith(token, start, end) for token in special) else len(text)
-
-
-def render(tokenizer, messages: list[dict], generation_prompt: bool, where: str) -> str:
-    """``messages`` as the tokenizer's chat template writes them. Raises ``PeftJaxError``, naming ``where``, where it
-    cannot."""
-    needed("jinja2", "for a model's chat template")
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
-    except Exception as error:  # jinja raises what the template asks for; a missing template is a ValueError
-        reason = " ".join(str(error).split())[:200]
-        raise PeftJaxError(
-            f"{where}: the tokenizer's chat template cannot render {len(messages)} turns: {reason}"
-        ) from error
 
 
 def _prompt(index: int, example: Example, tokenizer) -> str:
