@@ -57,7 +57,7 @@ def end_of_turn(tokenizer: Any) -> str:
     except PeftJaxError:
         return ""  # whoever needs the template is told
     token = marks(tokenizer)
-    found = token.search(last.rpartition(ANSWERED)[2]) or token.search(_between(more))
+    found = token.search(last.partition(ANSWERED)[2]) or token.search(_between(more))
     return found[0] if found else ""
 
 

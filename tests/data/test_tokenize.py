@@ -130,7 +130,7 @@ def test_template_that_ignores_the_generation_prompt(tokenizer):
 
 def test_a_turn_that_no_special_token_ends_is_learnt_to_its_last_character(tokenizer):
     plain = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-    got = encode(chat("hello", "world", "good?", "great!"), with_template(tokenizer, plain))
+    got = encode(chat("hello", "world", "good?", "great!"), with_template(tokenizer, plain), add_eos=False)
     assert learnt(got, tokenizer) == "assistant: world\nassistant: great!\n"
 
 
@@ -144,8 +144,9 @@ REWRITING = (
 
 def test_template_that_rewrites_earlier_turns(tokenizer):
     rewriting = with_template(tokenizer, REWRITING)
-    with pytest.raises(PeftJaxError, match=r'example 0: .*rewrites.*turn 1.*chat_loss="last"'):
-        encode(chat("hello", "world", "good?", "great!"), rewriting)
+    encoded, counts = encode_all([chat("hello", "world", "good?", "great!")], rewriting, options())
+    assert [learnt(one, tokenizer) for one in encoded] == ["[think]world<|im_end|>", "[think]great!<|im_end|>"]
+    assert (counts["examples"], counts["sequences"]) == (1, 2) and [one.example for one in encoded] == [0, 0]
     got = encode(chat("hello", "world", "good?", "great!"), rewriting, chat_loss="last")
     assert learnt(got, tokenizer) == "[think]great!<|im_end|>"
 
