@@ -60,7 +60,7 @@ def encode_all(examples: Sequence[Example], tokenizer, config) -> tuple[list[Enc
     encoded: list[Encoded] = []
     rows, counts = _rows_of_all(examples, tokenizer, config)
     for index, (ids, mask) in _tokens_of_all(examples, rows, tokenizer, config):
-        where = _where(index, examples[index])
+        where = where_of(index, examples[index])
         what, parts = _fit(ids, mask, _kind(examples[index]) == "text", tokenizer, config, where)
         if what:
             counts[what] += 1
@@ -84,7 +84,7 @@ def encode(
     config = _Options(max_length, on_too_long, add_eos, chat_loss)
     encoded, _ = encode_all([example], tokenizer, config)
     if len(encoded) > 1:
-        raise PeftJaxError(f"{_where(0, example)} makes {len(encoded)} sequences: use encode_all")
+        raise PeftJaxError(f"{where_of(0, example)} makes {len(encoded)} sequences: use encode_all")
     return encoded[0]
 
 
@@ -98,7 +98,7 @@ def encode_prompts(examples: Sequence[Example], tokenizer) -> list[np.ndarray]:
     for index, ids in enumerate(prompts):
         if not ids:
             raise PeftJaxError(
-                f"{_where(index, examples[index])} has an empty prompt: there is nothing to generate from"
+                f"{where_of(index, examples[index])} has an empty prompt: there is nothing to generate from"
             )
     return [np.asarray(ids, np.int32) for ids in prompts]
 
@@ -138,7 +138,8 @@ class _Options(NamedTuple):
     chat_loss: str
 
 
-def _where(index: int, example: Example) -> str:
+def where_of(index: int, example: Example) -> str:
+    """What to call an example of a list in an error."""
     return f"example {index} ({example['origin']})" if "origin" in example else f"example {index}"
 
 
@@ -173,7 +174,7 @@ def _rows_of_all(examples: Sequence[Example], tokenizer, config) -> tuple[list[t
         if template is None or _kind(example) != "messages":
             rows.append((index, Row(_pieces(index, example))))
             continue
-        chat = chat_rows(example, template, config.chat_loss, _where(index, example))
+        chat = chat_rows(example, template, config.chat_loss, where_of(index, example))
         rows += [(index, row) for row in chat.rows]
         unweighted, closed = unweighted + chat.unweighted, closed + chat.closed
     counts = {"dropped": 0, "truncated": 0, "split": 0}
@@ -187,12 +188,12 @@ def _pieces(index: int, example: Example) -> list[Piece]:
     if kind == "text" and example["text"].strip():
         return [(example["text"], True)]
     raise PeftJaxError(
-        f"{_where(index, example)} has an empty answer or none: it needs prompt and completion, messages, or text"
+        f"{where_of(index, example)} has an empty answer or none: it needs prompt and completion, messages, or text"
     )
 
 
 def _prompt(index: int, example: Example, tokenizer) -> str:
-    where = _where(index, example)
+    where = where_of(index, example)
     if _kind(example) == "messages":
         return prompt_of(example, tokenizer, where)
     if "prompt" not in example:
@@ -207,7 +208,7 @@ def _tokens_of_all(examples: Sequence[Example], rows: Sequence[tuple[int, Row]],
                    config) -> Iterator[tuple[int, Tokens]]:
     bos, eos = _bos(tokenizer), tokenizer.eos_token_id
     for (index, row), (ids, mask) in zip(rows, _tokenize([row.pieces for _, row in rows], tokenizer), strict=True):
-        where, kind = _where(index, examples[index]), _kind(examples[index])
+        where, kind = where_of(index, examples[index]), _kind(examples[index])
         if kind != "messages":  # a chat template writes its own
             ids, mask = bos + ids, [False] * len(bos) + mask
         if config.add_eos and not row.ended and ids[-1:] != [eos]:

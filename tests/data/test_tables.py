@@ -18,6 +18,19 @@ def test_numbers_are_text_but_truth_values_are_none(tmp_path):
         load_examples(columns(path))
 
 
+@pytest.mark.parametrize("answers, texts", [
+    ("4 0.5 10000000 12345678901234567890", "4 0.5 10000000 12345678901234567890"), ('"007" "010" 5', "007 010 5"),
+    ('"2024-01-02" "2024-01-03"', "2024-01-02 2024-01-03"), ('"2024-01-02" "n/a"', "2024-01-02 n/a")])
+def test_answers_are_learnt_as_the_file_writes_them(tmp_path, answers, texts):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"question": "q", "answer": {one}}}\n' for one in answers.split(" ")))
+    assert [one["completion"] for one in load_examples(columns(path))["train"]] == texts.split(" ")
+    path.write_text("".join('{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": '
+                            f"{one}}}]}}\n" for one in answers.split(" ")))
+    chats = load_examples(task(source=str(path), validation_fraction=0.0))["train"]
+    assert [one["messages"][1]["content"] for one in chats] == texts.split(" ")
+
+
 def test_turns_lose_the_keys_that_only_other_turns_have(tmp_path):
     """A table fills them with nothing; a chat template may tell a key that is there from one that is not."""
     path = tmp_path / "a.jsonl"

@@ -168,6 +168,19 @@ def test_examples_that_teach_nothing(tokenizer, example, message):
         encode(example, tokenizer)
 
 
+def test_the_first_example_that_leaves_nothing_to_learn_is_named(tokenizer):
+    """A text's first token is predicted by nothing; spaces are no answer."""
+    fine = {"text": "hello world"}
+    with pytest.raises(PeftJaxError, match=r"example 1 \(b\) leaves nothing to learn: 1 token, of which none"):
+        encode_all([fine, {"text": "a", "origin": "b"}, {"text": "a"}], tokenizer, options(add_eos=False))
+    assert len(encode_all([fine, {"text": "a"}], tokenizer, options())[0]) == 2  # which ends
+    for blank in ({"text": " \n"}, {"prompt": "hello", "completion": " "}):
+        with pytest.raises(PeftJaxError, match="example 1 has an empty answer or none"):
+            encode_all([fine, blank], tokenizer, options())
+    with pytest.raises(PeftJaxError, match=r"the choice '' of .* is empty"):
+        choice_tokens([" good", ""], PROMPT, tokenizer)
+
+
 def test_no_template_and_refusing_template(tokenizer):
     with pytest.raises(PeftJaxError, match="cannot render"):
         encode(chat("hello", "world"), with_template(tokenizer, None))
