@@ -47,8 +47,8 @@ def encode_labelled(examples: Sequence[Example], tokenizer, config) -> tuple[lis
     every = tokenizer([example["text"] for example in examples], verbose=False)["input_ids"]
     if not all(every):
         first = every.index([])
-        raise PeftJaxError(f"{where_of(first, examples[first])} is a text of which this tokenizer makes no token: leave "
-                           "it out")
+        raise PeftJaxError(f"{where_of(first, examples[first])} is a text of which this tokenizer makes no token: "
+                           "leave it out")
     long = {i for i, ids in enumerate(every) if 0 < config.max_length < len(ids)}
     if long and config.on_too_long == "error":
         first = min(long)
