@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from peft_jax.data.turns import Example, Turn, chat_of, is_learnt, shown
+from peft_jax.data.turns import Example, Turn, chat_of, is_learnt, shown, with_json_arguments
 from peft_jax.errors import PeftJaxError, some
 from peft_jax.hub.chat_template import alike, end_of_turn, marks, render
 
@@ -84,7 +84,17 @@ def prompt_of(example: Example, tokenizer: Any, where: str) -> str:
     turns, tools = shown(example["messages"]), example.get("tools")
     asked = turns[:-1] if turns[-1]["role"] == "assistant" else turns
     _check_tools(tokenizer, asked, tools, where)
-    return render(tokenizer, asked, True, where, tools)
+    return _rendered(tokenizer, asked, True, where, tools)
+
+
+def _rendered(tokenizer: Any, turns: Sequence[Turn], generation_prompt: bool, where: str, tools: Any = None) -> str:
+    """As :func:`render`; with the arguments of calls as JSON where the template takes no dict."""
+    try:
+        return render(tokenizer, turns, generation_prompt, where, tools)
+    except PeftJaxError:
+        if (others := with_json_arguments(turns)) == list(turns):
+            raise
+        return render(tokenizer, others, generation_prompt, where, tools)
 
 
 def chat_rows(example: Example, template: Template, chat_loss: str, where: str) -> Rows:
@@ -146,7 +156,7 @@ def _answer(turns: Sequence[Turn], template: Template, tools: Any, where: str) -
 
 def _written(turns: Sequence[Turn], template: Template, tools: Any, where: str) -> Written:
     def text(some_turns, generation_prompt=False):
-        return render(template.tokenizer, some_turns, generation_prompt, where, tools)
+        return _rendered(template.tokenizer, some_turns, generation_prompt, where, tools)
 
     before = turns[:-1]
     prompt, chat = text(before, True), text(turns)
@@ -231,6 +241,6 @@ def _squeezed(text: str) -> str:
 
 def _check_tools(tokenizer: Any, turns: Sequence[Turn], tools: Any, where: str) -> None:
     """Raise ``PeftJaxError`` where the template does not write the tools of an example."""
-    if tools and render(tokenizer, turns, True, where, tools) == render(tokenizer, turns, True, where):
+    if tools and _rendered(tokenizer, turns, True, where, tools) == _rendered(tokenizer, turns, True, where):
         raise PeftJaxError(f"{where} has tools, which this tokenizer's chat template does not write: leave them out, "
                            "or take a model that was taught to call tools")

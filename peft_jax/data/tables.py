@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from peft_jax.data.files import without_bars
+from peft_jax.data.files import without_bars, without_nulls
 from peft_jax.data.turns import Names, chat_of
 from peft_jax.errors import PeftJaxError, nearest, needed, root_cause
 
@@ -37,7 +37,7 @@ def read_hub(source: str, subset: str, split: str) -> list[dict]:
     datasets = needed("datasets", "for a data set of the Hugging Face Hub")
     try:
         with without_bars(datasets):
-            return datasets.load_dataset(source, subset or None, split=split).to_list()
+            return [without_nulls(row) for row in datasets.load_dataset(source, subset or None, split=split).to_list()]
     except Exception as error:  # requests, hub, fsspec and datasets errors alike
         raise PeftJaxError(
             f"cannot load the data set {source!r} (subset {subset or 'default'}, split {split}) from the Hugging Face "

@@ -175,3 +175,16 @@ def is_learnt(turn: Turn, where: str) -> bool:
 def shown(turns: Sequence[Turn]) -> list[Turn]:
     """Turns as a template sees them, without the marks of what is learnt."""
     return [{key: value for key, value in turn.items() if key not in LEARNT} for turn in turns]
+
+
+def with_json_arguments(turns: Sequence[Turn]) -> list[Turn]:
+    """Turns whose calls of tools have their arguments as JSON, as some templates take them."""
+    return [{**turn, "tool_calls": [_with_json(call) for call in turn["tool_calls"]]} if turn.get("tool_calls")
+            else turn for turn in turns]
+
+
+def _with_json(call: Turn) -> Turn:
+    if "function" in call:
+        return {**call, "function": _with_json(call["function"])}
+    arguments = call.get("arguments")
+    return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)} if isinstance(arguments, dict) else call

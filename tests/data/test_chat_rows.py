@@ -208,6 +208,12 @@ def test_tools_and_their_calls_are_written_by_the_template(tokenizer, content):
         '\n</think>\n\nlook{"of": "Lima"}<|im_end|>', "\n</think>\n\nworld<|im_end|>"]
 
 
+def test_a_template_that_takes_arguments_as_json_gets_that(tokenizer):
+    joins = with_template(tokenizer, CALLS.replace("call.function.arguments | tojson", "call.function.arguments"))
+    assert learnt_of(calling(""), joins)[0][1] == 'look{"of": "Lima"}<|im_end|>world<|im_end|>'
+    assert learnt_of(calling("", {"of": "Lima"}), joins) == learnt_of(calling(""), joins)
+
+
 def test_tools_and_calls_that_the_template_does_not_write_are_refused(tokenizer):
     with pytest.raises(PeftJaxError, match=r"example 0 has tools, which .* template does not write"):
         encode(calling(""), tokenizer)

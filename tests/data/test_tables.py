@@ -39,6 +39,15 @@ def test_turns_lose_the_keys_that_only_other_turns_have(tmp_path):
     assert load_examples(task(source=str(path), validation_fraction=0.0))["train"][0]["messages"] == turns
 
 
+def test_a_table_fills_in_nothing_that_a_template_would_write(tmp_path):
+    """Arrow gives each dict of a column the keys of all."""
+    datasets = pytest.importorskip("datasets")
+    tools = [[{"name": "look", "of": {"type": "string"}}], [{"name": "add", "to": {"type": "number"}}]]
+    datasets.Dataset.from_dict({"messages": [TURNS] * 2, "tools": tools}).to_parquet(tmp_path / "a.parquet")
+    rows = load_examples(task(source=str(tmp_path / "a.parquet"), validation_fraction=0.0))["train"]
+    assert [row["tools"] for row in rows] == tools
+
+
 @pytest.mark.parametrize("content", ["question,answer\n", "question,answer", "", "\n"])
 def test_a_csv_without_rows_says_so(tmp_path, content):
     path = tmp_path / "a.csv"
