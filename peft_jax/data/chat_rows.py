@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from peft_jax.data.turns import Example, Turn, chat_of, is_learnt, shown, with_json_arguments
 from peft_jax.errors import PeftJaxError, some
-from peft_jax.hub.chat_template import alike, end_of_turn, marks, render
+from peft_jax.hub.chat_template import alike, end_of_turn, first_mark, marks, render
 
 CHAT_LOSS = ("all", "last")
 MARK = "answerofthemodel"  # stands for an answer; no template writes it
@@ -43,11 +43,11 @@ class Rows(NamedTuple):
 
 
 class Template(NamedTuple):
-    """A tokenizer whose chat template is used. tokens: matches those that no text spells. end: the one that ends an
+    """A tokenizer whose chat template is used. marks: match tokens that no text spells. end: the one that ends an
     answer, or "". add_end: whether to put it where the template writes none behind a last answer."""
 
     tokenizer: Any
-    tokens: re.Pattern[str]
+    marks: tuple[re.Pattern[str], re.Pattern[str]]
     end: str
     add_end: bool
 
@@ -144,7 +144,7 @@ def _answer(turns: Sequence[Turn], template: Template, tools: Any, where: str) -
     if not _squeezed(_words(turn)):
         raise PeftJaxError(f'{where} is an empty answer: leave it out, or give it "weight": 0')
     written = _written(turns, template, tools, where)
-    token = template.tokens.search(written.tail)
+    token = first_mark(written.tail, template.marks)
     end = written.tail[:token.end()] if token else written.tail + (template.end if template.add_end else "")
     if _keeps(turn, written):
         text, closed = _cut(written.chat[len(written.prompt):], written.tail, end, template), False
@@ -180,7 +180,7 @@ def _cut(text: str, tail: str, end: str, template: Template) -> str:
     """An answer with what follows it at the end of a chat, up to the token that ends it."""
     if text.endswith(tail):
         return text[:len(text) - len(tail)] + end
-    last = [found.end() for found in template.tokens.finditer(text)][-1:]
+    last = [found.end() for found in template.marks[1].finditer(text)][-1:]
     return text[:last[0]] if last and not text[last[0]:].strip() else text
 
 

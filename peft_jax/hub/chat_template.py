@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from peft_jax.errors import PeftJaxError, needed
@@ -40,10 +40,21 @@ def render(tokenizer: Any, messages: Turns, generation_prompt: bool, where: str,
         ) from error
 
 
-def marks(tokenizer: Any) -> re.Pattern[str]:
-    """Matches every token that no text spells, such as ``<|im_end|>``; matches nothing where there is none."""
-    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+def marks(tokenizer: Any) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Match the tokens that no text spells, such as ``<|im_end|>``: the special ones, and all, with such as
+    ``</tool_call>``, which may stand before one of those. Where there is none they match nothing."""
+    tokens = [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+    return _any_of(token for token in tokens if token.special), _any_of(tokens)
+
+
+def _any_of(tokens: Iterable[Any]) -> re.Pattern[str]:
+    contents = {token.content for token in tokens}
+    return re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or r"(?!)")
+
+
+def first_mark(text: str, patterns: Iterable[re.Pattern[str]]) -> re.Match[str] | None:
+    """The first match of the first pattern that matches."""
+    return next((found for pattern in patterns if (found := pattern.search(text))), None)
 
 
 def end_of_turn(tokenizer: Any) -> str:
@@ -56,8 +67,8 @@ def end_of_turn(tokenizer: Any) -> str:
         more = render(tokenizer, [*CHAT, {"role": "user", "content": NEXT}], False, "a chat")
     except PeftJaxError:
         return ""  # whoever needs the template is told
-    token = marks(tokenizer)
-    found = token.search(last.partition(ANSWERED)[2]) or token.search(_between(more))
+    patterns = marks(tokenizer)
+    found = first_mark(last.partition(ANSWERED)[2], patterns) or first_mark(_between(more), patterns)
     return found[0] if found else ""
 
 

@@ -60,10 +60,15 @@ def test_a_tokenizer_without_eos_has_the_templates_end_alone(with_template):
     assert describe_stops(tokenizer) == "a text ends at <|im_end|>, as the chat template's turns do"
 
 
-def test_a_mark_is_the_longest_token_at_its_place(with_template):
-    tokenizer = with_template(None)
-    tokenizer.add_tokens(["<|im_end|>!", "  "])  # the second one is text
-    assert marks(tokenizer).search("a  <|im_end|>!")[0] == "<|im_end|>!"
+def test_a_mark_is_the_longest_token_at_its_place_and_a_special_one_wins(with_template):
+    tokenizer = with_template(CHATML.replace("<|im_end|>", "</answer><|im_end|>!"))
+    tokenizer.add_tokens(["<|im_end|>!", "</answer>", "  "])  # the last one is text
+    special, every = marks(tokenizer)
+    assert special.search("a  </answer><|im_end|>!")[0] == "<|im_end|>"
+    assert every.findall("a  </answer><|im_end|>!") == ["</answer>", "<|im_end|>!"]
+    assert stops(tokenizer).end_of_turn == "<|im_end|>"
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "</answer>")  # the only one that there is
+    assert stops(tokenizer).end_of_turn == "</answer>"
 
 
 def test_a_saved_model_says_where_text_ends(with_template, tiny_model, tmp_path):
