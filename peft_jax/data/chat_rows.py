@@ -151,7 +151,8 @@ def _answer(turns: Sequence[Turn], template: Template, tools: Any, where: str) -
     else:
         text, closed = _as_it_stands(turn, written, template, where)
         text += end
-    return Answer(written.prompt, text, bool(token or template.end), closed)
+    ended = (bool(token or template.end) and text.endswith(end)) or _ends(text, template)
+    return Answer(written.prompt, text, ended, closed)
 
 
 def _written(turns: Sequence[Turn], template: Template, tools: Any, where: str) -> Written:
@@ -182,6 +183,11 @@ def _cut(text: str, tail: str, end: str, template: Template) -> str:
         return text[:len(text) - len(tail)] + end
     last = [found.end() for found in template.marks[1].finditer(text)][-1:]
     return text[:last[0]] if last and not text[last[0]:].strip() else text
+
+
+def _ends(text: str, template: Template) -> bool:
+    """Whether a special token ends a text."""
+    return any(found.end() == len(text) for found in template.marks[0].finditer(text))
 
 
 def _as_it_stands(turn: Turn, written: Written, template: Template, where: str) -> tuple[str, bool]:

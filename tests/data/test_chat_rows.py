@@ -208,6 +208,12 @@ def test_tools_and_their_calls_are_written_by_the_template(tokenizer, content):
         '\n</think>\n\nlook{"of": "Lima"}<|im_end|>', "\n</think>\n\nworld<|im_end|>"]
 
 
+def test_a_call_behind_which_the_template_writes_no_end_gets_eos(tokenizer):
+    calls = with_template(tokenizer, CALLS.replace(END, "{{ '\n' if m.tool_calls else '<|im_end|>\n' }}"))
+    assert [answer for _, answer in learnt_of(calling(""), calls)] == ['look{"of": "Lima"}\n<|im_end|>',
+                                                                     "world<|im_end|>"]
+
+
 def test_a_template_that_takes_arguments_as_json_gets_that(tokenizer):
     joins = with_template(tokenizer, CALLS.replace("call.function.arguments | tojson", "call.function.arguments"))
     assert learnt_of(calling(""), joins)[0][1] == 'look{"of": "Lima"}<|im_end|>world<|im_end|>'
