@@ -13,7 +13,8 @@ VADER_SOURCE = "pypi:vaderSentiment==3.3.2"
 VADER_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 
 # Give either prompt_column and completion_column, or messages_column, or text_column; or none, where the columns' names
-# say it: messages; prompt, completion; question, answer; instruction, output or response (with input or context); text.
+# say it: messages or conversations (with system, tools); prompt, completion; question, answer; instruction, output or
+# response (with input or context); text. Beside prompts and instructions, too: system, history and tools, of chats.
 # The completion follows the prompt directly: write the space or line break between them into a template.
 COLUMNS = {
     "prompt_column": "",
@@ -22,6 +23,11 @@ COLUMNS = {
     "text_column": "",
     "prompt_template": "{prompt}",
     "completion_template": "{completion}",
+    # Of messages: how their keys and roles are called where they are not role and content, or from and value, and
+    # system, user, assistant, tool, or human and gpt. A pair is NAME=ROLE, such as ("critic=assistant",).
+    "role_key": "",
+    "content_key": "",
+    "roles": (),
     "chat": False,  # prompt and completion as a user's and an assistant's turn, in the model's chat template
     # For a head to tell: text_column and label_column, or none where they are called text and label. With an encoder
     # the answer need not be set: it is "score" where labels are numbers that are not all whole, else "class".

@@ -25,6 +25,7 @@ from peft_jax.evaluation.evaluate import complete
 from peft_jax.evaluation.generation import Sampling
 from peft_jax.evaluation.objectives import objective_of
 from peft_jax.evaluation.unpacking import choose
+from peft_jax.hub.chat_template import describe_stops
 from peft_jax.hub.tokenizer import load_tokenizer
 from peft_jax.method import BASE
 from peft_jax.parallel.mesh import make_mesh
@@ -80,8 +81,8 @@ def _writer(config, asked: Asked) -> tuple[list[str], Callable[..., list[str]]]:
     prompts = encode_prompts(asked.examples, asked.tokenizer)
     sampling = Sampling(**{key: config.generate[key] for key in Sampling._fields})
     choice = choose(config.generate.dequantize, asked.model, asked.base, asked.mesh)
-    if choice.words:
-        print(choice.words, flush=True)
+    for line in filter(None, (choice.words, describe_stops(asked.tokenizer))):
+        print(line, flush=True)
     options = {"batch_size": len(prompts), "width_multiple": config.data.width_multiple, "mesh": asked.mesh,
                "max_new_tokens": config.generate.max_new_tokens, "rng": jax.random.key(config.seed),
                "sampling": sampling, "dequantize": choice.dequantize}

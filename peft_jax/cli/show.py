@@ -9,6 +9,7 @@ from peft_jax.data.batches import One
 from peft_jax.data.preview import WIDTH, preview
 from peft_jax.data.tables import LABELLED
 from peft_jax.evaluation.objectives import class_names, objective_of
+from peft_jax.hub.chat_template import describe_stops
 from peft_jax.hub.tokenizer import load_tokenizer
 
 EXAMPLES = 3
@@ -27,7 +28,8 @@ def job(command) -> int:
     print(f"{len(data.train)} examples to train on, {len(data.validation)} held out\n")
     for number, one in enumerate(encoded[:EXAMPLES], start=1):
         print(preview(one, tokenizer, class_names(config.task), title=f"example {number}") + "\n")
-    for line in lines_of_unused(config.task, data.unused):
+    ends = [describe_stops(tokenizer)] if objective_of(config.task).writes else []
+    for line in filter(None, (*ends, *lines_of_unused(config.task, data.unused))):
         print(line)
     return 0
 

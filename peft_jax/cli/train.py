@@ -20,6 +20,7 @@ from peft_jax.data.chat import unused_template
 from peft_jax.data.tokenize import describe
 from peft_jax.evaluation.objectives import objective_of
 from peft_jax.hub.adapters.save import is_stored, save_adapter
+from peft_jax.hub.chat_template import describe_stops
 from peft_jax.hub.save import save_pretrained
 from peft_jax.method import FROZEN, Method
 from peft_jax.parallel import partitioning, processes
@@ -135,7 +136,9 @@ def _batches(session: Session, method: Method) -> tuple[Batches, int]:
     total = config.optim.steps or batches.num_steps(config.optim.epochs)
     print(f"training on {describe(happened)}")
     print(first_example(config.task, encoded, session.unused, session.tokenizer))
-    if note := unused_template(config.task, session.train, session.tokenizer):
+    notes = (unused_template(config.task, session.train, session.tokenizer),
+             describe_stops(session.tokenizer) if objective_of(config.task).writes else "")
+    for note in filter(None, notes):
         print(note)
     print(f"{total} steps; {100 * batches.describe()['efficiency']:.0f} % of each batch are real tokens", flush=True)
     return batches, total

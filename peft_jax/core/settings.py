@@ -7,7 +7,7 @@ from typing import Any
 from peft_jax.core import tree
 
 # Keys that came after runs had been kept without them, and what they are where a run has none.
-LATER = {"task.chat": False, "task.label_names": []}
+LATER = {"task.chat": False, "task.label_names": [], "task.role_key": "", "task.content_key": "", "task.roles": []}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], matters: Sequence[str]) -> list[str]:

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from peft_jax.data.tables import named_columns
-from peft_jax.data.tokenize import render
+from peft_jax.data.turns import Example, chat_of
 from peft_jax.errors import PeftJaxError
+from peft_jax.hub.chat_template import render
 
-Example = dict[str, Any]  # as of sources.py
+ROLES = ("user", "assistant")  # of a question and its answer
 
 
 def wants_chat(task) -> bool:
@@ -18,8 +19,10 @@ def wants_chat(task) -> bool:
 def as_turns(examples: Sequence[Example]) -> list[Example]:
     """Each prompt as a user's turn, each completion as the assistant's, without the spaces around them; chats stay.
 
+    Before these go the text of ``"system"`` and the pairs of question and answer of ``"history"``, where there are any.
+
     Raises:
-      PeftJaxError: an example that has neither prompt and completion nor messages.
+      PeftJaxError: an example that has neither prompt and completion nor messages, or whose history is something else.
     """
     return [_as_turns(example) for example in examples]
 
@@ -30,10 +33,21 @@ def _as_turns(example: Example) -> Example:
     if "completion" not in example:
         raise PeftJaxError(f"task.chat=True: {example.get('origin', 'an example')} has no prompt and completion to "
                            "make turns of; set --config.task.chat=False")
-    others = {key: value for key, value in example.items() if key not in ("prompt", "completion")}
-    turns = [{"role": "user", "content": example["prompt"].strip()},
-             {"role": "assistant", "content": example["completion"].strip()}]
-    return {"messages": turns, **others}
+    taken = ("prompt", "completion", "history", "system")
+    pairs = [*_pairs(example.get("history") or (), example.get("origin", "an example")),
+             (example["prompt"], example["completion"])]
+    turns = [{"role": role, "content": text.strip()} for pair in pairs for role, text in zip(ROLES, pair, strict=True)]
+    return chat_of({"messages": turns, **{key: value for key, value in example.items() if key not in taken},
+                    "system": example.get("system")}, example.get("origin", "an example"))
+
+
+def _pairs(history: Any, where: str) -> list[Sequence[str]]:
+    if not isinstance(history, Sequence) or any(
+            isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair)
+            for pair in history):
+        raise PeftJaxError(f"{where}: history must be a list of pairs, a question and its answer each, found "
+                           f"{str(history)[:40]!r}")
+    return list(history)
 
 
 def question(prompt: str, system: str = "") -> Example:

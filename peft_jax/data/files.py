@@ -141,9 +141,22 @@ def _parquet(file: Path) -> Iterable[dict]:
         try:
             with without_bars(datasets):
                 table = datasets.load_dataset("parquet", data_files=[str(file)], split="train", cache_dir=cache)
-            return table.to_list()
+            return [without_nulls(row) for row in table.to_list()]
         except Exception as error:  # `datasets` wraps whatever its readers raise
             raise PeftJaxError(f"cannot read {file}: {root_cause(error)}") from error
+
+
+def without_nulls(row: dict) -> dict:
+    """A row of an Arrow table without what it fills the dicts in a column with: the keys that only others have."""
+    return {key: _without_nulls(value) for key, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return value
 
 
 @contextmanager

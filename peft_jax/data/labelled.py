@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from peft_jax.data.sources import Example
-from peft_jax.data.tokenize import Encoded
+from peft_jax.data.tokenize import Encoded, where_of
 from peft_jax.errors import PeftJaxError
 
 
@@ -45,6 +45,10 @@ def encode_labelled(examples: Sequence[Example], tokenizer, config) -> tuple[lis
     if config.on_too_long == "split":
         raise PeftJaxError("data.on_too_long='split': a text with one label cannot be split: use truncate_left or drop")
     every = tokenizer([example["text"] for example in examples], verbose=False)["input_ids"]
+    if not all(every):
+        first = every.index([])
+        raise PeftJaxError(f"{where_of(first, examples[first])} is a text of which this tokenizer makes no token: "
+                           "leave it out")
     long = {i for i, ids in enumerate(every) if 0 < config.max_length < len(ids)}
     if long and config.on_too_long == "error":
         first = min(long)

@@ -4,12 +4,14 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from peft_jax.data.files import without_bars
+from peft_jax.data.files import without_bars, without_nulls
+from peft_jax.data.turns import Names, chat_of
 from peft_jax.errors import PeftJaxError, nearest, needed, root_cause
 
 # Columns whose names say what they hold, for a task that names none. "input" is what an instruction is about.
 KNOWN = (
     {"messages": "messages"},
+    {"messages": "conversations"},
     {"prompt": "prompt", "completion": "completion"},
     {"prompt": "question", "completion": "answer"},
     {"prompt": "instruction", "completion": "output"},
@@ -19,6 +21,8 @@ KNOWN = (
     {"prompt": "instruction", "completion": "response", "input": "context"},
     {"text": "text"},
 )
+# Columns beside these that belong to them, by the first use of those; only a chat has a place for their values.
+BESIDE = {"messages": ("system", "tools"), "prompt": ("system", "history", "tools")}
 LABELLED = {"text": "text", "label": "label"}  # the same where a head tells the label
 
 
@@ -33,7 +37,7 @@ def read_hub(source: str, subset: str, split: str) -> list[dict]:
     datasets = needed("datasets", "for a data set of the Hugging Face Hub")
     try:
         with without_bars(datasets):
-            return datasets.load_dataset(source, subset or None, split=split).to_list()
+            return [without_nulls(row) for row in datasets.load_dataset(source, subset or None, split=split).to_list()]
     except Exception as error:  # requests, hub, fsspec and datasets errors alike
         raise PeftJaxError(
             f"cannot load the data set {source!r} (subset {subset or 'default'}, split {split}) from the Hugging Face "
@@ -68,9 +72,10 @@ def columns_of(task, names: Iterable[str], where: str) -> dict[str, str]:
     Raises ``PeftJaxError`` where the task names what does not go together, or where no known use fits the names.
     """
     if named := named_columns(task):
-        return named
+        return {**named, "tools": "tools"} if "messages" in named and "tools" in names else named
     if task.answer == "word":
-        return known_columns(names, where)
+        use = known_columns(names, where)
+        return use | {name: name for name in BESIDE.get(next(iter(use)), ()) if name in names}
     if missing := [name for name in LABELLED.values() if name not in names]:
         raise PeftJaxError(f"{where} has no column {missing[0]!r}; name those to use with "
                            f"--config.task.text_column and --config.task.label_column, of: {', '.join(names)}")
@@ -110,16 +115,41 @@ def known_columns(names: Iterable[str], where: str) -> dict[str, str]:
 
 
 def _table_example(task, columns: dict[str, str], row: dict, origin: str) -> dict:
-    if "messages" in columns:
-        return {"messages": _messages(row[columns["messages"]], origin), "origin": origin}
-    values: dict[str, Any] = {key: _text(row[name], name, origin) for key, name in columns.items() if key != "input"}
+    beside = {key: row[key] for key in BESIDE["prompt"] if key in columns and row[key]}
+    values = {key: row[name] for key, name in columns.items() if key not in BESIDE["prompt"]}
+    if "messages" in values or isinstance(values.get("prompt"), list) or isinstance(values.get("completion"), list):
+        return _chat(task, {**values, **beside}, origin)
+    values = {key: value if key == "input" else _text(value, columns[key], origin) for key, value in values.items()}
     if "prompt" in values:
-        about = f"\n\n{row[columns['input']]}" if "input" in columns and row[columns["input"]] else ""
+        about = values.pop("input", None)
+        about = f"\n\n{about}" if about else ""
         values["prompt"] = _prompt_template(task, columns).replace("{prompt}", values["prompt"] + about)
         values["completion"] = task.completion_template.replace("{completion}", values["completion"])
+    if beside and not getattr(task, "chat", False):
+        raise PeftJaxError(f"{origin}: only a chat has a place for what its column {next(iter(beside))!r} holds: set "
+                           "--config.task.chat=True, or name the columns to use with --config.task.prompt_column and "
+                           "--config.task.completion_column")
     if "label" in values:
         values["label"] = _label(task, values["label"], f"{origin}: column {columns['label']!r}")
-    return {**values, "origin": origin}
+    return {**values, **beside, "origin": origin}
+
+
+def _chat(task, values: dict[str, Any], origin: str) -> dict:
+    """A chat of a row, as messages or as a prompt and a completion of messages."""
+    if "messages" not in values and (task.prompt_template, task.completion_template) != ("{prompt}", "{completion}"):
+        raise PeftJaxError(f"{origin} holds messages, which task.prompt_template and task.completion_template cannot "
+                           "frame: leave these out")
+    return {**chat_of({key: value for key, value in values.items() if key != "history"}, origin, _names(task)),
+            "origin": origin}
+
+
+def _names(task) -> Names:
+    """What the task says that its table calls roles and their keys. Raises ``PeftJaxError`` for a role without "="."""
+    pairs = [pair.partition("=") for pair in getattr(task, "roles", ())]
+    if wrong := [name for name, equals, role in pairs if not (name and equals and role)]:
+        raise PeftJaxError(f"task.roles has {wrong[0]!r}: write NAME=ROLE, such as \"('critic=assistant',)\"")
+    return Names((getattr(task, "role_key", ""), getattr(task, "content_key", "")),
+                 {name: role for name, _, role in pairs})
 
 
 def _label(task, text: str, where: str) -> int | float:
@@ -178,10 +208,3 @@ def _text(value, name: str, origin: str) -> str:
         found = "nothing" if value is None else type(value).__name__
         raise PeftJaxError(f"{origin}: column {name!r} must hold text, found {found}")
     return value
-
-
-def _messages(value, origin: str) -> list[dict]:
-    turns = [{k: v for k, v in turn.items() if v is not None} for turn in value or [] if isinstance(turn, dict)]
-    if not turns or any("role" not in turn or "content" not in turn for turn in turns):
-        raise PeftJaxError(f"{origin}: messages must be a list of {{'role': ..., 'content': ...}}")
-    return turns

@@ -5,18 +5,20 @@ before are never changed by what follows. So a trained sequence starts with the 
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from peft_jax.data.chat_rows import CHAT_LOSS, Piece, Row, chat_rows, prompt_of, template_of
 from peft_jax.data.sources import Example
-from peft_jax.errors import PeftJaxError, nearest, needed
+from peft_jax.errors import PeftJaxError, nearest
 
 ON_TOO_LONG = ("error", "truncate_left", "drop", "split")
-CHAT_LOSS = ("all", "last")
+# What may have happened to examples, as counts and in words.
+HAPPENED = {"dropped": "dropped", "truncated": "truncated", "split": "split",
+            "unweighted": "answers left out by their weight or train", "closed": "answers after an empty reasoning"}
 
-Piece = tuple[str, bool]  # text, has loss
 Tokens = tuple[list[int], list[bool]]
 
 
@@ -43,27 +45,29 @@ def encode_all(examples: Sequence[Example], tokenizer, config) -> tuple[list[Enc
         error where that would cut an answer); "drop" leaves the example out; "split" cuts plain text into several
         sequences.
     Returns:
-      (sequences in the order of ``examples``,
-      {"examples", "sequences", "tokens", "answer_tokens", "longest", "dropped", "truncated", "split"}).
+      (sequences in the order of ``examples``, several of a chat whose template rewrites history,
+      {"examples", "sequences", "tokens", "answer_tokens", "longest", "dropped", "truncated", "split"}), and of chats
+      where there are any "unweighted" answers, which say themselves that they are not to be learnt, and "closed" ones,
+      before which an empty reasoning was put as the prompt opens one.
     Raises:
-      PeftJaxError: names the example, its length, the limit and what to set; also where nothing is left.
+      PeftJaxError: names the example, its length, the limit and what to set; the first one in which there is nothing to
+        learn; also where nothing is left.
     """
     for key, choices in (("on_too_long", ON_TOO_LONG), ("chat_loss", CHAT_LOSS)):
         if getattr(config, key) not in choices:
             raise PeftJaxError(f"data.{key}={getattr(config, key)!r} is not known; "
                                f"{nearest(getattr(config, key), choices)}")
     encoded: list[Encoded] = []
-    counts: dict[str, int] = dict.fromkeys(("dropped", "truncated", "split"), 0)
-    for index, (ids, mask) in enumerate(_tokens_of_all(examples, tokenizer, config)):
-        where = _where(index, examples[index])
-        what, parts = _fit(ids, mask, "text" in _kind(examples[index]), tokenizer, config, where)
+    rows, counts = _rows_of_all(examples, tokenizer, config)
+    for index, (ids, mask) in _tokens_of_all(examples, rows, tokenizer, config):
+        where = where_of(index, examples[index])
+        what, parts = _fit(ids, mask, _kind(examples[index]) == "text", tokenizer, config, where)
         if what:
             counts[what] += 1
         encoded += [_encoded(part_ids, part_mask, index) for part_ids, part_mask in parts]
     if not encoded:
-        raise PeftJaxError(
-            f"none of {len(examples)} examples is left: {counts['dropped']} longer than max_length={config.max_length}"
-        )
+        raise PeftJaxError(f"none of {len(examples)} examples is left: {counts['dropped']} longer than max_length="
+                           f"{config.max_length}{_happened(counts, ('unweighted',))}")
     return encoded, _counts(examples, encoded) | counts
 
 
@@ -76,9 +80,12 @@ def encode(
     add_eos: bool = True,
     chat_loss: str = "all",
 ) -> Encoded:
-    """Tokenise one example; see ``encode_all``."""
+    """Tokenise one example; see ``encode_all``. Raises ``PeftJaxError`` where it makes several sequences."""
     config = _Options(max_length, on_too_long, add_eos, chat_loss)
-    return encode_all([example], tokenizer, config)[0][0]
+    encoded, _ = encode_all([example], tokenizer, config)
+    if len(encoded) > 1:
+        raise PeftJaxError(f"{where_of(0, example)} makes {len(encoded)} sequences: use encode_all")
+    return encoded[0]
 
 
 def encode_prompts(examples: Sequence[Example], tokenizer) -> list[np.ndarray]:
@@ -86,11 +93,12 @@ def encode_prompts(examples: Sequence[Example], tokenizer) -> list[np.ndarray]:
     with the template's generation prompt. The same tokens as the trained sequence starts with."""
     texts = [[(_prompt(i, example, tokenizer), False)] for i, example in enumerate(examples)]
     bos = _bos(tokenizer)
-    prompts = [_with_bos(e, ids, bos) for e, (ids, _) in zip(examples, _tokenize(texts, tokenizer), strict=True)]
+    prompts = [ids if _kind(e) == "messages" else bos + ids
+               for e, (ids, _) in zip(examples, _tokenize(texts, tokenizer), strict=True)]
     for index, ids in enumerate(prompts):
         if not ids:
             raise PeftJaxError(
-                f"{_where(index, examples[index])} has an empty prompt: there is nothing to generate from"
+                f"{where_of(index, examples[index])} has an empty prompt: there is nothing to generate from"
             )
     return [np.asarray(ids, np.int32) for ids in prompts]
 
@@ -102,7 +110,10 @@ def choice_tokens(choices: Sequence[str], prompt: str, tokenizer) -> np.ndarray:
       PeftJaxError: two choices start with the same token, so that one token cannot tell them apart.
     """
     pieces = [[(prompt, False), (choice, True)] for choice in choices]
-    first = [ids[mask.index(True)] for ids, mask in _tokenize(pieces, tokenizer)]
+    tokens = list(_tokenize(pieces, tokenizer))
+    if empty := [choice for choice, (_, mask) in zip(choices, tokens) if not any(mask)]:
+        raise PeftJaxError(f"the choice {empty[0]!r} of {list(choices)} is empty: give it a word")
+    first = [ids[mask.index(True)] for ids, mask in tokens]
     if len(set(first)) < len(first):
         raise PeftJaxError(
             f"the choices {list(choices)} do not all start with different tokens ({first}); use other words"
@@ -113,7 +124,11 @@ def choice_tokens(choices: Sequence[str], prompt: str, tokenizer) -> np.ndarray:
 def describe(counts: dict[str, int]) -> str:
     """One line for people about what ``encode_all`` did."""
     line = "{examples} examples, {tokens} tokens ({answer_tokens} to learn), longest {longest}".format(**counts)
-    return line + "".join(f", {counts[what]} {what}" for what in ("dropped", "truncated", "split") if counts[what])
+    return line + _happened(counts, HAPPENED)
+
+
+def _happened(counts: dict[str, int], kinds: Iterable[str]) -> str:
+    return "".join(f", {counts[kind]} {HAPPENED[kind]}" for kind in kinds if counts.get(kind))
 
 
 class _Options(NamedTuple):
@@ -123,7 +138,8 @@ class _Options(NamedTuple):
     chat_loss: str
 
 
-def _where(index: int, example: Example) -> str:
+def where_of(index: int, example: Example) -> str:
+    """What to call an example of a list in an error."""
     return f"example {index} ({example['origin']})" if "origin" in example else f"example {index}"
 
 
@@ -144,73 +160,42 @@ def _counts(examples: Sequence[Example], encoded: Sequence[Encoded]) -> dict[str
 
 
 def _kind(example: Example) -> str:
+    if any(isinstance(example.get(key), list) for key in ("prompt", "completion")):
+        return "messages"
     return next((kind for kind in ("messages", "completion", "text") if kind in example), "nothing")
 
 
-def _pieces(index: int, example: Example, tokenizer, chat_loss: str) -> list[Piece]:
+def _rows_of_all(examples: Sequence[Example], tokenizer, config) -> tuple[list[tuple[int, Row]], dict[str, int]]:
+    """([(number of the example, a row of it)], counts of what happened)."""
+    rows: list[tuple[int, Row]] = []
+    unweighted = closed = 0
+    template = template_of(tokenizer, config.add_eos) if any(_kind(one) == "messages" for one in examples) else None
+    for index, example in enumerate(examples):
+        if template is None or _kind(example) != "messages":
+            rows.append((index, Row(_pieces(index, example))))
+            continue
+        chat = chat_rows(example, template, config.chat_loss, where_of(index, example))
+        rows += [(index, row) for row in chat.rows]
+        unweighted, closed = unweighted + chat.unweighted, closed + chat.closed
+    counts = {"dropped": 0, "truncated": 0, "split": 0}
+    return rows, counts | {kind: n for kind, n in (("unweighted", unweighted), ("closed", closed)) if n}
+
+
+def _pieces(index: int, example: Example) -> list[Piece]:
     kind = _kind(example)
-    if kind == "messages":
-        return _chat_pieces(example["messages"], tokenizer, chat_loss, _where(index, example))
-    if kind == "completion" and "prompt" in example and example["completion"]:
+    if kind == "completion" and "prompt" in example and example["completion"].strip():
         return [(example["prompt"], False), (example["completion"], True)]
-    if kind == "text" and example["text"]:
+    if kind == "text" and example["text"].strip():
         return [(example["text"], True)]
     raise PeftJaxError(
-        f"{_where(index, example)} has an empty answer or none: it needs prompt and completion, messages, or text"
+        f"{where_of(index, example)} has an empty answer or none: it needs prompt and completion, messages, or text"
     )
 
 
-def _chat_pieces(messages: list[dict], tokenizer, chat_loss: str, where: str) -> list[Piece]:
-    """The rendered conversation up to its last answer, cut before and after every answer that is to be learnt.
-
-    The cuts come from rendering the conversation's prefixes, so any template will do that only ever appends; most
-    templates do not mark the answers themselves.
-    """
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
-        raise PeftJaxError(f"{where} has no assistant turn to learn from")
-    full = render(tokenizer, messages[: answers[-1] + 1], False, where)
-    pieces, done = [], 0
-    for i in answers if chat_loss == "all" else answers[-1:]:
-        before = render(tokenizer, messages[:i], True, where)
-        through = render(tokenizer, messages[: i + 1], False, where)
-        if not (through.startswith(before) and full.startswith(through)):
-            raise PeftJaxError(
-                f"{where}: this tokenizer's chat template rewrites what came before when turn {i} is added, so where "
-                'that answer lies cannot be told; set data.chat_loss="last" to learn the last answer only, or use '
-                "prompts and completions"
-            )
-        end = _end_of_turn(through, len(before), tokenizer)
-        pieces += [(full[done : len(before)], False), (full[len(before) : end], True)]
-        done = end
-    return pieces
-
-
-def _end_of_turn(text: str, start: int, tokenizer) -> int:
-    """Where the answer that starts at ``start`` ends: after its end-of-turn token, without the line break behind it."""
-    end = len(text.rstrip())
-    special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return end if any(text.endswith(token, start, end) for token in special) else len(text)
-
-
-def render(tokenizer, messages: list[dict], generation_prompt: bool, where: str) -> str:
-    """``messages`` as the tokenizer's chat template writes them. Raises ``PeftJaxError``, naming ``where``, where it
-    cannot."""
-    needed("jinja2", "for a model's chat template")
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
-    except Exception as error:  # jinja raises what the template asks for; a missing template is a ValueError
-        reason = " ".join(str(error).split())[:200]
-        raise PeftJaxError(
-            f"{where}: the tokenizer's chat template cannot render {len(messages)} turns: {reason}"
-        ) from error
-
-
 def _prompt(index: int, example: Example, tokenizer) -> str:
-    where = _where(index, example)
-    if "messages" in example:
-        messages = example["messages"]
-        return render(tokenizer, messages[:-1] if messages[-1]["role"] == "assistant" else messages, True, where)
+    where = where_of(index, example)
+    if _kind(example) == "messages":
+        return prompt_of(example, tokenizer, where)
     if "prompt" not in example:
         raise PeftJaxError(f"{where} has no prompt to generate from")
     return example["prompt"]
@@ -219,31 +204,28 @@ def _prompt(index: int, example: Example, tokenizer) -> str:
 # From pieces to tokens.
 
 
-def _tokens_of_all(examples: Sequence[Example], tokenizer, config) -> Iterator[Tokens]:
+def _tokens_of_all(examples: Sequence[Example], rows: Sequence[tuple[int, Row]], tokenizer,
+                   config) -> Iterator[tuple[int, Tokens]]:
     bos, eos = _bos(tokenizer), tokenizer.eos_token_id
-    pieces = [_pieces(i, example, tokenizer, config.chat_loss) for i, example in enumerate(examples)]
-    for index, (ids, mask) in enumerate(_tokenize(pieces, tokenizer)):
-        example = examples[index]
-        if _kind(example) != "messages":  # a chat template writes its own
-            ids, mask = _with_bos(example, ids, bos), [False] * len(bos) + mask
-            if config.add_eos and ids[-1] != eos:
-                ids, mask = [*ids, _eos(tokenizer)], [*mask, True]
-        if mask[0] and _kind(example) != "text":
-            raise PeftJaxError(
-                f"{_where(index, example)} has an empty prompt and this tokenizer adds no bos: nothing predicts its "
-                "first token"
-            )
-        yield ids, mask
+    for (index, row), (ids, mask) in zip(rows, _tokenize([row.pieces for _, row in rows], tokenizer), strict=True):
+        where, kind = where_of(index, examples[index]), _kind(examples[index])
+        if kind != "messages":  # a chat template writes its own
+            ids, mask = bos + ids, [False] * len(bos) + mask
+        if config.add_eos and not row.ended and ids[-1:] != [eos]:
+            ids, mask = [*ids, _eos(tokenizer)], [*mask, True]
+        if mask[:1] == [True] and kind != "text":
+            raise PeftJaxError(f"{where} has an empty prompt and this tokenizer adds no bos: nothing predicts its "
+                               "first token")
+        if not any(mask[1:]):
+            raise PeftJaxError(f"{where} leaves nothing to learn: {len(ids)} token{'s' * (len(ids) != 1)}, of which "
+                               "none is one of an answer that another one precedes; leave it out")
+        yield index, (ids, mask)
 
 
 def _bos(tokenizer) -> list[int]:
     """[bos] where the tokenizer itself puts it before a text, else []."""
     ids = list(tokenizer("")["input_ids"])
     return [tokenizer.bos_token_id] if ids and ids[0] == tokenizer.bos_token_id else []
-
-
-def _with_bos(example: Example, ids: list[int], bos: list[int]) -> list[int]:
-    return ids if _kind(example) == "messages" else bos + ids
 
 
 def _eos(tokenizer) -> int:

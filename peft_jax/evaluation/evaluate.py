@@ -14,6 +14,7 @@ from peft_jax.data.sources import Example
 from peft_jax.evaluation.generation import GREEDY, Sampling, generate
 from peft_jax.evaluation.objectives import Objective, objective_of
 from peft_jax.evaluation.unpacking import as_chosen
+from peft_jax.hub.chat_template import stops
 from peft_jax.parallel.mesh import feed, fetch, row_shards, rows_apart
 from peft_jax.train.loss import pick, states_of, summed_loss
 from peft_jax.train.progress import watched
@@ -145,19 +146,25 @@ def _rate(objective, task, examples, answers, texts) -> dict[str, float]:
 def complete(apply: Callable, model, params: tree.Tree, prompts: Sequence[np.ndarray], tokenizer: Any, *,
              batch_size: int, width_multiple: int, max_new_tokens: int, sampling: Sampling = GREEDY,
              rng: jax.Array | None = None, mesh: Mesh | None = None, dequantize: str = "auto") -> list[str]:
-    """The continuation of each prompt (n,) int32 as text without special tokens, up to the tokenizer's end token.
+    """The continuation of each prompt (n,) int32 as text without special tokens, up to the tokenizer's end token or
+    its chat template's end of a turn.
 
     Other arguments as of :func:`peft_jax.generate`; a quantised base is made plain once, for all batches.
     """
-    texts = [""] * len(prompts)
+    texts, ends = [""] * len(prompts), stops(tokenizer).ids
     params = as_chosen(dequantize, model, params, mesh) if prompts else params
     batches = watched(prompt_batches(prompts, batch_size, width_multiple), -(-len(prompts) // batch_size), "writing")
     for batch_number, (members, batch) in enumerate(batches):
         key = None if rng is None else jax.random.fold_in(rng, batch_number)
         tokens = generate(apply, model, params, **batch, max_new_tokens=max_new_tokens,
-                          stop_ids=(tokenizer.eos_token_id,), sampling=sampling, rng=key, mesh=mesh,
+                          stop_ids=ends, sampling=sampling, rng=key, mesh=mesh,
                           dequantize="never")
         for member, row in zip(members, tokens, strict=True):
             if member >= 0:
-                texts[member] = tokenizer.decode(row, skip_special_tokens=True)
+                texts[member] = tokenizer.decode(_until(row, ends), skip_special_tokens=True)
     return texts
+
+
+def _until(row: np.ndarray, ends: Sequence[int]) -> np.ndarray:
+    """The tokens of a row before the first of ``ends``, which not every tokenizer counts among its special ones."""
+    return row[:np.append(np.flatnonzero(np.isin(row, ends)), len(row))[0]]

@@ -91,7 +91,8 @@ def generate(apply: Callable, model, params, input_ids, attention_mask, *, max_n
       apply: ``model.apply`` or ``peft_jax.bind(method, model)``; keep one object across calls, it is the jit key.
       input_ids, attention_mask: int (batch, seq), padded on the left.
       mesh: on which the parameters lie, if that is of several devices.
-      stop_ids: tokens that end a row; rows are filled with the first of them afterwards.
+      stop_ids: tokens that end a row, such as :func:`peft_jax.hub.chat_template.stops` finds; rows are filled with the
+        first of them afterwards.
       dequantize: of a quantised base, whether its weights are made plain for this call, in the type that is computed
         in, so that not every token decodes them again: "auto" does so where they fit the memory that is free, "always",
         "never". Only the order of sums may differ, so a token only where two are equally likely.

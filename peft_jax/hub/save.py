@@ -15,6 +15,7 @@ from peft_jax import quant
 from peft_jax.core import arguments, files, tree
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub import families, model_config
+from peft_jax.hub.chat_template import stops
 from peft_jax.hub.families import hf_names
 from peft_jax.hub.families.family import table_of
 from peft_jax.hub.formats import bitsandbytes as bnb
@@ -39,7 +40,8 @@ def save_pretrained(
       params: as ``load_pretrained`` gives or a method's ``merge`` makes them; each keeps its dtype. A ``lm_head``
         among them is written even where the config ties it, and config.json then says it is not tied. Quantised
         kernels (nf4 and fp4) are written as bitsandbytes' are, bit for bit.
-      tokenizer: a transformers tokenizer; its special tokens also go to config.json.
+      tokenizer: a transformers tokenizer; its special tokens also go to config.json, and to generation_config.json
+        those at which a text ends: eos and the chat template's end of a turn.
       max_shard_bytes: weights above it are split over several files with an index.
 
     Raises:
@@ -57,8 +59,10 @@ def save_pretrained(
         _write_weights(scratch, flat, places, max_shard_bytes)
         if tokenizer is not None:
             _write_tokenizer(scratch, tokenizer)
+            if hasattr(model, "init_cache"):  # it writes
+                _write_json(scratch / "generation_config.json", _generation_config(tokenizer))
         stated = model_config.to_hf(config, _torch_dtype(flat), _token_ids(tokenizer)) | described
-        Path(scratch, "config.json").write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
+        _write_json(scratch / "config.json", stated)
 
 
 def _config_of(model: Any) -> Any:
@@ -153,3 +157,12 @@ def _torch_dtype(flat: dict[str, Any]) -> str:
 def _token_ids(tokenizer: Any) -> dict[str, int | None]:
     keys = () if tokenizer is None else ("bos_token_id", "eos_token_id", "pad_token_id")
     return {key: getattr(tokenizer, key) for key in keys}
+
+
+def _generation_config(tokenizer: Any) -> dict[str, Any]:
+    """transformers' file of where a text ends; without it, ``generate`` knows of no more than config.json's eos."""
+    return _token_ids(tokenizer) | {"eos_token_id": list(stops(tokenizer).ids) or None}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

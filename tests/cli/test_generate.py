@@ -110,6 +110,33 @@ def test_instructions_are_learnt_as_turns_where_that_is_asked_for(chatty, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_run_says_where_text_ends_and_learns_that(tiny_model, tiny_tokenizer, tmp_path, capsys):
+    """A template whose turns end with another token than eos: of a full run the saved model stops at both, too."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(["~"])  # one of its own
+    tokenizer.chat_template = ("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}~{% endfor %}"
+                               "{% if add_generation_prompt %}<assistant>{% endif %}")
+    save_pretrained(tmp_path / "model", *tiny_model, tokenizer)
+    rows = [{"messages": [{"role": "user", "content": f"Name film {number}."},
+                          {"role": "assistant", "content": "A bad film.", "weight": 0},
+                          {"role": "user", "content": "Another."},
+                          {"role": "assistant", "content": "A good film."}]} for number in range(12)]  # fmt: skip
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = {"mesh.data": 1, "data.batch_size": 4, "optim.steps": 1, "eval.before": False, "eval.probe": "",
+                "task.validation_fraction": 0.5, "eval.batch_size": 4}  # fmt: skip
+    command = [f"--config=experiments/full.py:model={tmp_path / 'model'},task={tmp_path / 'chats.jsonl'}",
+               *(f"--config.{key}={value}" for key, value in settings.items()), f"--workdir={tmp_path / 'run'}"]
+    assert run.main(command) == 0
+    said, line = capsys.readouterr().out, "a text ends at ~, as the chat template's turns do, and at <end>\n"
+    assert line in said and "answers left out by their weight or train" in said
+    assert "[[A good film.~]]" in said.replace("\n  ", "")  # where a line is broken
+    assert run.main([*command, "--mode=generate", "--prompt=Name film 1."]) == 0
+    assert capsys.readouterr().out.startswith(f"{line}<user>Name film 1.~<assistant>")
+    saved = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [0, tokenizer.convert_tokens_to_ids("~")]
+
+
+@pytest.mark.slow
 def test_a_quantised_base_writes_the_same_plain_or_packed_and_says_which(tiny_folder, adapters, capsys):
     command = [f"--config=experiments/qlora.py:model={tiny_folder}", "--mode=generate", "--prompt=the film is",
                f"--adapters={adapters / 'one' / 'adapter'}", "--config.generate.max_new_tokens=4",

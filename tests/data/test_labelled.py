@@ -139,3 +139,10 @@ def test_rated_sentences_as_labels():
     assert [e["label"] for e in rating_examples(task("movie_score"), sentences)] == [1.2, -3.0]
     words = rating_examples(task("movie_rating"), sentences)
     assert [text_key(e) for e in words] == [text_key(e) for e in classes]  # so both hold out the same sentences
+
+
+def test_a_text_without_a_token_is_named(tokenizer, spaced_tokenizer):
+    examples = [{"text": "good", "label": 0}, {"text": "", "label": 1, "origin": "a.csv row 2"}]
+    with pytest.raises(PeftJaxError, match=r"example 1 \(a\.csv row 2\) is a text of which .* makes no token"):
+        encode_labelled(examples, tokenizer, settings())
+    assert len(encode_labelled(examples, spaced_tokenizer, settings())[0][1].input_ids) == 1  # its bos

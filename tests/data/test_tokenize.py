@@ -130,7 +130,7 @@ def test_template_that_ignores_the_generation_prompt(tokenizer):
 
 def test_a_turn_that_no_special_token_ends_is_learnt_to_its_last_character(tokenizer):
     plain = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-    got = encode(chat("hello", "world", "good?", "great!"), with_template(tokenizer, plain))
+    got = encode(chat("hello", "world", "good?", "great!"), with_template(tokenizer, plain), add_eos=False)
     assert learnt(got, tokenizer) == "assistant: world\nassistant: great!\n"
 
 
@@ -144,8 +144,9 @@ REWRITING = (
 
 def test_template_that_rewrites_earlier_turns(tokenizer):
     rewriting = with_template(tokenizer, REWRITING)
-    with pytest.raises(PeftJaxError, match=r'example 0: .*rewrites.*turn 1.*chat_loss="last"'):
-        encode(chat("hello", "world", "good?", "great!"), rewriting)
+    encoded, counts = encode_all([chat("hello", "world", "good?", "great!")], rewriting, options())
+    assert [learnt(one, tokenizer) for one in encoded] == ["[think]world<|im_end|>", "[think]great!<|im_end|>"]
+    assert (counts["examples"], counts["sequences"]) == (1, 2) and [one.example for one in encoded] == [0, 0]
     got = encode(chat("hello", "world", "good?", "great!"), rewriting, chat_loss="last")
     assert learnt(got, tokenizer) == "[think]great!<|im_end|>"
 
@@ -165,6 +166,19 @@ def test_template_that_rewrites_earlier_turns(tokenizer):
 def test_examples_that_teach_nothing(tokenizer, example, message):
     with pytest.raises(PeftJaxError, match=message):
         encode(example, tokenizer)
+
+
+def test_the_first_example_that_leaves_nothing_to_learn_is_named(tokenizer):
+    """A text's first token is predicted by nothing; spaces are no answer."""
+    fine = {"text": "hello world"}
+    with pytest.raises(PeftJaxError, match=r"example 1 \(b\) leaves nothing to learn: 1 token, of which none"):
+        encode_all([fine, {"text": "a", "origin": "b"}, {"text": "a"}], tokenizer, options(add_eos=False))
+    assert len(encode_all([fine, {"text": "a"}], tokenizer, options())[0]) == 2  # which ends
+    for blank in ({"text": " \n"}, {"prompt": "hello", "completion": " "}):
+        with pytest.raises(PeftJaxError, match="example 1 has an empty answer or none"):
+            encode_all([fine, blank], tokenizer, options())
+    with pytest.raises(PeftJaxError, match=r"the choice '' of .* is empty"):
+        choice_tokens([" good", ""], PROMPT, tokenizer)
 
 
 def test_no_template_and_refusing_template(tokenizer):

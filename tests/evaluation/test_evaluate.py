@@ -1,5 +1,6 @@
 """Evaluation against the plain way: whole logits, one example at a time, no batches."""
 
+import copy
 import math
 
 import jax
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 
 from configs import base
-from peft_jax.data import choice_tokens, encode_all, encode_prompts
+from peft_jax.data import choice_tokens, encode_all, encode_prompts, prompt_batches
 from peft_jax.evaluation.evaluate import complete, hold_out, make_evaluator, make_score, score_all
+from peft_jax.evaluation.generation import generate
 from peft_jax.evaluation.metrics import first_word, rating_metrics
 from peft_jax.evaluation.objectives import OBJECTIVES
 from peft_jax.parallel.mesh import make_mesh
@@ -114,3 +116,18 @@ def test_continuations_come_back_in_the_prompts_order(examples, tiny_model, tiny
     together = complete(model.apply, model, params, prompts, tiny_tokenizer, batch_size=2, **options)
     alone = [complete(model.apply, model, params, [p], tiny_tokenizer, batch_size=1, **options)[0] for p in prompts]
     assert together == alone
+
+
+@pytest.mark.slow
+def test_a_text_ends_at_the_chat_templates_end_of_a_turn(examples, tiny_model, tiny_tokenizer):
+    """Whichever token that is: here the second that the model writes, which is then no part of the text."""
+    model, params = tiny_model
+    prompts, options = encode_prompts(examples[:1], tiny_tokenizer), {"width_multiple": 8, "max_new_tokens": 5}
+    whole = generate(model.apply, model, params, **next(prompt_batches(prompts, 1, 8))[1], max_new_tokens=5,
+                     stop_ids=(tiny_tokenizer.eos_token_id,))[0].tolist()
+    assert whole[1] not in (whole[0], tiny_tokenizer.eos_token_id)
+    end, chatty = tiny_tokenizer.convert_ids_to_tokens(whole[1]), copy.deepcopy(tiny_tokenizer)
+    chatty.add_tokens([end])
+    chatty.chat_template = "{% for m in messages %}{{ m.role + ':' + m.content + '" + end + "' }}{% endfor %}"
+    (text,) = complete(model.apply, model, params, prompts, chatty, batch_size=1, **options)
+    assert text == tiny_tokenizer.decode(whole[:1])
