@@ -46,6 +46,7 @@ def kernel_axes(model: nn.Module, params: Mapping[str, Any], *inputs, **kwargs) 
     shapes = tree.map_paths(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)  # quantised ones too
     with nn.intercept_methods(note):
         jax.eval_shape(lambda p: model.apply({"params": p}, *inputs, **kwargs), shapes)
+    layouts = {path: layout for path, layout in layouts.items() if path in flat}  # not of a model inside of the model
     return {path: _layout(path, flat[path].shape, *layout) for path, layout in layouts.items()}
 
 
@@ -97,6 +98,21 @@ def runs_as_flax_has_it(module: nn.Module, method: str) -> bool:
     """Whether a module's ``method`` is flax's, and not of a subclass; nn.remat and the like make no difference."""
     owners = [kind for kind in type(module).__mro__ if method in vars(kind)]
     return all(kind.__module__.startswith("flax.") for kind in owners)
+
+
+def is_call_of_flax(context: Any) -> bool:
+    """Whether a call, by the context that flax gives an interceptor, is of a product as flax has it.
+
+    A subclass's own ``__call__`` is none. Where that calls its parent's, the call inside it is one.
+    """
+    own = isinstance(context.module, nn.Dense | nn.DenseGeneral | nn.Einsum | nn.Embed)
+    return own and context.method_name in ("__call__", "attend") and context.orig_method.func.__module__.startswith(
+        "flax.")
+
+
+def own_scope(folder: str) -> str:
+    """The name, in a traced program, of what a module's own product does with the weights of ``folder``."""
+    return f"own[{folder}]"
 
 
 def input_first(module: nn.Module, method: str, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -214,20 +214,28 @@ def padding(params: Mapping[str, Any], config: Mapping[str, Any], leaves: Sequen
 
 
 def read(module: nn.Module, context: Any, leaves: Sequence[str], what: str) -> list[jax.Array] | None:
-    """A module's ``leaves``, the frozen one (*stack) last, inside its ``__call__``; ``None`` where there are none.
+    """A module's ``leaves``, the frozen one (*stack) last, inside its ``__call__`` as flax has it; ``None`` elsewhere
+    and where there are none.
 
     Raises ``PeftJaxError`` for a module that is no Dense or DenseGeneral, and for a stack that the pass does not slice.
     """
     if context.method_name != "__call__" or not module.has_variable("params", leaves[0]):
         return None
-    if not isinstance(module, (nn.Dense, nn.DenseGeneral)):
-        raise PeftJaxError(f"'{'/'.join(module.path)}' is a {type(module).__name__}: {what} changes Dense and "
-                           "DenseGeneral modules only.")
+    check_kind(module, what)
+    if not context.of_flax:
+        return None
     own = [module.get_variable("params", name) for name in leaves]
     if own[-1].ndim:  # else products below could fit by accident
         raise PeftJaxError(f"'{'/'.join(module.path)}' has one kernel, which was taken for a stack of {own[-1].size}: "
                            "give init axes=peft_jax.kernel_axes(model, params, *inputs).")
     return own
+
+
+def check_kind(module: nn.Module, what: str) -> None:
+    """Raise ``PeftJaxError``, about the method ``what``, for a module that is no Dense or DenseGeneral."""
+    if not isinstance(module, nn.Dense | nn.DenseGeneral):
+        raise PeftJaxError(f"'{'/'.join(module.path)}' is a {type(module).__name__}: {what} changes Dense and "
+                           "DenseGeneral modules only.")
 
 
 def dropout_key(module: nn.Module, context: Any, argument: str) -> jax.Array | None:

@@ -106,7 +106,8 @@ def intercept(method: str, next_fun: Callable[..., Any], args: Any, kwargs: Any,
         if copies is not None and copies.ndim:
             copy = copies[jnp.maximum(at, 0).astype(jnp.int32)]
             own[name] = jnp.where(at >= 0, copy, leaf.astype(jnp.float32))
-    return module.clone(parent=None).apply({"params": own}, *args, method=context.method_name, **kwargs)
+    with jax.named_scope(kernel_axes.own_scope(place)):
+        return module.clone(parent=None).apply({"params": own}, *args, method=context.method_name, **kwargs)
 
 
 def _check_alone(method: str, place: str, names: Iterable[str]) -> None:

@@ -103,6 +103,8 @@ def _intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: An
     module = context.module
     if context.method_name not in ("__call__", "attend") or not module.has_variable("params", "token_indices"):
         return y
+    if isinstance(module, nn.Embed | nn.Dense) and not context.of_flax:
+        return y
     own = module.variables["params"]
     tokens, indices = own["tokens"], own["token_indices"]
     if isinstance(module, nn.Embed) and context.method_name == "__call__":
