@@ -114,11 +114,10 @@ def _checked(method: Method, forward: Callable[[Mapping], Any], params: Mapping,
     Inside ``jax.jit`` the model is traced once: the result comes from the program that was checked. Outside, the model
     runs after the check.
     """
-    weights = weight_reads.changed(method, params)
-    if not whole and not weights:
+    if not whole and not weight_reads.changed(method, params):
         return forward(params)
     flat, program, shapes = _traced(forward, params)
-    _check_program(method, flat, program, _outputs(shapes, mutable), weights, whole)
+    _check_program(method, flat, program, _outputs(shapes, mutable), whole)
     if not isinstance(jnp.zeros(()), Tracer):
         return forward(params)
     values = jaxpr_as_fun(program)(*jax.tree.leaves(flat))
@@ -147,21 +146,25 @@ def check_read(method: Method, forward: Callable[[Mapping], Any], params: Mappin
     arguments.check("check_read", {"method": method, "forward": forward, "params": params})
     check_method_leaves(method, params)
     flat, program, shapes = _traced(forward, params)
-    _check_program(method, flat, program, _outputs(shapes), weight_reads.changed(method, params))
+    _check_program(method, flat, program, _outputs(shapes))
 
 
 def _check_program(method: Method, flat: dict[str, Any], program: ClosedJaxpr, outputs: list[bool],
-                   weights: set[str], whole: bool = True) -> None:
-    """Raise ``PeftJaxError`` for one of ``weights`` that is read elsewhere than in its module's product, and, of the
-    ``whole`` model, for a trainable leaf that is read nowhere."""
+                   whole: bool = True) -> None:
+    """Raise ``PeftJaxError`` where the ``whole`` model does not read a trainable leaf, and for a weight that the method
+    changes and that is read elsewhere than in its module's product."""
     live, used = dce_jaxpr(program.jaxpr, outputs)
+    if whole:
+        _check_read(method, flat, jax.tree.unflatten(jax.tree.structure(flat), used))
     paths = weight_reads.paths(flat)
+    weights = weight_reads.changed(method, tree.unflatten(flat))
     weight_reads.check(live, [path for path, on in zip(paths, used, strict=True) if on], weights)
-    if not whole:
-        return
-    read = jax.tree.unflatten(jax.tree.structure(flat), used)
+
+
+def _check_read(method: Method, flat: dict[str, Any], read: Mapping[str, Any]) -> None:
     labels = tree.flatten(method.labels(tree.unflatten(flat)))
     idle = [path for path in flat if labels[path] != FROZEN and not any(jax.tree.leaves(read[path]))]
     if idle:
         raise PeftJaxError(f"the forward pass never reads {len(idle)} trainable leaves, the first is '{idle[0]}': the "
-                           "module that owns it is not called, or is of a type that this method cannot change.")
+                           "module that owns it is not called, or is of a type that this method cannot change, such "
+                           "as a subclass with a product of its own.")

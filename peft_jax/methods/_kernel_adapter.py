@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from peft_jax import quant
 from peft_jax.core import targeting, tree, validation
+from peft_jax.core.kernel_axes import HOLDERS
 from peft_jax.core.peft_format import Format
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.method import FROZEN, TRAINABLE, Method, check_leaves
@@ -197,7 +198,9 @@ def merge(params: Mapping[str, Any], leaves: Sequence[str], fold: Callable[..., 
     flat = {path: leaf for path, leaf in tree.flatten(params).items() if path.rpartition("/")[2] not in unused}
     for folder in folders(flat, leaves[0]):
         own = [flat.pop(folder + name) for name in leaves]
-        path = folder + ("kernel" if f"{folder}kernel" in flat else "embedding")
+        if not (path := next((folder + name for name in HOLDERS if folder + name in flat), "")):
+            raise PeftJaxError(f"'{folder}{leaves[0]}' is beside no kernel: take it out, or give the module's own "
+                               "leaves, too.")
         flat[path] = fold(plain(flat[path], jnp.float32), *own).astype(flat[path].dtype)
     return tree.unflatten(flat)
 

@@ -101,12 +101,12 @@ def intercept(method: str, next_fun: Callable[..., Any], args: Any, kwargs: Any,
     _check_alone(method, place, own)
     if next_fun is not context.orig_method:
         raise PeftJaxError(f"'{place}' trains in some layers only, by {method}: name {method} first in the chain.")
-    for name, leaf in own.items():
-        copies = context.params[method].get(".".join((*module.path, name)))
-        if copies is not None and copies.ndim:
-            copy = copies[jnp.maximum(at, 0).astype(jnp.int32)]
-            own[name] = jnp.where(at >= 0, copy, leaf.astype(jnp.float32))
-    with jax.named_scope(kernel_axes.own_scope(place)):
+    with jax.named_scope(kernel_axes.own_scope(place)):  # whatever it computes, it does so with these leaves
+        for name, leaf in own.items():
+            copies = context.params[method].get(".".join((*module.path, name)))
+            if copies is not None and copies.ndim:
+                copy = copies[jnp.maximum(at, 0).astype(jnp.int32)]
+                own[name] = jnp.where(at >= 0, copy, leaf.astype(jnp.float32))
         return module.clone(parent=None).apply({"params": own}, *args, method=context.method_name, **kwargs)
 
 
