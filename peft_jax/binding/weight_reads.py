@@ -63,9 +63,9 @@ def check(program: Jaxpr, arguments: list[str], weights: set[str]) -> None:
     watched = {var: path for var, path in zip(program.invars, arguments, strict=True) if path in weights}
     for path in _read_elsewhere(program, watched):
         raise PeftJaxError(f"'{path}' would be changed by a merge, and the model does more with it than its module's "
-                           "own product (another module reads it, or a subclass changes it first), so that merged and "
-                           f"adapted would differ: leave '{path.rpartition('/')[0]}' out, or give the other reader a "
-                           "weight of its own.")
+                           "own product (another module reads it, a subclass changes it first, or an nn.jit inside "
+                           "remembers a call without the method), so that merged and adapted would differ: leave "
+                           f"'{path.rpartition('/')[0]}' out, or give the other reader a weight of its own.")
 
 
 def _read_elsewhere(program: Jaxpr, watched: Mapping[Any, str]) -> Iterator[str]:
