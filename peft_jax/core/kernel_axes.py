@@ -11,6 +11,7 @@ from peft_jax.core import arguments, tree
 from peft_jax.errors import PeftJaxError
 
 HOLDERS = ("kernel", "embedding")  # leaves that are a matrix from inputs to outputs; an embedding's inputs are ids
+_CONVOLUTIONS = ("Conv", "ConvTranspose", "ConvLocal")
 
 
 class KernelAxes(NamedTuple):
@@ -39,7 +40,7 @@ def kernel_axes(model: nn.Module, params: Mapping[str, Any], *inputs, **kwargs) 
         for leaf in HOLDERS if context.method_name == "__call__" else ():
             if module.has_variable("params", leaf):
                 shape = module.get_variable("params", leaf).shape
-                layouts["/".join((*module.path, leaf))] = (type(module).__name__, shape, input_count(module))
+                layouts["/".join((*module.path, leaf))] = (_kind(module), shape, input_count(module))
         return next_fun(*args, **keywords)
 
     flat = tree.flatten_arrays(params)
@@ -48,6 +49,17 @@ def kernel_axes(model: nn.Module, params: Mapping[str, Any], *inputs, **kwargs) 
         jax.eval_shape(lambda p: model.apply({"params": p}, *inputs, **kwargs), shapes)
     layouts = {path: layout for path, layout in layouts.items() if path in flat}  # not of a model inside of the model
     return {path: _layout(path, flat[path].shape, *layout) for path, layout in layouts.items()}
+
+
+def _kind(module: nn.Module) -> str:
+    """The name of the module's type; a convolution's says that it is one."""
+    name, convolution = type(module).__name__, isinstance(module, nn.Conv | nn.ConvTranspose | nn.ConvLocal)
+    return f"{name} (convolution)" if convolution and name not in _CONVOLUTIONS else name
+
+
+def is_convolution(axes: KernelAxes) -> bool:
+    """Whether the kernel is of a convolution, of flax or a subclass of one."""
+    return axes.kind in _CONVOLUTIONS or axes.kind.endswith(" (convolution)")
 
 
 def _layout(path, leaf, kind, kernel, inputs) -> KernelAxes:

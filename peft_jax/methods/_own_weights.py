@@ -20,7 +20,7 @@ import numpy as np
 from peft_jax import quant
 from peft_jax.core import arguments, kernel_axes, targeting, tree
 from peft_jax.core.peft_format import PREFIX, Naming, Slot
-from peft_jax.errors import PeftJaxError, nearest
+from peft_jax.errors import PeftJaxError
 from peft_jax.method import FROZEN, TRAINABLE, check_leaves
 
 PLAIN = ("kernel", "bias", "scale", "embedding")  # what flax calls the parameters of its own modules
@@ -188,5 +188,5 @@ def check_names(argument: str, patterns: targeting.Patterns, names: Sequence[str
     if (said := targeting.unmatched(patterns, names)) is not None:
         tied = " A head that is tied to the embedding has none: peft_jax.untie(params) gives it one."
         raise PeftJaxError(f"{argument} has '{said}', which is no such module with weights of this model: "
-                           f"{nearest(said, (name.rsplit('.', 1)[-1] for name in names))}"
+                           f"{targeting.suggestion(patterns, said, names)}"
                            f"{tied if said.endswith('lm_head') else ''}")
