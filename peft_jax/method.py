@@ -92,11 +92,13 @@ class Method(NamedTuple):
 
         Quantised leaves become the plain arrays that they stand for, adapted or not.
 
-        Raises ``PeftJaxError`` where the method is not :attr:`mergeable`, and where ``params`` lack its leaves.
+        Raises ``PeftJaxError`` where the method is not :attr:`mergeable`, and where ``params`` lack its leaves or hold
+        anything but arrays.
         """
         if self.fold is None:
             raise PeftJaxError(f"merge: {_unmergeable(self)} cannot be folded into the weights: save the adapter "
                                "(save_adapter) and use bind(method, model). method.mergeable says so beforehand.")
+        tree.flatten_arrays(params)
         return tree.map_paths(lambda _, leaf: quant.plain(leaf), self.fold(params))
 
 

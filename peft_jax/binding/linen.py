@@ -74,6 +74,8 @@ def bind(method: Method, model: nn.Module, mesh: Mesh | None = None) -> Callable
         if (call := (code, cached, jax.tree.structure(variables))) in sound:
             return run(params)
         check_method_leaves(method, params)
+        if method.leaves:
+            tree.flatten_arrays(params)
         whole = not cached and name in (None, "__call__", type(model).__call__, model.__call__)
         result = _checked(method, run, params, kwargs.get("mutable", False), whole)
         sound.add(call)
@@ -103,7 +105,7 @@ def _in_context(mesh, intercept, rngs, params, notes, next_fun, args, kwargs, co
     args, kwargs = kernel_axes.input_first(context.module, context.method_name, args, kwargs)
     if isinstance(context.module, AttentionCore) and several(mesh) and isinstance(args[-1], RowMask):
         args = (*args[:-1], dataclasses.replace(args[-1], mesh=mesh))  # a TPU's kernel is not cut by the compiler
-    own = jax.named_scope(kernel_axes.own_scope("/".join(context.module.path))) if of_flax else nullcontext()
+    own = jax.named_scope(kernel_axes.own_scope(tree.join(context.module.path))) if of_flax else nullcontext()
     with own:
         return output_apart(mesh, intercept(reading, args, kwargs, whole))
 

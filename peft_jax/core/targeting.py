@@ -52,6 +52,7 @@ def stacks(flat: Mapping[str, Any], axes: Mapping[str, KernelAxes] | None) -> di
     >>> stacks({"layers/up/kernel": jax.numpy.ones((2, 3, 4)), "layers/norm/scale": jax.numpy.ones((2, 3))}, None)
     {'layers/up': (2,), 'layers/norm': (2,)}
     """
+    tree.check_arrays(flat)
     fronts: dict[str, tuple[int, ...]] = {}
     for path, leaf in flat.items():
         if path.rpartition("/")[2] == "kernel":

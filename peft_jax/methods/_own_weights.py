@@ -97,13 +97,13 @@ def intercept(method: str, next_fun: Callable[..., Any], args: Any, kwargs: Any,
         return next_fun(*args, **kwargs)
     own = dict(module.variables["params"])
     at = own.pop(f"{method}_at")
-    place = "/".join(module.path)
+    place = tree.join(module.path)
     _check_alone(method, place, own)
     if next_fun is not context.orig_method:
         raise PeftJaxError(f"'{place}' trains in some layers only, by {method}: name {method} first in the chain.")
     with jax.named_scope(kernel_axes.own_scope(place)):  # whatever it computes, it does so with these leaves
         for name, leaf in own.items():
-            copies = context.params[method].get(".".join((*module.path, name)))
+            copies = context.params[method].get(tree.join((*module.path, name)).replace("/", "."))
             if copies is not None and copies.ndim:
                 copy = copies[jnp.maximum(at, 0).astype(jnp.int32)]
                 own[name] = jnp.where(at >= 0, copy, leaf.astype(jnp.float32))
