@@ -90,12 +90,16 @@ class Method(NamedTuple):
     def merge(self, params: Mapping[str, Any]) -> tree.Tree:
         """Plain parameters that compute what ``params`` do with the method: its leaves folded into the weights.
 
-        Raises ``PeftJaxError`` where the method is not :attr:`mergeable`, and where ``params`` lack its leaves.
+        Quantised leaves become the plain arrays that they stand for, adapted or not.
+
+        Raises ``PeftJaxError`` where the method is not :attr:`mergeable`, and where ``params`` lack its leaves or hold
+        anything but arrays.
         """
         if self.fold is None:
             raise PeftJaxError(f"merge: {_unmergeable(self)} cannot be folded into the weights: save the adapter "
                                "(save_adapter) and use bind(method, model). method.mergeable says so beforehand.")
-        return self.fold(params)
+        tree.flatten_arrays(params)
+        return tree.map_paths(lambda _, leaf: quant.plain(leaf), self.fold(params))
 
 
 def _unmergeable(method: Method) -> str:
@@ -121,7 +125,7 @@ BASE = Method(init=lambda rng, params, axes=None: params, intercept=_pass, label
 
 
 def chain(*methods: Method) -> Method:
-    """Several methods as one; the first is applied first.
+    """Several methods as one; the first is applied first. A chain among them counts as its parts.
 
     A leaf that a method added trains if that method trains it. Any other leaf trains if one of the methods trains it.
 
@@ -133,6 +137,7 @@ def chain(*methods: Method) -> Method:
     if odd := [one for one in methods if not isinstance(one, Method)]:
         raise PeftJaxError(f"chain: an argument is {arguments.described(odd[0])}: give methods, one by one, "
                            "chain(lora(), ia3()).")
+    methods = tuple(part for one in methods for part in one.parts or (one,))
     return Method(
         init=partial(_init_chain, methods),
         intercept=partial(_intercept_chain, methods),

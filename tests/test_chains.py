@@ -32,10 +32,12 @@ from peft_jax import (  # fmt: skip
     prefix,
     prompt,
     ptuning,
+    quantize,
     save_adapter,
     trainable_tokens,
     vera,
 )
+from peft_jax.core.kernel_axes import KernelAxes
 from tests.peer import IDS, check_same_bits, forward
 from tests.properties import check_training, moved
 
@@ -216,6 +218,32 @@ def test_chains_train_and_are_stored_bit_for_bit(peer_bases, make, tmp_path):
     tuned = check_training(method, model, params, IDS)
     save_adapter(tmp_path, method, model, tuned)
     check_same_bits(model, params, method, tuned, tmp_path)
+
+
+def test_a_chain_in_a_chain_is_its_parts(tied, tmp_path):
+    """Whatever walks the parts sees methods that are none: saving, conversion while reading, labels."""
+    model, params = tied
+    parts = quantize(block_size=16), lora(2), prefix(3)
+    flat, nested = chain(*parts), chain(chain(*parts[:2]), parts[2])
+    assert nested.parts == flat.parts == parts and nested.config == flat.config and repr(nested) == repr(flat)
+    tuned = moved(nested, started(nested, params))
+    save_adapter(tmp_path, nested, model, tuned)
+    again, loaded = load_adapter(tmp_path, parts[0].init(None, params))
+    assert [part.config["peft_type"] for part in again.parts] == ["LORA", "PREFIX_TUNING"]
+    ours, theirs = (jax.jit(bind(method, model))({"params": p}, IDS) for method, p in (
+        (nested, tuned), (again, loaded)))
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_what_stands_behind_a_method_converts_nothing():
+    """A quantisation behind a LoRA sees what that left of the weights, also where the LoRA ends a chain of its own."""
+    plain, codes = lora(2, target_modules=Q), quantize(block_size=16)
+    assert chain(chain(codes, plain), codes).convert is not None and chain(chain(plain, ia3()), codes).convert is None
+    axes = KernelAxes("Dense", (), (16,), (8,))
+    kernel = jnp.ones((16, 8))
+    first, both = (chain(*some).convert("q_proj/kernel", kernel, axes, ("q_proj",))
+                   for some in ((codes, plain), (chain(codes, plain), quantize("int8", block_size=16))))
+    assert both.quant_type == first.quant_type == "nf4"
 
 
 def test_a_chain_of_a_list_is_an_error():

@@ -189,3 +189,51 @@ def test_check_read_passes_when_all_are_read():
     method = on("first", "second")
     params = method.init(jax.random.key(0), PARAMS)
     check_read(method, lambda p: bind(method, MODEL)({"params": p}, X), params)
+
+
+class Twice(nn.Module):
+    """Two products with one Dense; ``half`` is a part, behind jit where ``half_jitted`` is called.
+
+    A jit inside remembers what it traced of a model, by its fields.
+    """
+
+    number: int = 0
+
+    def setup(self):
+        self.first = nn.Dense(4)
+
+    def __call__(self, x):
+        return self.first(self.half(x))
+
+    def half(self, x):
+        """(..., 4) -> (..., 4)."""
+        return self.first(x)
+
+    @nn.jit
+    def half_jitted(self, x):
+        """As ``half``."""
+        return self.first(x)
+
+
+@pytest.mark.parametrize("name", ["half", "half_jitted"])
+def test_a_method_of_the_model_is_called_by_its_name_or_as_a_function(name):
+    model, method = Twice(), on("first")
+    params = method.init(jax.random.key(1), model.init(jax.random.key(0), X)["params"])
+    expected = bind(method, model)({"params": params}, X, method=name)
+    np.testing.assert_allclose(model.apply({"params": method.merge(params)}, X, method=name), expected, rtol=1e-4)
+    spelled = (name, getattr(Twice, name), getattr(model, name), partial(getattr(Twice, name)),
+               lambda module, x: getattr(module, name)(x))
+    for one in spelled:
+        apply = partial(bind(method, model), method=one)
+        for call in (apply, jax.jit(apply)):
+            np.testing.assert_allclose(call({"params": params}, X), expected, rtol=1e-4, err_msg=str(one))
+
+
+@pytest.mark.parametrize(("number", "name"), [(1, "half_jitted"), (2, Twice.half_jitted)])
+def test_a_jit_inside_that_remembers_the_base_is_an_error(number, name):
+    """It would give the base's output, as it was traced without the method."""
+    model, method = Twice(number), on("first")
+    params = method.init(jax.random.key(2), model.init(jax.random.key(0), X)["params"])
+    model.apply({"params": params}, X, method=name)
+    with pytest.raises(PeftJaxError, match=r"an nn\.jit inside remembers a call without the method"):
+        bind(method, model)({"params": params}, X, method=name)

@@ -48,7 +48,8 @@ def _quantised(module: nn.Module) -> QuantizedArray | None:
     for name in kernel_axes.HOLDERS:
         if module.has_variable("params", name):
             leaf = module.get_variable("params", name)
-            return leaf if isinstance(leaf, QuantizedArray) else None
+            if isinstance(leaf, QuantizedArray):
+                return leaf
     return None
 
 

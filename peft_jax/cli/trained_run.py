@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from peft_jax import quant
 from peft_jax.binding.linen import bind
 from peft_jax.cli import workdir
 from peft_jax.core import tree
@@ -29,10 +28,10 @@ class Candidate(NamedTuple):
     classes: tuple[str, ...] = ()
 
     def merged(self) -> tree.Tree:
-        """Plain weights, also where a quantised one has no adapter. Raises ``PeftJaxError`` without ``merge``."""
+        """Plain weights. Raises ``PeftJaxError`` without ``merge``."""
         if self.merge is None:
             raise PeftJaxError(f"the {self.name} is of a method that cannot be folded into weights: use it as it is")
-        return tree.map_paths(lambda _, leaf: quant.plain(leaf), self.merge(self.params))
+        return self.merge(self.params)
 
 
 def folder_of(command) -> Path:

@@ -1,16 +1,19 @@
 """Which axes a module contracts: of its kernel, and of its input; the layout of every kernel of a model."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import errors
 from flax import linen as nn
 
 from peft_jax.core import arguments, tree
 from peft_jax.errors import PeftJaxError
 
 HOLDERS = ("kernel", "embedding")  # leaves that are a matrix from inputs to outputs; an embedding's inputs are ids
+_CONVOLUTIONS = ("Conv", "ConvTranspose", "ConvLocal")
 
 
 class KernelAxes(NamedTuple):
@@ -25,11 +28,16 @@ class KernelAxes(NamedTuple):
     outputs: tuple[int, ...]
 
 
-def kernel_axes(model: nn.Module, params: Mapping[str, Any], *inputs, **kwargs) -> dict[str, KernelAxes]:
+def kernel_axes(model: nn.Module, params: Mapping[str, Any], *inputs,
+                variables: Mapping[str, Any] | None = None, **kwargs) -> dict[str, KernelAxes]:
     """The layout of every kernel and embedding, by path, found by tracing ``model.apply`` once; nothing is computed.
 
     Dense and DenseGeneral kernels are understood; others are noted by their type. Modules that the pass with these
-    ``inputs`` never calls are not listed. Raises ``PeftJaxError`` where a leaf is no stack of its module's kernel.
+    ``inputs`` never calls are not listed. ``variables`` are the model's other collections, such as ``{"batch_stats":
+    ...}``; further arguments go to ``model.apply``.
+
+    Raises ``PeftJaxError`` where a leaf is no stack of its module's kernel, and where the model reads a collection that
+    is not given.
     """
     arguments.check("kernel_axes", {"model": model, "params": params})
     layouts: dict[str, tuple[str, tuple[int, ...], int]] = {}
@@ -37,16 +45,39 @@ def kernel_axes(model: nn.Module, params: Mapping[str, Any], *inputs, **kwargs) 
     def note(next_fun, args, keywords, context):
         module = context.module
         for leaf in HOLDERS if context.method_name == "__call__" else ():
-            if module.has_variable("params", leaf):
-                shape = module.get_variable("params", leaf).shape
-                layouts["/".join((*module.path, leaf))] = (type(module).__name__, shape, input_count(module))
+            value = module.get_variable("params", leaf) if module.has_variable("params", leaf) else {}
+            if not isinstance(value, Mapping):  # else it is a submodule of that name
+                layouts[tree.join((*module.path, leaf))] = (_kind(module), value.shape, input_count(module))
         return next_fun(*args, **keywords)
 
     flat = tree.flatten_arrays(params)
     shapes = tree.map_paths(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)  # quantised ones too
-    with nn.intercept_methods(note):
-        jax.eval_shape(lambda p: model.apply({"params": p}, *inputs, **kwargs), shapes)
+    with nn.intercept_methods(note), _named_collections():
+        jax.eval_shape(lambda p: model.apply({**(variables or {}), "params": p}, *inputs, **kwargs), shapes)
+    layouts = {path: layout for path, layout in layouts.items() if path in flat}  # not of a model inside of the model
     return {path: _layout(path, flat[path].shape, *layout) for path, layout in layouts.items()}
+
+
+@contextlib.contextmanager
+def _named_collections() -> Iterator[None]:
+    """What flax says of a collection that is lacking, with what to do."""
+    try:
+        yield
+    except errors.ScopeCollectionNotFound as error:
+        said = str(error).partition(" (http")[0].strip()
+        raise PeftJaxError(f"kernel_axes: {said} Give the model's other collections, "
+                           "variables={'batch_stats': ...}.") from error
+
+
+def _kind(module: nn.Module) -> str:
+    """The name of the module's type; a convolution's says that it is one."""
+    name, convolution = type(module).__name__, isinstance(module, nn.Conv | nn.ConvTranspose | nn.ConvLocal)
+    return f"{name} (convolution)" if convolution and name not in _CONVOLUTIONS else name
+
+
+def is_convolution(axes: KernelAxes) -> bool:
+    """Whether the kernel is of a convolution, of flax or a subclass of one."""
+    return axes.kind in _CONVOLUTIONS or axes.kind.endswith(" (convolution)")
 
 
 def _layout(path, leaf, kind, kernel, inputs) -> KernelAxes:
@@ -97,6 +128,21 @@ def runs_as_flax_has_it(module: nn.Module, method: str) -> bool:
     """Whether a module's ``method`` is flax's, and not of a subclass; nn.remat and the like make no difference."""
     owners = [kind for kind in type(module).__mro__ if method in vars(kind)]
     return all(kind.__module__.startswith("flax.") for kind in owners)
+
+
+def is_call_of_flax(context: Any) -> bool:
+    """Whether a call, by the context that flax gives an interceptor, is of a product as flax has it.
+
+    A subclass's own ``__call__`` is none. Where that calls its parent's, the call inside it is one.
+    """
+    own = isinstance(context.module, nn.Dense | nn.DenseGeneral | nn.Einsum | nn.Embed)
+    return own and context.method_name in ("__call__", "attend") and context.orig_method.func.__module__.startswith(
+        "flax.")
+
+
+def own_scope(folder: str) -> str:
+    """The name, in a traced program, of what a module's own product does with the weights of ``folder``."""
+    return f"own[{folder}]"
 
 
 def input_first(module: nn.Module, method: str, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from peft_jax.core import tree
-from peft_jax.core.kernel_axes import KernelAxes, plain_axes
+from peft_jax.core.kernel_axes import KernelAxes, is_convolution, plain_axes
 from peft_jax.errors import PeftJaxError, nearest
 
 Patterns = str | tuple[str, ...] | list[str] | None
@@ -19,6 +19,7 @@ Patterns = str | tuple[str, ...] | list[str] | None
 PREFIXES = ("", "model.", "transformer.", "bert.", "roberta.", "distilbert.")
 STACKS = ("layers", "layer", "h", "blocks", "block")
 _PASS_AXES = "pass axes=peft_jax.kernel_axes(model, params, *inputs)"
+_UNCALLED = "module that the traced pass never called"
 HEADS = ("lm_head", "score", "classifier", "embed_out", "output_projection")
 
 
@@ -51,6 +52,7 @@ def stacks(flat: Mapping[str, Any], axes: Mapping[str, KernelAxes] | None) -> di
     >>> stacks({"layers/up/kernel": jax.numpy.ones((2, 3, 4)), "layers/norm/scale": jax.numpy.ones((2, 3))}, None)
     {'layers/up': (2,), 'layers/norm': (2,)}
     """
+    tree.check_arrays(flat)
     fronts: dict[str, tuple[int, ...]] = {}
     for path, leaf in flat.items():
         if path.rpartition("/")[2] == "kernel":
@@ -98,6 +100,19 @@ def unmatched(patterns: Patterns, names: Sequence[str], means: Callable[[Pattern
         if not any(means(patterns if isinstance(patterns, str) else (entry,), name) for name in names):
             return entry
     return None
+
+
+def suggestion(patterns: Patterns, entry: str, names: Sequence[str]) -> str:
+    """What to write in place of an ``entry`` of ``patterns`` that means none of ``names``.
+
+    >>> suggestion("up_proj", "up_proj", ["layers.0.mlp.up_proj"])
+    "a string is a regex for whole names, as in peft; give the list ('up_proj',)"
+    """
+    near = nearest(entry, (name.rsplit(".", 1)[-1] for name in names))
+    if not isinstance(patterns, str):
+        return near
+    ending = any(listed((entry,), name) for name in names)
+    return f"a string is a regex for whole names, as in peft; {f'give the list {(entry,)}' if ending else near}"
 
 
 def within(modules: Patterns, name: str) -> bool:
@@ -151,12 +166,14 @@ def find(params: Mapping[str, Any], axes: Mapping[str, KernelAxes] | None, selec
          holders: Sequence[str] = ("kernel",)) -> list[Target]:
     """The kernels that ``selection``, the arguments of :func:`chooser`, means for at least one entry of their stack.
 
-    ``holders`` of ``HOLDERS`` are looked at; embeddings are never part of "all-linear". Raises ``PeftJaxError`` where
-    nothing is chosen or one entry of a list matches no kernel, naming the nearest.
+    ``holders`` of ``HOLDERS`` are looked at; embeddings and convolutions are never part of "all-linear". Raises
+    ``PeftJaxError`` where nothing is chosen or one entry of a list matches no kernel, naming the nearest.
     """
-    wanted = ("kernel",) if selection["target_modules"] == "all-linear" else holders
+    linear = selection["target_modules"] == "all-linear"
+    wanted = ("kernel",) if linear else holders
     everything = [_target(path, leaf, axes) for path, leaf in tree.flatten_arrays(params).items()
                   if path.rsplit("/", 1)[-1] in wanted]
+    everything = [target for target in everything if not (linear and is_convolution(target.axes))]
     _check_patterns(selection["target_modules"], everything)
     _check_layers(selection["layers_to_transform"], selection["layers_pattern"], everything)
     chosen = chooser(**selection)
@@ -179,13 +196,15 @@ def _check_layers(layers, layers_pattern, everything) -> None:
 
 
 def _target(path, leaf, axes) -> Target:
-    uncalled = KernelAxes("module that the traced pass never called", (), (), ())
-    layout = plain_axes(leaf.shape) if axes is None else axes.get(path) or uncalled
+    layout = plain_axes(leaf.shape) if axes is None else axes.get(path) or KernelAxes(_UNCALLED, (), (), ())
     module, _, name = path.rpartition("/")
     return Target(module, layout, module_names(module, layout.stack), name)
 
 
 def _understood(target: Target) -> Target:
+    if target.axes.kind == _UNCALLED:
+        raise PeftJaxError(f"'{target.path}' is a {_UNCALLED}: exclude it (exclude_modules), or give kernel_axes "
+                           "inputs of a pass that calls it.")
     if not target.axes.inputs:
         more = f", or {_PASS_AXES}" if target.axes.kind.startswith("kernel of") else ""  # else they were passed
         raise PeftJaxError(f"'{target.path}' is a {target.axes.kind} of unknown input and output axes: exclude it"
@@ -204,12 +223,11 @@ def _check_patterns(target_modules, everything) -> None:
     tied = " A head that is tied to the embedding has none: peft_jax.untie(params) gives it one."
     if (entry := unmatched(target_modules, names, _meant)) is not None:
         stacks = [t.path for t in everything if t.axes.stack and listed((entry,), t.path.replace("/", "."))]
-        if stacks:
+        if stacks and not any(listed((entry,), name) for name in names):
             raise PeftJaxError(f"target_modules has '{entry}', and '{stacks[0]}/kernel' of three axes was read as a "
                                f"stack of layers: {_PASS_AXES}.")
         raise PeftJaxError(f"target_modules has '{entry}', which matches no kernel of this model: "
-                           f"{nearest(entry, (n.rsplit('.', 1)[-1] for n in names))}"
-                           f"{tied if entry.endswith('lm_head') else ''}")
+                           f"{suggestion(target_modules, entry, names)}{tied if entry.endswith('lm_head') else ''}")
     if isinstance(target_modules, str) and "lm_head" in target_modules and "lm_head" not in names and listed(
             target_modules, "lm_head"):
         raise PeftJaxError(f"target_modules={target_modules!r} matches lm_head, a kernel that this model lacks.{tied}")

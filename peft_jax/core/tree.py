@@ -1,7 +1,8 @@
 """Parameter trees: paths, path rules, splitting and joining. The only code that walks a tree by path.
 
 A parameter tree is nested dicts of arrays, as ``model.init(...)["params"]`` gives. A path is the dict keys joined by
-``/``: ``layers/self_attn/q_proj/kernel``. Only dicts are walked: anything else, a quantised leaf too, is one leaf.
+``/``: ``layers/self_attn/q_proj/kernel``. A slash in a key, as flax's WeightNorm makes some, is written ``%2F`` there,
+and ``%`` is ``%25``. Only dicts are walked: anything else, a quantised leaf too, is one leaf.
 """
 
 import math
@@ -18,18 +19,36 @@ from peft_jax.errors import PeftJaxError
 Tree = dict[str, Any]
 
 
+def join(keys: Iterable[str]) -> str:
+    """The path of ``keys``, such as a module's ``path``.
+
+    >>> join(("norm", "up/kernel", "scale"))
+    'norm/up%2Fkernel/scale'
+
+    Raises ``PeftJaxError`` for a key that is no string.
+    """
+    return "/".join(map(_escaped, keys))
+
+
+def _escaped(key: Any) -> str:
+    if not isinstance(key, str):
+        raise PeftJaxError(f"a tree has the key {key!r}: keys are strings, as those of flax.linen's parameters are; "
+                           "rename it.")
+    return key.replace("%", "%25").replace("/", "%2F")
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """``{path: leaf}`` in the order of the tree.
 
     >>> flatten({"a": {"b": 1}, "c": 2})
     {'a/b': 1, 'c': 2}
 
-    Raises ``PeftJaxError`` where ``tree`` is no dict.
+    Raises ``PeftJaxError`` where ``tree`` is no dict, or has a key that is no string.
     """
     arguments.check_tree("flatten", tree)
     flat = {}
     for key, value in tree.items():
-        path = f"{prefix}/{key}" if prefix else key
+        path = f"{prefix}/{_escaped(key)}" if prefix else _escaped(key)
         if isinstance(value, Mapping):
             flat |= flatten(value, path)
         else:
@@ -43,11 +62,16 @@ def flatten_arrays(params: Mapping[str, Any]) -> dict[str, Any]:
     Raises ``PeftJaxError`` for any other leaf, such as one in a box of ``nn.with_partitioning``.
     """
     flat = flatten(params)
+    check_arrays(flat)
+    return flat
+
+
+def check_arrays(flat: Mapping[str, Any]) -> None:
+    """Raise ``PeftJaxError`` for the first leaf of a flat tree that is no array, nor the shape of one."""
     for path, leaf in flat.items():
         if not hasattr(leaf, "shape"):
             unbox = ": params = flax.core.meta.unbox(params) first" if hasattr(leaf, "unbox") else ""
             raise PeftJaxError(f"the leaf '{path}' is {arguments.described(leaf)}: give arrays{unbox}.")
-    return flat
 
 
 def unflatten(flat: Mapping[str, Any]) -> Tree:
@@ -55,7 +79,7 @@ def unflatten(flat: Mapping[str, Any]) -> Tree:
     arguments.check_tree("unflatten", flat)
     tree: Tree = {}
     for path, leaf in flat.items():
-        *folders, name = path.split("/")
+        *folders, name = (key.replace("%2F", "/").replace("%25", "%") for key in path.split("/"))
         node = tree
         for folder in folders:
             node = node.setdefault(folder, {})
@@ -77,7 +101,7 @@ def map_paths(function: Callable[[str, Any], Any], tree: Mapping[str, Any], pref
     mapped: Tree = {}
     kind: Any = type(tree)
     for key, value in tree.items():
-        path = f"{prefix}/{key}" if prefix else key
+        path = f"{prefix}/{_escaped(key)}" if prefix else _escaped(key)
         mapped[key] = map_paths(function, value, path) if isinstance(value, Mapping) else function(path, value)
     return mapped if isinstance(tree, dict) else kind(mapped)
 

@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from peft_jax import quant
 from peft_jax.core import targeting, tree, validation
+from peft_jax.core.kernel_axes import HOLDERS
 from peft_jax.core.peft_format import Format
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.method import FROZEN, TRAINABLE, Method, check_leaves
@@ -197,7 +198,9 @@ def merge(params: Mapping[str, Any], leaves: Sequence[str], fold: Callable[..., 
     flat = {path: leaf for path, leaf in tree.flatten(params).items() if path.rpartition("/")[2] not in unused}
     for folder in folders(flat, leaves[0]):
         own = [flat.pop(folder + name) for name in leaves]
-        path = folder + ("kernel" if f"{folder}kernel" in flat else "embedding")
+        if not (path := next((folder + name for name in HOLDERS if folder + name in flat), "")):
+            raise PeftJaxError(f"'{folder}{leaves[0]}' is beside no kernel: take it out, or give the module's own "
+                               "leaves, too.")
         flat[path] = fold(plain(flat[path], jnp.float32), *own).astype(flat[path].dtype)
     return tree.unflatten(flat)
 
@@ -214,20 +217,28 @@ def padding(params: Mapping[str, Any], config: Mapping[str, Any], leaves: Sequen
 
 
 def read(module: nn.Module, context: Any, leaves: Sequence[str], what: str) -> list[jax.Array] | None:
-    """A module's ``leaves``, the frozen one (*stack) last, inside its ``__call__``; ``None`` where there are none.
+    """A module's ``leaves``, the frozen one (*stack) last, inside its ``__call__`` as flax has it; ``None`` elsewhere
+    and where there are none.
 
     Raises ``PeftJaxError`` for a module that is no Dense or DenseGeneral, and for a stack that the pass does not slice.
     """
     if context.method_name != "__call__" or not module.has_variable("params", leaves[0]):
         return None
-    if not isinstance(module, (nn.Dense, nn.DenseGeneral)):
-        raise PeftJaxError(f"'{'/'.join(module.path)}' is a {type(module).__name__}: {what} changes Dense and "
-                           "DenseGeneral modules only.")
+    check_kind(module, what)
+    if not context.of_flax:
+        return None
     own = [module.get_variable("params", name) for name in leaves]
     if own[-1].ndim:  # else products below could fit by accident
         raise PeftJaxError(f"'{'/'.join(module.path)}' has one kernel, which was taken for a stack of {own[-1].size}: "
                            "give init axes=peft_jax.kernel_axes(model, params, *inputs).")
     return own
+
+
+def check_kind(module: nn.Module, what: str) -> None:
+    """Raise ``PeftJaxError``, about the method ``what``, for a module that is no Dense or DenseGeneral."""
+    if not isinstance(module, nn.Dense | nn.DenseGeneral):
+        raise PeftJaxError(f"'{'/'.join(module.path)}' is a {type(module).__name__}: {what} changes Dense and "
+                           "DenseGeneral modules only.")
 
 
 def dropout_key(module: nn.Module, context: Any, argument: str) -> jax.Array | None:

@@ -20,7 +20,7 @@ import numpy as np
 from peft_jax import quant
 from peft_jax.core import arguments, kernel_axes, targeting, tree
 from peft_jax.core.peft_format import PREFIX, Naming, Slot
-from peft_jax.errors import PeftJaxError, nearest
+from peft_jax.errors import PeftJaxError
 from peft_jax.method import FROZEN, TRAINABLE, check_leaves
 
 PLAIN = ("kernel", "bias", "scale", "embedding")  # what flax calls the parameters of its own modules
@@ -97,16 +97,17 @@ def intercept(method: str, next_fun: Callable[..., Any], args: Any, kwargs: Any,
         return next_fun(*args, **kwargs)
     own = dict(module.variables["params"])
     at = own.pop(f"{method}_at")
-    place = "/".join(module.path)
+    place = tree.join(module.path)
     _check_alone(method, place, own)
     if next_fun is not context.orig_method:
         raise PeftJaxError(f"'{place}' trains in some layers only, by {method}: name {method} first in the chain.")
-    for name, leaf in own.items():
-        copies = context.params[method].get(".".join((*module.path, name)))
-        if copies is not None and copies.ndim:
-            copy = copies[jnp.maximum(at, 0).astype(jnp.int32)]
-            own[name] = jnp.where(at >= 0, copy, leaf.astype(jnp.float32))
-    return module.clone(parent=None).apply({"params": own}, *args, method=context.method_name, **kwargs)
+    with jax.named_scope(kernel_axes.own_scope(place)):  # whatever it computes, it does so with these leaves
+        for name, leaf in own.items():
+            copies = context.params[method].get(tree.join((*module.path, name)).replace("/", "."))
+            if copies is not None and copies.ndim:
+                copy = copies[jnp.maximum(at, 0).astype(jnp.int32)]
+                own[name] = jnp.where(at >= 0, copy, leaf.astype(jnp.float32))
+        return module.clone(parent=None).apply({"params": own}, *args, method=context.method_name, **kwargs)
 
 
 def _check_alone(method: str, place: str, names: Iterable[str]) -> None:
@@ -187,5 +188,5 @@ def check_names(argument: str, patterns: targeting.Patterns, names: Sequence[str
     if (said := targeting.unmatched(patterns, names)) is not None:
         tied = " A head that is tied to the embedding has none: peft_jax.untie(params) gives it one."
         raise PeftJaxError(f"{argument} has '{said}', which is no such module with weights of this model: "
-                           f"{nearest(said, (name.rsplit('.', 1)[-1] for name in names))}"
+                           f"{targeting.suggestion(patterns, said, names)}"
                            f"{tied if said.endswith('lm_head') else ''}")

@@ -146,7 +146,7 @@ def like(state: Any, leaves: Mapping[str, Any], mesh: Mesh) -> Any:
     def of(path, leaf):
         keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
         for start in range(len(keys)):
-            name = "/".join(keys[start:])
+            name = tree.join(keys[start:])
             if name in flat and flat[name].shape == leaf.shape:
                 return flat[name].sharding
         return NamedSharding(mesh, PartitionSpec())

@@ -87,6 +87,10 @@ def test_find_takes_a_stack_when_any_layer_is_meant():
     (lambda: find(["lm_hea"]), r"did you mean lm_head\?"),
     (lambda: find(["q"], layers_to_transform=(5,)), "layers_to_transform has 5, which is no layer.*from 0 to"),
     (lambda: find(["q", "conv"]), "'layers/conv' is a kernel of 5 axes"),
+    (lambda: find("q"), r"has 'q', which matches no kernel.*a string is a regex.*give the list \('q',\)"),
+    (lambda: find("attn.q"), r"a string is a regex.*give the list \('attn.q',\)"),
+    (lambda: find("lm_hea"), r"a string is a regex for whole names, as in peft; did you mean lm_head\?"),
+    (lambda: find("layers/attn/q"), "a string is a regex for whole names, as in peft; choose one of"),
 ])  # fmt: skip
 def test_patterns_that_cannot_be_met_are_errors(call, message):
     with pytest.raises(PeftJaxError, match=message):
@@ -127,6 +131,41 @@ def test_axes_are_read_off_a_traced_pass():
         "conv/kernel": KernelAxes("Conv", (), (), (3, 8, 4)),
         "layers/inner/kernel": KernelAxes("DenseGeneral", (3,), (8,), (2, 4)),
     }
+
+
+class Wide(nn.Conv):
+    """A convolution of another name."""
+
+
+class Towers(nn.Module):
+    """Two convolutions and a Dense; ``text`` is called only when asked for."""
+
+    @nn.compact
+    def __call__(self, x, text=True):
+        x = nn.ConvTranspose(4, (3,), name="patches")(Wide(4, (3,), name="wide")(x))
+        if text:
+            nn.Dense(3, name="text")(x)
+        return nn.Dense(2, name="image")(x)
+
+
+def test_all_linear_leaves_convolutions_out():
+    model, x = Towers(), jnp.ones((1, 6, 8))
+    params = model.init(jax.random.key(0), x)["params"]
+    axes = kernel_axes.kernel_axes(model, params, x)
+    assert [t.path for t in targeting.find(params, axes, {"target_modules": "all-linear", **NONE})] == ["text", "image"]
+    with pytest.raises(PeftJaxError, match=r"'wide' is a Wide \(convolution\) of unknown input"):
+        targeting.find(params, axes, {"target_modules": ("wide", "text"), **NONE})
+
+
+def test_a_module_that_is_not_called_is_an_error():
+    model, x = Towers(), jnp.ones((1, 6, 8))
+    params = model.init(jax.random.key(0), x)["params"]
+    axes = kernel_axes.kernel_axes(model, params, x, text=False)
+    for target_modules in ("all-linear", ("image", "text")):
+        with pytest.raises(PeftJaxError, match="'text' is a module that the traced pass never called: exclude"):
+            targeting.find(params, axes, {"target_modules": target_modules, **NONE})
+    chosen = targeting.find(params, axes, {"target_modules": "all-linear", **NONE, "exclude_modules": ("text",)})
+    assert [target.path for target in chosen] == ["image"]
 
 
 def test_a_leaf_that_is_no_stack_of_its_kernel_is_an_error():

@@ -73,6 +73,18 @@ def test_a_saved_adapter_is_the_lora_alone_and_loads_on_a_quantised_base(tied, t
     np.testing.assert_array_equal(ours, expected)
 
 
+@pytest.mark.parametrize("make", [lambda: lora(r=2), lambda: peft_jax.ia3(), lambda: peft_jax.ln_tuning()])
+def test_merging_gives_plain_weights_where_nothing_is_adapted_either(tied, make):
+    """As of a method that was loaded on a quantised base, which knows nothing of it."""
+    model, _, held, _ = tied
+    method = make()
+    tuned = moved(method, method.init(jax.random.key(0), held))
+    merged = method.merge(tuned)
+    assert not any(isinstance(leaf, QuantizedArray) for leaf in flatten(merged).values())
+    ours = jax.jit(bind(method, model))({"params": tuned}, IDS)
+    np.testing.assert_allclose(jax.jit(model.apply)({"params": merged}, IDS), ours, atol=1e-4 * np.abs(ours).max())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_loftq_starts_nearer_to_the_base(tied, rounds, tmp_path):

@@ -162,7 +162,7 @@ def size(config: Mapping[str, Any], width: int) -> int:
 
 def _init(config: Mapping[str, Any], matrices: Matrices, trains: kernel_adapter.Trains, rng: jax.Array,
           params: Mapping[str, Any], axes: Mapping[str, Any] | None = None) -> tree.Tree:
-    flat = tree.flatten(params)
+    flat = tree.flatten_arrays(params)
     if double := [path for path in flat if path.rpartition("/")[2] == SWITCH]:
         raise PeftJaxError(f"the parameters already hold bottleneck adapters ('{double[0]}'): one tree takes one "
                            "kind of them; start from the base's.")

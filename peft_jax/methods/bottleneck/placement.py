@@ -8,7 +8,7 @@ import numpy as np
 
 from peft_jax.core import kernel_axes, targeting
 from peft_jax.core.peft_format import Naming, Slot
-from peft_jax.errors import PeftJaxError, nearest
+from peft_jax.errors import PeftJaxError
 from peft_jax.methods import _adapter_file as adapter_file
 from peft_jax.methods import _kernel_adapter as kernel_adapter
 
@@ -103,7 +103,7 @@ def _check_patterns(config: Mapping[str, Any], names: Mapping[str, Sequence[str]
         wanted, known = config[modules] if config[adapter] else (), [name for each in names.values() for name in each]
         if (entry := targeting.unmatched(wanted, known)) is not None:
             raise PeftJaxError(f"{modules} has '{entry}', which is no module of this model: "
-                               f"{nearest(entry, (path.rpartition('/')[2] for path in names))}")
+                               f"{targeting.suggestion(wanted, entry, [path.replace('/', '.') for path in names])}")
 
 
 def blocks(flat: Mapping[str, Any], modules: Callable[..., Sequence[str]], path: str, stack: tuple[int, ...],

@@ -17,11 +17,13 @@ import numpy as np
 from peft_jax.core import arguments, kernel_axes, tree
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.method import FROZEN, Method
+from peft_jax.methods import _kernel_adapter as kernel_adapter
 from peft_jax.methods.lora.leaves import Leaves, check_pair, on_base
 from peft_jax.methods.lora.low_rank import branch, scaled
 
 MIXED = ("mixed_a", "mixed_b", "mixed_scaling")
 ROWS = "mixed_rows"
+ALONG = {"mixed_a": (None, "inputs", None), "mixed_b": (None, None, "outputs")}
 
 
 def mix_adapters(adapters: Mapping[str, tuple[Method, Mapping[str, Any]]],
@@ -53,7 +55,7 @@ def mix_adapters(adapters: Mapping[str, tuple[Method, Mapping[str, Any]]],
         flat |= _stacked(folder, [leaves.get(folder) for leaves in leaves_of.values()])
     names = tuple(adapters)
     method = Method(init=_made_elsewhere, intercept=_intercept, labels=_all_frozen, fold=None,
-                    config={"peft_type": "MIXED", "adapters": names})
+                    config={"peft_type": "MIXED", "adapters": names}, leaves=(*MIXED, ROWS), along=ALONG)
     return method, tree.unflatten({**flat, ROWS: jnp.zeros((), jnp.int32)})
 
 
@@ -118,6 +120,9 @@ def _intercept(next_fun, args, kwargs, context):
     module = context.module
     y = next_fun(*args, **kwargs)
     if context.method_name != "__call__" or not module.has_variable("params", MIXED[0]):
+        return y
+    kernel_adapter.check_kind(module, "a mixed LoRA")
+    if not context.of_flax:
         return y
     mixed = [module.get_variable("params", name) for name in MIXED]
     rows, x = context.params[ROWS], kernel_axes.inputs_last(module, args[0]).astype(y.dtype)

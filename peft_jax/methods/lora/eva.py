@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from peft_jax.core import kernel_axes, rows, targeting, validation
+from peft_jax.core import kernel_axes, rows, targeting, tree, validation
 from peft_jax.errors import PeftJaxError
 
 DEFAULTS = {"rho": 2.0, "tau": 0.99, "whiten": False, "adjust_scaling_factors": True}
@@ -85,7 +85,7 @@ def _inputs(model: Any, params: Mapping[str, Any], batch: Mapping[str, Any], tar
     paths = {target.path: target.axes for target in targets}
 
     def note(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        path = "/".join(context.module.path)
+        path = tree.join(context.module.path)
         if context.method_name == "__call__" and path in paths:
             (x, *_), _ = kernel_axes.input_first(context.module, "__call__", args, kwargs)
             x = kernel_axes.inputs_last(context.module, x)

@@ -11,6 +11,7 @@ from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.methods import _kernel_adapter as kernel_adapter
 from peft_jax.methods.lora.peft_file import LEAVES, as_plain
+from peft_jax.parallel.mesh import fetch
 
 Leaves = dict[str, list[np.ndarray]]
 
@@ -39,7 +40,7 @@ def on_base(method: Method, params: Mapping[str, Any], base: Mapping[str, Any], 
     if absent:
         raise PeftJaxError(f"{what} has params without '{absent[0]}': give the whole tree, combine(frozen, trainable).")
     config, flat = as_plain(method, params, what)
-    modules = {folder: [np.asarray(flat[folder + leaf]) for leaf in LEAVES]
+    modules = {folder: [fetch(flat[folder + leaf]) for leaf in LEAVES]
                for folder in kernel_adapter.folders(flat, LEAVES[0])}
     if not modules:
         raise PeftJaxError(f"{what} has params without '{LEAVES[0]}' leaves: give the tree that method.init or "

@@ -171,7 +171,7 @@ def prepared(config: Mapping[str, Any], model: Any, params: Mapping[str, Any], b
 
 def _intercept(dropout: float, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     y, module = next_fun(*args, **kwargs), context.module
-    if isinstance(module, nn.Embed) and context.method_name in ("__call__", "attend"):
+    if isinstance(module, nn.Embed) and context.of_flax:
         return y + _embedded(module, context.method_name, args[0], y) if module.has_variable("params", "lora_a") else y
     if (own := kernel_adapter.read(module, context, LEAVES, "LoRA")) is None:
         return y

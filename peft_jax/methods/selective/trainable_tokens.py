@@ -63,7 +63,7 @@ def trainable_tokens(token_indices: Sequence[int] = (), target_modules: Patterns
 
 def _init(config: Mapping[str, Any], rng: Any, params: Mapping[str, Any],
           axes: Mapping[str, kernel_axes.KernelAxes] | None = None) -> tree.Tree:
-    flat = tree.flatten(params)
+    flat = tree.flatten_arrays(params)
     if double := [path for path in flat if path.rpartition("/")[2] == "token_indices"]:
         raise PeftJaxError(f"the parameters already hold trainable tokens ('{double[0]}'): merge first.")
     for number, path in enumerate(_weights(config, flat)):
@@ -102,6 +102,8 @@ def _intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: An
     y = next_fun(*args, **kwargs)
     module = context.module
     if context.method_name not in ("__call__", "attend") or not module.has_variable("params", "token_indices"):
+        return y
+    if isinstance(module, nn.Embed | nn.Dense) and not context.of_flax:
         return y
     own = module.variables["params"]
     tokens, indices = own["tokens"], own["token_indices"]

@@ -15,11 +15,16 @@ from peft_jax import (
     generate,
     ia3,
     lora,
+    make_mesh,
     mix_adapters,
     partition,
+    place,
+    shardings,
     untie,
     use_adapters,
 )
+from peft_jax.parallel import partitioning
+from peft_jax.parallel.mesh import feed
 from tests import properties
 
 IDS = np.arange(36).reshape(3, 12) * 7 % 300
@@ -132,6 +137,24 @@ def test_mixed_rows_in_bfloat16(tiny_model, adapters, mixed):
     found = bind(method, model)({"params": chosen}, IDS)
     exact = np.asarray(mixed[2]({"params": chosen}, IDS))
     assert found.dtype == jnp.bfloat16 and np.abs(found - exact).max() < 0.1 * np.abs(exact).max()
+
+
+@pytest.mark.slow
+def test_mixed_adapters_lie_on_a_mesh_beside_their_kernels(tiny_model, adapters, mixed):
+    """Mixed there or before, however small a leaf must be to stay whole, rows of other adapters on each device."""
+    model, base = tiny_model
+    method, params, _ = mixed
+    mesh, names = make_mesh(2, 2, 2), ["small", None, "wide", "one layer"]
+    ids = np.concatenate([IDS, IDS[:1]])
+    expected = [alone(tiny_model, adapters, name, ids[row:row + 1])[0] for row, name in enumerate(names)]
+    there = {name: (own, place(own, model, tuned, mesh)) for name, (own, tuned) in adapters.items()}
+    lying = partitioning.put(params, shardings(method, model, params, mesh, large=1))
+    assert "fsdp" in str(lying["layers"]["mlp"]["down_proj"]["mixed_b"].sharding.spec)
+    assert "tensor" in str(lying["layers"]["mlp"]["down_proj"]["mixed_a"].sharding.spec)
+    for tree in (lying, place(method, model, mix_adapters(there, place(None, model, base, mesh))[1], mesh)):
+        ours = jax.jit(bind(method, model, mesh))({"params": use_adapters(method, tree, names)},
+                                                  feed(mesh, {"ids": ids})["ids"])
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_cannot_be_mixed_is_an_error(tiny_model, adapters, mixed):
