@@ -265,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
         if error.errno not in DISK:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {disk_fault(error)}{where}: free some and start the same command again; what was finished is "
+        print(f"error: {disk_fault(error)}{where}: once that is mended the same command goes on; what was finished is "
               "kept", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

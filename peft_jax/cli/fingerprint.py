@@ -32,7 +32,7 @@ def settle(folder: Path, examples: Sequence[Any], base: tree.Tree) -> None:
     if processes.agreed(bool(changed)):
         raise PeftJaxError(f"{folder} holds a run that began with other {changed or 'data or weights'}: bring them "
                            "back to go on, choose another --workdir, or --overwrite to train again from the start")
-    if processes.first():
+    if processes.first() and not path.exists():
         workdir.write_json(path, now)
 
 

@@ -102,7 +102,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if made and processes.first() and {path.name for path in folder.iterdir()} <= {LOCK, f"{LOCK}.json"}:
+            if made and processes.first() and {path.name for path in folder.glob("*")} <= {LOCK, f"{LOCK}.json"}:
                 files.remove(folder)
 
 
@@ -123,18 +123,18 @@ def own_names(folder: Path) -> set[str]:
     return set(WRITTEN) if _is_run(folder) or _has_keys(folder / "measured.json", ("asked", "test")) else set()
 
 
-def check_own(folder: Path, *names: str) -> None:
-    """Raise ``PeftJaxError`` where one of ``names`` is in ``folder`` and no run wrote it."""
+def check_own(folder: Path, *names: str) -> set[str]:
+    """The names as of :func:`own_names`; raises ``PeftJaxError`` where ``folder`` has one of ``names`` that is not."""
     own = own_names(folder)
     if foreign := [name for name in names if name not in own and os.path.lexists(folder / name)]:
         raise PeftJaxError(f"{folder} holds {foreign[0]!r}, which no run wrote and which this one would replace: "
                            "choose another --workdir, or move it away")
+    return own
 
 
 def claim(folder: Path, *names: str) -> None:
     """Make ``names`` the run's own, before they are written; raises ``PeftJaxError`` as :func:`check_own`."""
-    check_own(folder, *names)
-    own = own_names(folder)
+    own = check_own(folder, *names)
     if not own.issuperset(names):
         write_json(folder / MANIFEST, {"written": sorted({*own, *names})})
 

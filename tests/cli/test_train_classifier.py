@@ -17,6 +17,16 @@ EXPERIMENT = "experiments/minilm_lora.py"
 pytestmark = pytest.mark.usefixtures("at_the_root")
 
 
+WORDS = ("dull", "bright")  # what tells one class from the other
+
+
+def table(folder, columns, row):
+    """A CSV file of 30 dull and 30 bright films, ``row(i, word)`` each."""
+    path = folder / "films.csv"
+    path.write_text("\n".join([columns, *(row(i, word) for i in range(30) for word in WORDS)]) + "\n")
+    return path
+
+
 @pytest.fixture(scope="module")
 def arguments(tiny_tokenizer, tmp_path_factory):
     """A small run's flags, but for the workdir: dull films from bright ones."""
@@ -24,14 +34,13 @@ def arguments(tiny_tokenizer, tmp_path_factory):
     model = Encoder(EncoderConfig(len(tiny_tokenizer), 16, 24, 2, 4, 64))
     save_pretrained(folder / "model", model, model.init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"],
                     tiny_tokenizer)
-    rows = [f"a {word} film number {i},{label}" for i in range(30) for label, word in enumerate(("dull", "bright"))]
-    (folder / "films.csv").write_text("sentence,label\n" + "".join(f"{row}\n" for row in rows))
+    films = table(folder, "sentence,label", lambda i, word: f"a {word} film number {i},{WORDS.index(word)}")
     settings = {"data.batch_size": 8, "mesh.data": 1, "optim.steps": 12, "optim.learning_rate": 3e-2,
                 "eval.batch_size": 8,
                 "method.r": 2, "log.tensorboard": False, "task.text_column": "sentence", "task.label_column": "label",
                 "task.answer": "class", "task.validation_fraction": 0.3}
     overrides = [f"--config.{key}={value}" for key, value in settings.items()]
-    return [f"--config={EXPERIMENT}:model={folder / 'model'},task={folder / 'films.csv'}", *overrides]
+    return [f"--config={EXPERIMENT}:model={folder / 'model'},task={films}", *overrides]
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +101,10 @@ def test_errors_are_one_line(trained, arguments, more, message, capsys):
 @pytest.fixture(scope="module")
 def words(arguments, tmp_path_factory):
     """A run's flags where labels are words, and no column is named; with the experiment's general text."""
-    folder = tmp_path_factory.mktemp("words")
-    rows = [f"{i},a {word} film number {i},{label}" for i in range(30)
-            for label, word in (("poor", "dull"), ("fine", "bright"))]
-    (folder / "films.csv").write_text("id,text,label\n" + "".join(f"{row}\n" for row in rows))
+    films = table(tmp_path_factory.mktemp("words"), "id,text,label", lambda i, word:
+                  f"{i},a {word} film number {i},{'poor' if word == 'dull' else 'fine'}")
     kept = [flag for flag in arguments[1:] if "_column" not in flag and "task.answer" not in flag]
-    return [arguments[0].split("task=")[0] + f"task={folder / 'films.csv'}", *kept, "--config.eval.probe=newspaper"]
+    return [arguments[0].split("task=")[0] + f"task={films}", *kept, "--config.eval.probe=newspaper"]
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from safetensors.numpy import load_file
 import peft_jax
 from peft_jax import METHODS, PeftJaxError, bind, chain, combine, flatten, ia3, lora, make_mesh, partition, quantize
 from peft_jax.method import owns
-from peft_jax.train import optimizer
 from tests import peer, properties
 
 # Arguments where the defaults cannot work on a model of 16 channels, or would not be what they are elsewhere.
@@ -166,14 +165,6 @@ def test_labels_and_leaves_agree(bases, case_of, name):
     shapes = jax.eval_shape(lambda p: method.init(jax.random.key(0), p), plain)
     chex.assert_trees_all_equal_shapes_and_dtypes(shapes, start)
     assert method.padding(start) == 0  # of layers that are all alike
-
-
-@pytest.mark.parametrize("name", TRAINED)
-def test_what_weight_decay_leaves_alone_is_what_has_one_axis(case_of, name):
-    method, start = case_of(name)[:2]
-    trainable, _ = partition(start, method.labels(start))
-    assert flatten(optimizer._decays(method.vectors, trainable)) == {
-        path: leaf.ndim - path.startswith("layers/") > 1 for path, leaf in flatten(trainable).items()}
 
 
 @pytest.mark.parametrize("name", TRAINED)

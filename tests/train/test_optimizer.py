@@ -8,8 +8,11 @@ import numpy as np
 import optax
 import pytest
 
+from peft_jax import flatten, partition
 from peft_jax.errors import PeftJaxError
+from peft_jax.train import optimizer
 from peft_jax.train.optimizer import make_optimizer, make_schedule
+from tests.methods.test_every_method import TRAINED, make
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -124,3 +127,12 @@ def test_a_group_at_rate_nought_stands_still():
 def test_a_rate_is_a_number_of_at_least_nought(rate):
     with pytest.raises(PeftJaxError, match=r"rates\['fast'\]=.*at least 0"):
         optimizer_of(3, {"lora_b": "fast"}, rates={"fast": rate})
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_what_weight_decay_leaves_alone_is_what_has_one_axis(peer_bases, name):
+    method, (_, _, base) = make(name), peer_bases["qwen2"]
+    params = jax.eval_shape(method.init, jax.random.key(0), base)
+    trainable, _ = partition(params, method.labels(params))
+    assert flatten(optimizer._decays(method.vectors, trainable)) == {
+        path: leaf.ndim - path.startswith("layers/") > 1 for path, leaf in flatten(trainable).items()}
