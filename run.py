@@ -34,6 +34,8 @@ except ModuleNotFoundError as error:
 
 from configs import base, parse
 from configs.check import check, check_cells, check_sweep, tidy
+from configs.shape import check_shape
+from configs.sweeps import Cell
 
 GUARDS = ("allow", "log", "disallow")
 MODES = (*modes.JOBS, "report", "cells")
@@ -111,6 +113,7 @@ def parse_command(argv: list[str]) -> Command | None:
         return None
     config, name = experiment_config(values, overrides)
     check_mode(values)
+    check_shape(config)  # again: on the command line a tuple may hold anything
     check(tidy(config))
     check_runtime(values)
     cells = sweep_cells(values, config, parse.overridden_keys(overrides))
@@ -128,10 +131,17 @@ def parse_command(argv: list[str]) -> Command | None:
 def parse_flags(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     """The flags, and the arguments that are none of them."""
     values = define_flags()
+    if odd := [argument for argument in argv if "\0" in argument or not is_text(argument)]:
+        raise PeftJaxError(f"the argument {odd[0][:80]!r} is no text in UTF-8: write it anew")
     try:
         return values, values([sys.argv[0], *argv], known_only=True)[1:]
     except flags.Error as error:
         raise PeftJaxError(" ".join(str(error).split())) from error
+
+
+def is_text(argument: str) -> bool:
+    """Whether the bytes of an argument were UTF-8: Python keeps others as halves of letters, which nothing can write."""
+    return argument.encode(errors="ignore").decode() == argument
 
 
 def experiment_config(values: flags.FlagValues, overrides: list[str]) -> tuple[ConfigDict, str]:
@@ -139,6 +149,7 @@ def experiment_config(values: flags.FlagValues, overrides: list[str]) -> tuple[C
     if not values.config:
         raise PeftJaxError("say which experiment: --config=experiments/lora.py (--help shows all flags)")
     config, name = parse.load_experiment(values.config)
+    check_shape(config)
     unknown = parse.override(config.lock(), overrides)
     if unknown:
         raise PeftJaxError(f"unknown argument {unknown[0]}; {nearest(unknown[0].split('=')[0].lstrip('-'), values)}")
@@ -163,7 +174,10 @@ def sweep_cells(values: flags.FlagValues, config: ConfigDict, keys: list[str]) -
     if "sweep" in config:
         check_sweep(config)
     cells = parse.load_cells(values.config, config)
+    if not isinstance(cells, list) or not all(isinstance(cell, Cell) for cell in cells):
+        raise PeftJaxError(f"--config={values.config}: get_cells returns no list of configs.sweeps.Cell")
     for cell in cells:
+        check_shape(cell.config)
         cell.config.unlock()
         check(tidy(cell.config))
         cell.config.lock()

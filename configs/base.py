@@ -4,6 +4,7 @@ Conventions: "" is "not set"; 0 is "not set", "all" or "chosen for you", as the 
 """
 
 import copy
+import os
 import re
 from pathlib import Path
 
@@ -135,7 +136,8 @@ def task_config(task: str) -> ConfigDict:
     if task in TASKS:
         return ConfigDict(copy.deepcopy(TASKS[task]))
     path, name = Path(task), task.removeprefix("hub:")
-    is_file = path.suffix in ENDINGS or any(sign in task for sign in "*?[") or path.expanduser().exists()
+    is_file = path.suffix in ENDINGS or any(sign in task for sign in "*?[") or os.path.exists(
+        os.path.expanduser(task))  # which never raises
     if task != name or (not is_file and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name)):
         return ConfigDict(copy.deepcopy(TASKS["hub"]) | {"source": name})
     if is_file:

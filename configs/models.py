@@ -3,6 +3,7 @@
 Any other Hub id (``owner/name``), local folder, ``.gguf`` file or ``pypi:NAME==VERSION`` serves as well.
 """
 
+import os
 from pathlib import Path
 
 from peft_jax.errors import PeftJaxError, nearest
@@ -50,8 +51,8 @@ def source_of(model: str) -> str:
     """
     if model in MODELS:
         return MODELS[model]
-    path = Path(model).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(model))  # unlike Path's, this and exists never raise
+    if os.path.exists(path):
         return str(path)
     if path.is_absolute() or model.startswith(("./", "../", "~")) or path.suffix == ".gguf":
         raise PeftJaxError(f"model={model}: there is no such file or folder")

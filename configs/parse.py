@@ -1,9 +1,13 @@
 """From the command line to a configuration: experiment files with typed arguments, overrides of single keys."""
 
+import contextlib
 import difflib
 import importlib.util
+import os
 import re
 import sys
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,8 @@ from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_dict import ConfigDict
 
-from peft_jax.errors import PeftJaxError, nearest
+from peft_jax.core.files import regular_file
+from peft_jax.errors import PeftJaxError, nearest, root_cause
 
 PREFIX = "--config."
 EITHER = ("optim.steps", "optim.epochs")  # a run is as long as one of them says; the other is 0
@@ -45,32 +50,56 @@ def _typed(key: str, value: str, kind: type) -> Any:
 def load_experiment(argument: str) -> tuple[ConfigDict, str]:
     """(configuration, experiment name) of ``path/to/name.py`` or ``path/to/name.py:key=value,...``.
 
-    The file is Python and is run. Raises ``PeftJaxError`` where there is no such file or it has no ``get_config``.
+    The file is Python and is run. Raises ``PeftJaxError`` where there is no such file or it has no ``get_config``, and
+    with its line where it raises something itself.
     """
     module, args = _module(argument)
-    return module.get_config(args), Path(argument.partition(":")[0]).stem
+    with _told(module.__file__):
+        return module.get_config(args), Path(argument.partition(":")[0]).stem
 
 
 def load_cells(argument: str, config: ConfigDict) -> list:
     """The runs of a sweep (``configs/sweeps.py``) whose file has been loaded as ``config``; [] of any other."""
-    return _module(argument)[0].get_cells(config) if "sweep" in config else []
+    if "sweep" not in config:
+        return []
+    module, _ = _module(argument)
+    if not callable(getattr(module, "get_cells", None)):
+        raise PeftJaxError(f"--config={module.__file__}: the file makes a sweep and has no function get_cells(config)")
+    with _told(module.__file__):
+        return module.get_cells(config)
 
 
 def _module(argument: str) -> tuple[Any, str]:
     """The experiment file as a module, which runs it, and its arguments."""
     path, _, args = argument.partition(":")
-    file = Path(path)
-    if not file.is_file():
+    if not os.path.exists(path):  # which, unlike Path's, raises nothing
         others = sorted(str(other) for other in Path("experiments").rglob("[!_]*.py"))
         raise PeftJaxError(f"--config={path}: there is no such file; {nearest(path, others)}")
+    file = regular_file(path, "--config")
     spec = importlib.util.spec_from_file_location(f"experiment_{file.stem}", file)
     module = importlib.util.module_from_spec(spec) if spec else None
     if module is None:
         raise PeftJaxError(f"--config={path}: an experiment is a Python file (.py)")
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
+    with _told(str(file)):
+        spec.loader.exec_module(module)
+    if not callable(getattr(module, "get_config", None)):
         raise PeftJaxError(f"--config={path}: the file has no function get_config(arg)")
     return module, args
+
+
+@contextlib.contextmanager
+def _told(file: str) -> Iterator[None]:
+    """While entered, what an experiment file raises becomes one line with the place in it; it may also end the program,
+    and that would be without a word."""
+    try:
+        yield
+    except PeftJaxError:
+        raise
+    except (Exception, SystemExit) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        lines += [error.lineno] if isinstance(error, SyntaxError) and error.filename == file else []
+        where = f", line {lines[-1]}" if lines else ""
+        raise PeftJaxError(f"--config={file}{where}: {root_cause(error)}") from error
 
 
 def keys(config: ConfigDict, prefix: str = "") -> dict[str, Any]:

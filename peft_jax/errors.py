@@ -9,7 +9,27 @@ from types import ModuleType
 
 
 class PeftJaxError(ValueError):
-    """An error whose message is written for the user; ``run.py`` prints it as one line and exits with code 2."""
+    """An error whose message is written for the user; ``run.py`` prints it as one line and exits with code 2.
+
+    It is one line whatever the names in it hold, as of :func:`one_line`.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+LONGEST = 2000  # characters of a message
+
+
+def one_line(text: str) -> str:
+    """The text on one line: what breaks a line, or no terminal shows, as its escape, and no more than ``LONGEST``.
+
+    >>> one_line("a file\\nof two lines, and half a letter, \\ud800")
+    'a file\\\\nof two lines, and half a letter, \\\\ud800'
+    """
+    if not text.isprintable():
+        text = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST - 500]} ... {text[-490:]}"
 
 
 def nearest(word: str, choices: Iterable[str], most: int = 3) -> str:

@@ -33,6 +33,7 @@ from peft_jax.train.metrics_log import MetricsLog, tensorboard
 from peft_jax.train.progress import say
 from peft_jax.train.step import TrainState, init_state, make_step, state_shardings
 
+LOGGED = ("loss", "seconds", "tokens_per_second")  # of each line of metrics.jsonl at least
 LOOKED_AT = 8  # batches that a method may see before training
 
 
@@ -76,6 +77,7 @@ def _is_done(command, folder: Path) -> bool:
     if command.overwrite:
         return False
     workdir.check_config(folder, command.config.to_dict())
+    workdir.check_kinds(folder)
     return processes.agreed((folder / "results.json").exists())
 
 
@@ -193,6 +195,8 @@ def _fit(run: Run, state: TrainState, command) -> Training:
     if int(state.step):
         print(f"resuming {run.folder} after step {int(state.step)} of {run.total}", flush=True)
     log = _log(run, int(state.step))
+    if int(state.step) == run.total and not log.last:
+        print("metrics.jsonl has no line: the seconds of training are not known, and counted as 0", flush=True)
     trace = Trace(run.folder / "profile", command.profile) if command.profile else None
     with runtime.quiet_writers(), contextlib.ExitStack() as stack:
         for one in filter(None, (trace, log, checkpoints)):
@@ -202,7 +206,7 @@ def _fit(run: Run, state: TrainState, command) -> Training:
                     checkpoint_due=_due(run, config.checkpoint), log_every=config.log.every, evaluate=evaluated,
                     evaluate_due=_due(run, config.eval), mesh=run.session.mesh, stop=stop,
                     guard=command.transfer_guard, trace=trace)  # fmt: skip
-    return Training(state=state, seconds=log.last["seconds"], evaluations=evaluations, signal=stop.asked)
+    return Training(state=state, seconds=log.last.get("seconds", 0.0), evaluations=evaluations, signal=stop.asked)
 
 
 def _log(run: Run, step: int) -> MetricsLog:
@@ -210,7 +214,7 @@ def _log(run: Run, step: int) -> MetricsLog:
     if not processes.first():
         return MetricsLog(None, step)
     board = run.folder / "tensorboard" if run.session.config.log.tensorboard else None
-    return MetricsLog(run.folder / "metrics.jsonl", step, board)
+    return MetricsLog(run.folder / "metrics.jsonl", step, board, LOGGED)
 
 
 def _due(run: Run, section) -> Callable[[int], bool]:

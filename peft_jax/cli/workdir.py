@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from peft_jax.core import files, settings
+from peft_jax.core import files, run_files, settings
 from peft_jax.errors import PeftJaxError
 from peft_jax.parallel import processes
 
@@ -31,6 +31,7 @@ WRITTEN = (
     "results.json", "config.json", "checkpoints", "metrics.jsonl", "tensorboard", "before.json", "adapter", "model",
     "merged", "eval.json", "profile", "measured.json", "fingerprint.json",
 )  # fmt: skip
+FOLDERS = ("checkpoints", "tensorboard", "adapter", "model", "merged", "profile")  # of WRITTEN; others are files
 KEPT = tuple(name for name in WRITTEN if name != "merged")  # which merge does not write
 MATTERS = ("seed", "model", "method", "task", "data", "optim")  # sections that a resumed run may not change
 ADAPTER_MATTERS = ("model.source",)  # what its adapter needs; the method is in the adapter's own files
@@ -76,8 +77,8 @@ def _is_run(folder: Path) -> bool:
 
 def _has_keys(path: Path, names: tuple[str, ...]) -> bool:
     try:
-        return json.loads(path.read_text(encoding="utf-8")).keys() >= set(names)
-    except (OSError, ValueError, AttributeError):
+        return files.read_json(path).keys() >= set(names)
+    except PeftJaxError:
         return False
 
 
@@ -130,6 +131,15 @@ def check_own(folder: Path, *names: str) -> set[str]:
         raise PeftJaxError(f"{folder} holds {foreign[0]!r}, which no run wrote and which this one would replace: "
                            "choose another --workdir, or move it away")
     return own
+
+
+def check_kinds(folder: Path) -> None:
+    """Raise ``PeftJaxError`` where a name that a run is to read or write is a file instead of a folder, or no file."""
+    for name in (name for name in WRITTEN if os.path.lexists(folder / name)):
+        if name not in FOLDERS:
+            files.regular_file(folder / name, "a file of a run", run_files.MEND)
+        elif not (folder / name).is_dir():
+            raise PeftJaxError(f"{folder / name} is no folder, as a run's is: {run_files.MEND}.")
 
 
 def claim(folder: Path, *names: str) -> None:
@@ -194,6 +204,6 @@ def write_report(folder: Path, name: str, value: Any) -> None:
     print(f"\nwritten: {folder / name}")
 
 
-def read_json(path: Path, *needed: str, mend: str = files.OF_A_RUN) -> dict[str, Any]:
-    """As of :func:`peft_jax.core.files.read_json`, of a file that a run wrote."""
-    return files.read_json(path, *needed, mend=mend)
+def read_json(path: Path, *needed: str, mend: str = run_files.MEND) -> dict[str, Any]:
+    """As of :func:`peft_jax.core.run_files.read`, of a file that a run wrote."""
+    return run_files.read(path, *needed, mend=mend)

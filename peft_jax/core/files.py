@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from peft_jax.core.json_shape import Shape, misfit, short
 from peft_jax.errors import PeftJaxError
 
 
@@ -22,6 +23,7 @@ def write(path: Path, data: str | bytes) -> None:
     Raises ``OSError`` where the folder is missing or full.
     """
     aside = path.with_name(path.name + ".tmp")
+    aside.unlink(missing_ok=True)  # whatever it is: a pipe would wait for its reader
     aside.write_bytes(data.encode() if isinstance(data, str) else data)
     flush(aside)
     os.replace(aside, path)
@@ -61,6 +63,9 @@ def locked(path: Path, folder: Path, what: str) -> Iterator[None]:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     owner, lock = path.with_name(f"{path.name}.json"), FileLock(path, timeout=0)
+    for one in (path, owner):
+        if os.path.lexists(one):
+            regular_file(one, f"the lock of {what}", "remove it")
     try:
         lock.acquire()
         write(owner, json.dumps({"process": os.getpid(), "machine": socket.gethostname(),
@@ -163,12 +168,13 @@ KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_IS
          (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
 
 
-def regular_file(path: str | Path, what: str) -> Path:
+def regular_file(path: str | Path, what: str, mend: str = "put the file itself there") -> Path:
     """The path, if a plain file, or a link to one, lies there: to open a pipe or a device may wait for ever, or never
     end. Nothing is opened.
 
     Args:
       what: the file is for its reader, such as "the model's config", for the error.
+      mend: what to do about something else in its place, the end of the error.
     Raises:
       PeftJaxError: nothing is there, something else is, or it cannot be looked at.
     """
@@ -181,27 +187,40 @@ def regular_file(path: str | Path, what: str) -> Path:
                            ) from error
     if not stat.S_ISREG(mode):
         kind = next((words for is_kind, words in KINDS if is_kind(mode)), "no file")
-        raise PeftJaxError(f"{what}: {path} is {kind}, not a file: put the file itself there.")
+        raise PeftJaxError(f"{what}: {path} is {kind}, not a file: {mend}.")
     return Path(path)
 
 
-OF_A_RUN = "remove it, or train again with --overwrite"  # what to do about a damaged file that a run wrote
 
 
-def read_json(path: Path, *needed: str, mend: str = "fetch it again") -> dict[str, Any]:
+LARGEST = 64 << 20  # bytes of JSON: the index of the largest checkpoints takes a quarter of it
+
+
+def read_json(path: Path, *needed: str, shape: Shape = None, mend: str = "fetch it again") -> dict[str, Any]:
     """The JSON object in a file.
 
-    Raises ``PeftJaxError``, which ends in ``mend``, where it is damaged, no object, or lacks a ``needed`` key.
+    Args:
+      needed: keys that it must have.
+      shape: of what types its values are, as of :func:`peft_jax.core.json_shape.misfit`.
+      mend: what to do about a file that is otherwise, the end of the error.
+    Raises:
+      PeftJaxError: it is no plain file, too large, damaged, no object, lacks a key or has a value of another type.
     """
     try:
+        if regular_file(path, "a JSON file", mend).stat().st_size > LARGEST:
+            raise PeftJaxError(f"{path} has {path.stat().st_size} bytes, more than any such file has: {mend}.")
         value = json.loads(path.read_text(encoding="utf-8"))
+    except PeftJaxError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise PeftJaxError(f"{path} is not readable as JSON ({error}): {mend}.") from error
     if not isinstance(value, dict):
-        raise PeftJaxError(f"{path} holds {json.dumps(value)[:40]}, not a JSON object: {mend}.")
+        raise PeftJaxError(f"{path} holds {short(value)}, not a JSON object: {mend}.")
     missing = [key for key in needed if key not in value]
     if missing:
         raise PeftJaxError(f"{path} lacks {', '.join(missing)}: {mend}.")
+    if shape is not None and (fault := misfit(value, shape)):
+        raise PeftJaxError(f"{path} is damaged, {fault}: {mend}.")
     return value
 
 

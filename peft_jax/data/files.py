@@ -2,14 +2,17 @@
 
 import csv
 import json
+import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from peft_jax.core.files import regular_file
 from peft_jax.errors import PeftJaxError, nearest, needed, root_cause
 
 
@@ -36,7 +39,7 @@ def read_table(path: str) -> list[dict]:
     Raises:
       PeftJaxError: missing file, unknown ending, unreadable content (by line where the line can be told), no rows.
     """
-    rows = [row for file in _matching_files(path) for row in _reader(file)(file)]
+    rows = [row for file in _matching_files(path) for row in _rows(file)]
     keys = dict.fromkeys(key for row in rows for key in row)
     return [{key: row.get(key) for key in keys} for row in rows]
 
@@ -44,19 +47,35 @@ def read_table(path: str) -> list[dict]:
 def _matching_files(path: str) -> list[Path]:
     if not path:
         raise PeftJaxError("task.source is empty: name a data file")
-    pattern = Path(path).expanduser()
-    beside = sorted(pattern.parent.iterdir()) if pattern.parent.is_dir() else []
-    files = [pattern] if pattern.is_file() else [one for one in beside if one.match(pattern.name) and one.is_file()]
+    pattern = Path(os.path.expanduser(path))  # this and isfile, unlike Path's, never raise
+    if os.path.isfile(pattern):
+        return [pattern]
+    try:
+        beside = sorted(pattern.parent.iterdir()) if os.path.isdir(pattern.parent) else []
+    except OSError as error:
+        raise PeftJaxError(f"no data file at {path!r}: {pattern.parent} cannot be read: {error.strerror}") from error
+    files = [one for one in beside if pattern.name and one.match(pattern.name) and not one.is_dir()]
+    if not files and os.path.isdir(pattern):
+        raise PeftJaxError(f"no data file at {path!r}, which is a folder: name the files, such as {pattern}/*.jsonl")
     if not files:
         raise PeftJaxError(f"no data file at {path!r}; {nearest(pattern.name, [file.name for file in beside])}")
     return files
 
 
-def _reader(file: Path):
+def _rows(file: Path) -> list[dict]:
+    """The rows of one file; whatever its reader raises becomes one line that names it."""
     if file.suffix not in READERS:
         raise PeftJaxError(f"cannot read {file}: {file.suffix or 'no ending'!r} is not a known file ending; "
                            f"{nearest(file.suffix, READERS)}")
-    return READERS[file.suffix]
+    size, memory = regular_file(file, "the data").stat().st_size, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
+    if size > memory:
+        raise PeftJaxError(f"{file} has {size:.1e} bytes, more than the memory of this machine: cut it into parts")
+    try:
+        return list(READERS[file.suffix](file))
+    except PeftJaxError:
+        raise
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        raise PeftJaxError(f"cannot read {file}: {root_cause(error)}") from error
 
 
 def _json_lines(file: Path) -> list[dict]:
@@ -76,9 +95,26 @@ def _object(line: bytes, where: str) -> dict:
 
 def _json(content: bytes, where: str) -> Any:
     try:
-        return json.loads(content.decode(), parse_float=WrittenNumber, parse_constant=WrittenNumber)
+        value = json.loads(content.decode(), parse_float=WrittenNumber, parse_constant=WrittenNumber,
+                           parse_int=_whole, object_pairs_hook=_once)
+        if b"\\ud" in content.lower():  # perhaps half a letter, which JSON can hold and no text
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are of the first kind
         raise PeftJaxError(f"{where}: not valid JSON ({error})") from error
+    return value
+
+
+def _whole(text: str) -> int | WrittenNumber:
+    return WrittenNumber(text) if text == "-0" else int(text)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object. Raises ``ValueError`` where it has a key twice: only the last would count."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {twice!r} stands twice in one object: keep one")
+    return value
 
 
 def _json_array(file: Path) -> list[dict]:

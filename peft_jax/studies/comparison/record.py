@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from peft_jax.core import files
-from peft_jax.errors import PeftJaxError
+from peft_jax.errors import PeftJaxError, one_line
 from peft_jax.studies.comparison.runs import run_of
 
 Record = dict[str, Any]
+MEND = "remove the file or run its cell again"
 
 
 def write(folder: Path, record: Record) -> Path:
@@ -69,12 +70,12 @@ def read(folder: Path) -> list[Record]:
 def read_one(path: Path) -> Record:
     """The record in a file; a damaged one as :func:`read` gives it."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = files.read_json(path, mend=MEND)
         run_of(record)
         json.dumps(record, ensure_ascii=False).encode()  # half a character, which JSON can hold and no file of text
-    except (OSError, ValueError, RecursionError) as error:
-        return failed(path.stem.replace("--", "/", 1),
-                      f"{path} cannot be read: {error}; remove the file or run its cell again")
+    except (ValueError, RecursionError) as error:  # a PeftJaxError is of the first kind
+        said = str(error).removeprefix(f"{path} ").removesuffix(f": {MEND}.")
+        return failed(one_line(path.stem).replace("--", "/", 1), one_line(f"{path} cannot be read: {said}; {MEND}"))
     return record
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from peft_jax.core import files, settings
+from peft_jax.core import run_files, settings
 from peft_jax.errors import PeftJaxError
 from peft_jax.train.metrics_log import read_metrics
 
@@ -32,7 +32,7 @@ def compose(folder: Path, cell, full_cell, metric: str, outcome: Outcome) -> dic
     read = partial(_read, bool(outcome.error))
     results, measurements = read(workdir / "results.json"), read(workdir / "measured.json")
     base = read(folder / "runs" / "base" / "measured.json")
-    rows = read(workdir / "metrics.jsonl", read_metrics)
+    rows = read(workdir / "metrics.jsonl", _metrics)
     return {
         "run_info": {"created_at": outcome.created_at, "total_time": outcome.seconds, "peft_branch": "main",
                      "experiment_name": cell.experiment, "train_config": _train_config(config, results),
@@ -54,7 +54,11 @@ def compose(folder: Path, cell, full_cell, metric: str, outcome: Outcome) -> dic
 
 
 def _run_file(path: Path) -> dict[str, Any]:
-    return files.read_json(path, mend=files.OF_A_RUN)
+    return run_files.read(path)
+
+
+def _metrics(path: Path) -> list[dict[str, float]]:
+    return read_metrics(path, "loss", "tokens_per_second")
 
 
 def _read(failed: bool, path: Path, reader: Callable[[Path], Any] = _run_file) -> Any:
