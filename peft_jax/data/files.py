@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -197,12 +198,15 @@ def _without_nulls(value: Any) -> Any:
 
 @contextmanager
 def without_bars(datasets: ModuleType) -> Iterator[None]:
-    """``datasets`` without its bars, such as "Generating train split"; those of downloads are huggingface_hub's."""
-    shown = not datasets.are_progress_bars_disabled()
+    """``datasets`` without its bars, such as "Generating train split", and without a line of its own before an error;
+    the bars of downloads are huggingface_hub's."""
+    shown, level = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
+        datasets.logging.set_verbosity(level)
         if shown:
             datasets.enable_progress_bars()
 
