@@ -15,6 +15,7 @@ from benchmarks.fuzz.worker import what_of
 ROOT = Path(__file__).resolve().parents[2]
 READY = 300.0  # seconds until a worker has its undamaged input
 PATIENCE = 10  # times an input's seconds, while the process waits for a core
+TRAINING = {"workdir": 15.0}  # more seconds, for what an undamaged input of the surface takes itself
 AFRESH = 3 << 29  # bytes: a worker that has grown to this, over many inputs, is replaced by a new one
 ENVIRONMENT = {  # of tiny models: little to compile, and that kept; nothing is fetched
     "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -48,7 +49,7 @@ class Worker:
         if self.process is None:
             self._start()
         answer = self._answered(surface, None, READY, 64 * self.memory)  # at once, but for the first of a surface
-        answer = self._answered(surface, seed, self.seconds, self.memory) if not answer else answer
+        answer = self._answered(surface, seed, self.seconds + TRAINING.get(surface, 0), self.memory) if not answer else answer
         if "memory" in answer and answer["memory"] > self.memory:
             answer.update(kind="memory", said=f"{answer['memory'] / 1e9:.1f} GB")
         if answer.get("memory", self.memory) > AFRESH:

@@ -149,6 +149,8 @@ def _csv_rows(file: Path, lines: Any) -> list[dict]:
         for fields in lines:
             if not fields:  # an empty line
                 continue
+            if any("\0" in field for field in fields):
+                raise PeftJaxError(f"{file}, line {lines.line_num}: it holds a NUL, which no text does: save it as UTF-8")
             if names is None:
                 names = _column_names(file, fields)
             elif len(fields) != len(names):

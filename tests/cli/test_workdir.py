@@ -161,3 +161,41 @@ def test_a_lock_leaves_no_folder_behind_that_it_made(tmp_path):
     with workdir.locked(tmp_path / "new" / "run"):
         assert (tmp_path / "new" / "run").exists()
     assert not (tmp_path / "new" / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["results.json", "metrics.jsonl", "config.json", "checkpoints", "adapter", "profile"])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero"),
+                                  lambda path: path.write_text("x")])
+def test_a_name_of_a_run_that_is_something_else_is_refused_before_it_is_opened(tmp_path, name, make):
+    make(path := tmp_path / name)
+    if path.is_dir() if name in workdir.FOLDERS else path.is_file():
+        return workdir.check_kinds(tmp_path)
+    with pytest.raises(PeftJaxError, match=f"{name} is .*: remove it, or train again with --overwrite"):
+        workdir.check_kinds(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["lock", "lock.json"])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_lock_that_is_no_file_is_refused_and_not_passed_by(tmp_path, name, make):
+    make(tmp_path / name)
+    with pytest.raises(PeftJaxError, match=f"{name} is .*: remove it"), workdir.locked(tmp_path):
+        pytest.fail("it was passed by")
+
+
+@pytest.mark.parametrize("content", ["", "3", "[]", '{"process": 1}', "\0"])
+def test_what_the_lock_says_of_its_process_may_be_anything(tmp_path, content):
+    (tmp_path / "lock.json").write_text(content)
+    with workdir.locked(tmp_path):
+        assert json.loads((tmp_path / "lock.json").read_text())["process"] == os.getpid()
+
+
+def test_a_pipe_in_the_place_of_a_scratch_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "results.json.tmp")
+    workdir.write_json(tmp_path / "results.json", {"a": 1})
+    assert json.loads((tmp_path / "results.json").read_text()) == {"a": 1}
+
+
+def test_whether_a_folder_is_a_run_s_is_seen_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    os.mkfifo(tmp_path / "measured.json")
+    assert workdir.own_names(tmp_path) == set()

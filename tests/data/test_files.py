@@ -1,6 +1,7 @@
 """What a file says is what is learnt: text as it stands there, whatever it looks like, with or without ``datasets``."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ def written(tmp_path, name, content):
     return str(path)
 
 
-@pytest.mark.parametrize("number", ["4", "0.5", "10000000.0", "1e-5", "12345678901234567890", "1.10", "-0.0", "1E3"])
+@pytest.mark.parametrize("number", ["4", "0.5", "10000000.0", "1e-5", "12345678901234567890", "1.10", "-0.0", "-0", "1E3"])
 def test_a_number_is_written_as_in_the_file(tmp_path, number):
     rows = read_table(written(tmp_path, "a.jsonl", f'{{"answer": {number}}}\n{{"answer": "007"}}\n'))
     assert [str(row["answer"]) for row in rows] == [number, "007"]
@@ -59,6 +60,17 @@ def test_a_csv_has_quotes_lines_in_them_and_long_fields(tmp_path):
     ("a.json", '[{"a": 1}, 2]', r"a\.json, entry 2: not a JSON object"),
     ("a.json", "", "must hold one JSON array"),
     ("a.parquet", "no parquet", r"cannot read .*a\.parquet"),
+    ("a.jsonl", "[" * 100_000, r"a\.jsonl, line 1: not valid JSON"),
+    ("a.json", "[" * 100_000, r"a\.json: not valid JSON"),
+    ("a.jsonl", '{"a": {"b": 1, "b": 2}}', r"line 1: not valid JSON \(the key 'b' stands twice in one object"),
+    ("a.json", '[{"a": 1, "a": 1}]', r"the key 'a' stands twice in one object: keep one"),
+    ("a.jsonl", '{"a": "\\ud83d"}', r"line 1: not valid JSON .*surrogates not allowed"),
+    ("a.json", '[{"\\uDC00": 1}]', r"not valid JSON .*surrogates not allowed"),
+    ("a.jsonl", '{"a": ' + "1" * 5000 + "}", r"line 1: not valid JSON \(Exceeds the limit"),
+    ("a.jsonl", b"\0" * 100, r"line 1: not valid JSON"),
+    ("a.jsonl", '{"a": 1}'.encode("utf-16"), r"line 1: not valid JSON"),
+    ("a.csv", "a\n\0\n", r"a\.csv, line 2: it holds a NUL"),
+    ("a.txt", "text", r"'\.txt' is not a known file ending"),
 ])
 def test_what_cannot_be_read_is_named(tmp_path, name, content, words):
     with pytest.raises(PeftJaxError, match=words):
@@ -92,3 +104,36 @@ def test_reading_a_table_shows_no_bar(tmp_path, capfd):
     capfd.readouterr()
     assert [row["text"] for row in read_table(str(tmp_path / "mine.parquet"))] == ["one", "two"]
     assert "Generating" not in capfd.readouterr().err and not datasets.are_progress_bars_disabled()
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    (os.mkdir, "no data file at .*a.jsonl', which is a folder: name the files"),
+    (os.mkfifo, "the data: .*a.jsonl is a named pipe, not a file"),
+    (lambda path: path.symlink_to("/dev/zero"), "the data: .*a.jsonl is a device, not a file"),
+    (lambda path: path.symlink_to(path), "the data: .*a.jsonl' cannot be read: Too many levels"),
+    (lambda path: path.symlink_to("/nowhere"), "the data: there is no file .*a.jsonl"),
+    (lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_RDWR), 1 << 40), "has 1.1e.12 bytes, more than the memory"),
+])
+@pytest.mark.parametrize("pattern", ["a.jsonl", "?.jsonl"])
+def test_what_is_no_file_that_memory_holds_is_not_opened(tmp_path, make, words, pattern):
+    make(tmp_path / "a.jsonl")
+    words = "no data file at .*" if pattern != "a.jsonl" and "folder" in words else words
+    with pytest.raises(PeftJaxError, match=words):
+        read_table(str(tmp_path / pattern))
+
+
+@pytest.mark.parametrize("path", [".", "/", "x" * 300, "x" * 300 + ".jsonl", "a\0b.jsonl", "~nobody/a.csv", "", "[", "*"])
+def test_what_no_data_file_is_called_is_one_line(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PeftJaxError):
+        read_table(path)
+
+
+def test_a_whole_letter_may_be_written_as_its_halves(tmp_path):
+    assert read_table(written(tmp_path, "a.jsonl", '{"a": "\\ud83d\\ude00 \\\\ud"}')) == [{"a": "\U0001f600 \\ud"}]
+
+
+def test_a_damaged_parquet_file_is_the_error_alone(tmp_path, capfd):
+    with pytest.raises(PeftJaxError, match="cannot read"):
+        read_table(written(tmp_path, "a.parquet", "no parquet"))
+    assert capfd.readouterr() == ("", "")

@@ -1,5 +1,7 @@
 """The metrics file survives crashes and resumption; TensorBoard gets the same numbers."""
 
+import os
+
 import pytest
 
 from peft_jax.errors import PeftJaxError
@@ -27,6 +29,33 @@ def test_a_last_line_cut_short_is_left_out_and_a_broken_one_before_it_is_an_erro
     path.write_text('{"step": 1, "lo\n{"step": 2}\n')
     with pytest.raises(PeftJaxError, match=r"metrics.jsonl:1 is not JSON"):
         read_metrics(path)
+
+
+@pytest.mark.parametrize(("line", "words"), [
+    ("[]", "it is \\[\\], not an object"), ("3", "it is 3, not an object"), ("{}", "step is null, not int"),
+    ('{"step": "1"}', 'step is "1", not int'), ('{"step": 1, "loss": "low"}', 'loss is "low", not int or float'),
+    ('{"step": 1, "loss": [1]}', "loss is .*, not int or float"), ("[" * 100_000, "is not JSON"), ("\0", "is not JSON"),
+    ("\udcff", "is not JSON"), ('{"step": 1' + "0" * 400 + "}", "step is a number of hundreds of digits"),
+])
+def test_a_line_that_is_none_is_named(tmp_path, line, words):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(f'{{"step": 1, "loss": 1.0}}\n{line}\n'.encode("utf-8", "surrogateescape"))
+    with pytest.raises(PeftJaxError, match=rf"metrics.jsonl:2 .*{words}"):
+        read_metrics(path)
+
+
+def test_a_line_has_the_numbers_that_its_reader_needs(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n')
+    assert len(read_metrics(tmp_path / "metrics.jsonl", "loss")) == 1
+    with pytest.raises(PeftJaxError, match="metrics.jsonl:1 is damaged, seconds is null, not int or float"):
+        MetricsLog(tmp_path / "metrics.jsonl", 1, needed=("loss", "seconds"))
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_metrics_are_read_from_a_file(tmp_path, make):
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(PeftJaxError, match="metrics.jsonl is .*: remove the line, or start a new file"):
+        read_metrics(tmp_path / "metrics.jsonl")
 
 
 def test_tensorboard_holds_the_values(tmp_path):
