@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -156,6 +157,32 @@ def _restore(scratch: Path, folder: Path, aside: Path, new: list[str], old: list
     for name in reversed(old):
         if (aside / name).exists():
             os.replace(aside / name, folder / name)
+
+
+KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
+         (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
+
+
+def regular_file(path: str | Path, what: str) -> Path:
+    """The path, if a plain file, or a link to one, lies there: to open a pipe or a device may wait for ever, or never
+    end. Nothing is opened.
+
+    Args:
+      what: the file is for its reader, such as "the model's config", for the error.
+    Raises:
+      PeftJaxError: nothing is there, something else is, or it cannot be looked at.
+    """
+    try:
+        mode = Path(path).stat().st_mode
+    except FileNotFoundError as error:
+        raise PeftJaxError(f"{what}: there is no file {path}.") from error
+    except (OSError, ValueError) as error:  # no access, too long a name, links in a circle; a NUL in it
+        raise PeftJaxError(f"{what}: {str(path)[:200]!r} cannot be read: {getattr(error, 'strerror', None) or error}."
+                           ) from error
+    if not stat.S_ISREG(mode):
+        kind = next((words for is_kind, words in KINDS if is_kind(mode)), "no file")
+        raise PeftJaxError(f"{what}: {path} is {kind}, not a file: put the file itself there.")
+    return Path(path)
 
 
 OF_A_RUN = "remove it, or train again with --overwrite"  # what to do about a damaged file that a run wrote
