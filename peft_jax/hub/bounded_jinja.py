@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime
+from operator import add
 from typing import Any
 
 import jinja2
@@ -242,7 +243,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         if operator == "+":
             if isinstance(left, CONTAINERS) and isinstance(right, CONTAINERS):
                 budget.allow(ITEM * (len(left) + len(right)))
-            return budget.made(left + right)
+            return budget.made(add(left, right))
         if operator == "%" and isinstance(left, str):
             budget.allow((len(left) + 1) * _check_format(left, [right], "%"), MOST_TEXTS)
         elif isinstance(left, int) and isinstance(right, int):
@@ -250,7 +251,8 @@ class _Bounded(ImmutableSandboxedEnvironment):
                 raise jinja2.TemplateError(f"it makes a number of over {MOST_BITS:,} bits")
         elif operator == "*":
             times = [abs(one) for one in (left, right) if isinstance(one, int)]
-            budget.allow(sum(size(one) for one in (left, right) if isinstance(one, COUNTED)) * max(*times, 1, 1))
+            repeated = [one for one in (left, right) if isinstance(one, (*TEXTS, *CONTAINERS))]
+            budget.allow(sum(map(size, repeated)) * max(*times, 1, 1))
         return budget.made(super().call_binop(context, operator, left, right))
 
 

@@ -48,7 +48,7 @@ def load_tokenizer(source: str | os.PathLike):
         raise PeftJaxError(f"the tokenizer in {folder} has no fast version ({TOKENIZER}): convert it with transformers "
                            "and save it again.")
     if beyond := [name for name, number in special.items() if rows and number is not None and number >= rows]:
-        raise PeftJaxError(f"the tokenizer in {folder} has the {beyond[0]} {getattr(tokenizer, beyond[0])!r:.60}, of the "
+        raise PeftJaxError(f"the tokenizer in {folder} has the {beyond[0]} {getattr(tokenizer, beyond[0])!r:.60} of "
                            f"number {special[beyond[0]]}, and the model beside it knows {rows} tokens: fetch it again.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -145,7 +145,7 @@ def _rope(c: Mapping[str, Any]) -> tuple[float, tuple[tuple[str, float | str], .
         given.setdefault("original_max_position_embeddings", c["max_position_embeddings"])
     missing = [key for key in _SCALING_KEYS[kind] if not is_number(given.get(key)) or given[key] <= 0]
     if missing or given.get("high_freq_factor", 2) <= given.get("low_freq_factor", 1):
-        raise PeftJaxError(f"rope scaling '{kind}' lacks {', '.join(missing) or 'a high_freq_factor above the low one'}, "
+        raise PeftJaxError(f"rope scaling '{kind}' lacks {', '.join(missing) or 'a high_freq_factor above the low'}, "
                            "a number above 0: add it in config.json.")
     return float(theta), tuple((key, given[key]) for key in sorted(("rope_type", *_SCALING_KEYS[kind])))
 

@@ -122,8 +122,8 @@ def _settings(folder, given) -> Mapping[str, Any]:
         raise PeftJaxError(f"{folder}/config.json has a quantization_config that is no object: fetch it again.")
     for key, kinds in _SETTINGS.items():
         if not isinstance(settings.get(key), kinds):
-            raise PeftJaxError(f"{folder}/config.json has a quantization_config with {key}={settings[key]!r:.60}: fetch "
-                               "it again.")
+            raise PeftJaxError(f"{folder}/config.json has a quantization_config with {key}={settings[key]!r:.60}: "
+                               "fetch it again.")
     method = settings.get("quant_method", "bitsandbytes" if settings else None)
     if method not in (None, "bitsandbytes"):
         raise PeftJaxError(f"{folder} is quantised by '{method}', which is not read, only bitsandbytes' four bits are: "
