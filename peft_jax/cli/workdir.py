@@ -137,7 +137,7 @@ def check_kinds(folder: Path) -> None:
     """Raise ``PeftJaxError`` where a name that a run is to read or write is a file instead of a folder, or no file."""
     for name in (name for name in WRITTEN if os.path.lexists(folder / name)):
         if name not in FOLDERS:
-            files.regular_file(folder / name, "a file of a run", run_files.MEND)
+            files.regular_file(folder / name, "a file of a run", mend=run_files.MEND)
         elif not (folder / name).is_dir():
             raise PeftJaxError(f"{folder / name} is no folder, as a run's is: {run_files.MEND}.")
 

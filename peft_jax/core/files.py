@@ -9,12 +9,13 @@ import socket
 import stat
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from peft_jax.core.json_shape import Shape, misfit, short
-from peft_jax.errors import PeftJaxError
+from peft_jax.errors import PeftJaxError, root_cause
 
 
 def write(path: Path, data: str | bytes) -> None:
@@ -65,7 +66,7 @@ def locked(path: Path, folder: Path, what: str) -> Iterator[None]:
     owner, lock = path.with_name(f"{path.name}.json"), FileLock(path, timeout=0)
     for one in (path, owner):
         if os.path.lexists(one):
-            regular_file(one, f"the lock of {what}", "remove it")
+            regular_file(one, f"the lock of {what}", mend="remove it")
     try:
         lock.acquire()
         write(owner, json.dumps({"process": os.getpid(), "machine": socket.gethostname(),
@@ -168,18 +169,20 @@ KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_IS
          (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
 
 
-def regular_file(path: str | Path, what: str, mend: str = "put the file itself there") -> Path:
+def regular_file(path: str | Path, what: str, most: int | None = None,
+                 mend: str = "put the file itself there") -> Path:
     """The path, if a plain file, or a link to one, lies there: to open a pipe or a device may wait for ever, or never
     end. Nothing is opened.
 
     Args:
       what: the file is for its reader, such as "the model's config", for the error.
+      most: bytes that it may have.
       mend: what to do about something else in its place, the end of the error.
     Raises:
-      PeftJaxError: nothing is there, something else is, or it cannot be looked at.
+      PeftJaxError: nothing is there, something else is, it is larger, or it cannot be looked at.
     """
     try:
-        mode = Path(path).stat().st_mode
+        mode, size = (stated := Path(path).stat()).st_mode, stated.st_size
     except FileNotFoundError as error:
         raise PeftJaxError(f"{what}: there is no file {path}.") from error
     except (OSError, ValueError) as error:  # no access, too long a name, links in a circle; a NUL in it
@@ -188,12 +191,33 @@ def regular_file(path: str | Path, what: str, mend: str = "put the file itself t
     if not stat.S_ISREG(mode):
         kind = next((words for is_kind, words in KINDS if is_kind(mode)), "no file")
         raise PeftJaxError(f"{what}: {path} is {kind}, not a file: {mend}.")
+    if most is not None and size > most:
+        raise PeftJaxError(f"{what}: {path} has {size:,} bytes, and {most:,} is the most that is read of such a file: "
+                           f"{mend}.")
     return Path(path)
 
 
+@contextlib.contextmanager
+def reading(path: str | Path, what: str, mend: str = "fetch it again") -> Iterator[None]:
+    """While entered, whatever a reader raises becomes its one line, which names the file ``path`` and the cause.
+
+    For the reading alone: what is read is checked before, or afterwards, and code that works with it is not inside.
+
+    >>> with reading("config.json", "a config"):
+    ...     {}["vocab_size"]
+    Traceback (most recent call last):
+    ...
+    peft_jax.errors.PeftJaxError: config.json cannot be read as a config (KeyError: 'vocab_size'): fetch it again.
+    """
+    try:
+        yield
+    except (PeftJaxError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of a library written in Rust is no Exception
+        raise PeftJaxError(f"{path} cannot be read as {what} ({root_cause(error)}): {mend}.") from error
 
 
-LARGEST = 64 << 20  # bytes of JSON: the index of the largest checkpoints takes a quarter of it
+MOST_JSON = 64 << 20  # bytes; the largest such file is the tokenizer of a large vocabulary, a third of it
 
 
 def read_json(path: Path, *needed: str, shape: Shape = None, mend: str = "fetch it again") -> dict[str, Any]:
@@ -206,13 +230,10 @@ def read_json(path: Path, *needed: str, shape: Shape = None, mend: str = "fetch 
     Raises:
       PeftJaxError: it is no plain file, too large, damaged, no object, lacks a key or has a value of another type.
     """
+    regular_file(path, "JSON is read from files", MOST_JSON, mend)
     try:
-        if regular_file(path, "a JSON file", mend).stat().st_size > LARGEST:
-            raise PeftJaxError(f"{path} has {path.stat().st_size} bytes, more than any such file has: {mend}.")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except PeftJaxError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise PeftJaxError(f"{path} is not readable as JSON ({error}): {mend}.") from error
     if not isinstance(value, dict):
         raise PeftJaxError(f"{path} holds {short(value)}, not a JSON object: {mend}.")
@@ -221,6 +242,25 @@ def read_json(path: Path, *needed: str, shape: Shape = None, mend: str = "fetch 
         raise PeftJaxError(f"{path} lacks {', '.join(missing)}: {mend}.")
     if shape is not None and (fault := misfit(value, shape)):
         raise PeftJaxError(f"{path} is damaged, {fault}: {mend}.")
+    return value
+
+
+def parse_json(text: str, **parsers: Any) -> Any:
+    """What a text says as JSON, by ``parsers`` as of ``json.loads``. Raises ``ValueError`` where it is none, or gives a key two values.
+
+    >>> parse_json('{"r": 8, "r": 9}')
+    Traceback (most recent call last):
+    ...
+    ValueError: the key 'r' stands there twice
+    """
+    return json.loads(text, object_pairs_hook=_once_each, **parsers)
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        (key, _), = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key!r:.100} stands there twice")
     return value
 
 

@@ -46,7 +46,8 @@ def _is_huge(value: Any) -> bool:
 
 
 def short(value: Any) -> str:
-    """The value in a few letters; what an object or a list holds, which may be deep, is left out."""
-    if value and isinstance(value, list | dict):
+    """The value in a few letters; what an object or a list of such holds, which may be deep, is left out."""
+    members = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if any(isinstance(one, list | dict) or _is_huge(one) for one in members):
         return "[...]" if isinstance(value, list) else "{...}"
     return json.dumps(value)[:40] if not _is_huge(value) else "a number of hundreds of digits"

@@ -6,14 +6,13 @@ import logging
 import os
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from peft_jax.core.files import regular_file
+from peft_jax.core.files import parse_json, regular_file
 from peft_jax.errors import PeftJaxError, nearest, needed, root_cause
 
 
@@ -96,8 +95,7 @@ def _object(line: bytes, where: str) -> dict:
 
 def _json(content: bytes, where: str) -> Any:
     try:
-        value = json.loads(content.decode(), parse_float=WrittenNumber, parse_constant=WrittenNumber,
-                           parse_int=_whole, object_pairs_hook=_once)
+        value = parse_json(content.decode(), parse_float=WrittenNumber, parse_constant=WrittenNumber, parse_int=_whole)
         if b"\\ud" in content.lower():  # perhaps half a letter, which JSON can hold and no text
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are of the first kind
@@ -107,15 +105,6 @@ def _json(content: bytes, where: str) -> Any:
 
 def _whole(text: str) -> int | WrittenNumber:
     return WrittenNumber(text) if text == "-0" else int(text)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object. Raises ``ValueError`` where it has a key twice: only the last would count."""
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {twice!r} stands twice in one object: keep one")
-    return value
 
 
 def _json_array(file: Path) -> list[dict]:

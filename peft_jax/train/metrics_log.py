@@ -55,7 +55,7 @@ def read_metrics(path: Path, *needed: str) -> list[dict[str, float]]:
     """
     if not os.path.lexists(path):
         return []
-    lines = files.regular_file(path, "a run's metrics", MEND).read_bytes().splitlines(keepends=True)
+    lines = files.regular_file(path, "a run's metrics", mend=MEND).read_bytes().splitlines(keepends=True)
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

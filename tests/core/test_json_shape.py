@@ -17,7 +17,7 @@ from peft_jax.errors import LONGEST, PeftJaxError, one_line
     ({"x": "1"}, {str: NUMBER}, 'x is "1", not int or float'),
     ({"x": 10**400}, {str: NUMBER}, "x is a number of hundreds of digits, not int or float below 2**64"),
     ([], {"a": int}, "it is [], not an object"),
-    ({"a": 1}, [int], "it is {...}, not a list"),
+    ({"a": 1}, [int], 'it is {"a": 1}, not a list'),
     (None, {}, "it is null, not an object"),
 ])
 def test_what_does_not_fit_is_named(value, shape, words):
@@ -66,7 +66,7 @@ def test_a_damaged_file_of_a_run_is_one_line_that_says_what_to_do(tmp_path, name
 def test_a_file_of_a_terabyte_is_not_read(tmp_path):
     with open(tmp_path / "results.json", "wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(PeftJaxError, match="has 1099511627776 bytes, more than any such file has: remove it"):
+    with pytest.raises(PeftJaxError, match="has 1,099,511,627,776 bytes, and .* is the most that is read of such a file: remove it"):
         run_files.read(tmp_path / "results.json")
 
 
