@@ -140,7 +140,7 @@ def parse_flags(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
 
 
 def is_text(argument: str) -> bool:
-    """Whether the bytes of an argument were UTF-8: Python keeps others as halves of letters, which nothing can write."""
+    """Whether the bytes of an argument were UTF-8: Python keeps others as halves of letters, which nobody can write."""
     return argument.encode(errors="ignore").decode() == argument
 
 

@@ -21,16 +21,16 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:] = [str(ROOT), *(path for path in sys.path if path != str(Path(__file__).parent))]
-sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))  # another checkout's package, say
+sys.path.insert(0, str(ROOT))
 
-from benchmarks.fuzz.cases import FAILURES, OUTCOMES
-from benchmarks.fuzz.pool import Worker, environment
+from benchmarks.fuzz.cases import FAILURES, OUTCOMES  # noqa: E402
+from benchmarks.fuzz.pool import Worker, environment  # noqa: E402
 
 SHARES = {"gguf": 16, "model_config": 18, "tokenizer": 9, "weights": 9, "adapter": 16, "template": 6, "data": 14,
           "command_line": 10, "workdir": 2}  # of the inputs, in percent
@@ -133,7 +133,7 @@ def table(asked: list[tuple[str, int]], place: Path) -> str:
 def of_kills(place: Path) -> str:
     rows = rows_of(place / "kills.jsonl")
     wrong = sum(bool(row["wrong"]) for row in rows)
-    return (f"{sum(row['kills'] for row in rows)} kills of {len(rows)} runs: {len(rows) - wrong} runs ended as the one that "
+    return (f"{sum(row['kills'] for row in rows)} kills of {len(rows)} runs: {len(rows) - wrong} ended as the one that "
             f"nothing ended, bit for bit, {wrong} did not")
 
 
@@ -144,7 +144,7 @@ def replay(surface: str, seed: int, place: Path) -> None:
 
     base, folder = worker.prepared(surface, place), place / "replay"
     print(*worker.tried(surface, seed, base, folder), sep="\n")
-    trial = __import__(f"benchmarks.fuzz.surfaces.{surface}", fromlist=["trial"]).trial
+    trial = import_module(f"benchmarks.fuzz.surfaces.{surface}").trial
     worker.remove(folder)
     folder.mkdir()
     try:

@@ -114,7 +114,8 @@ def left(folder: Path) -> dict[str, Any]:
     """What a run leaves, without times: hashes of the adapter, losses, metrics, and every name."""
     results = json.loads((folder / "results.json").read_text())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted((folder / "adapter").iterdir())}
+    files = sorted((folder / "adapter").iterdir())
+    hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     return {"adapter": hashes, "rows": [[row["step"], row["loss"], row["learning_rate"]] for row in rows],
             "results": {key: results[key] for key in ("before", "after", "steps", "trainable", "all")},
             "names": sorted(path.name for path in folder.iterdir()),

@@ -1,4 +1,4 @@
-"""What is damaged: a tiny random model with its tokenizer, an adapter of it, a table, a finished run; each made once."""
+"""What is damaged: a tiny random model with its tokenizer, an adapter of it, a table, a finished run; made once."""
 
 import contextlib
 import io

@@ -49,7 +49,9 @@ class Worker:
         if self.process is None:
             self._start()
         answer = self._answered(surface, None, READY, 64 * self.memory)  # at once, but for the first of a surface
-        answer = self._answered(surface, seed, self.seconds + TRAINING.get(surface, 0), self.memory) if not answer else answer
+        if answer:
+            raise RuntimeError(f"{surface}: its undamaged input fails, see {self.folder}.log")
+        answer = self._answered(surface, seed, self.seconds + TRAINING.get(surface, 0), self.memory)
         if "memory" in answer and answer["memory"] > self.memory:
             answer.update(kind="memory", said=f"{answer['memory'] / 1e9:.1f} GB")
         if answer.get("memory", self.memory) > AFRESH:
@@ -79,7 +81,7 @@ class Worker:
     def _ended(self, kind: str, said: str) -> dict[str, Any]:
         self.end()
         what = what_of(self.folder)
-        return {"kind": kind, "said": said, "what": json.loads(what.read_text()) if what.exists() else "the undamaged input"}
+        return {"kind": kind, "said": said, "what": json.loads(what.read_text()) if what.exists() else "undamaged"}
 
     def end(self) -> None:
         if self.process is not None:

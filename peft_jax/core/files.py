@@ -246,7 +246,9 @@ def read_json(path: Path, *needed: str, shape: Shape = None, mend: str = "fetch 
 
 
 def parse_json(text: str, **parsers: Any) -> Any:
-    """What a text says as JSON, by ``parsers`` as of ``json.loads``. Raises ``ValueError`` where it is none, or gives a key two values.
+    """What a text says as JSON, by ``parsers`` as of ``json.loads``.
+
+    Raises ``ValueError`` where it is none, or gives a key two values.
 
     >>> parse_json('{"r": 8, "r": 9}')
     Traceback (most recent call last):

@@ -67,8 +67,8 @@ def _rows(file: Path) -> list[dict]:
     if file.suffix not in READERS:
         raise PeftJaxError(f"cannot read {file}: {file.suffix or 'no ending'!r} is not a known file ending; "
                            f"{nearest(file.suffix, READERS)}")
-    size, memory = regular_file(file, "the data").stat().st_size, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
-    if size > memory:
+    size = regular_file(file, "the data").stat().st_size
+    if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE"):
         raise PeftJaxError(f"{file} has {size:.1e} bytes, more than the memory of this machine: cut it into parts")
     try:
         return list(READERS[file.suffix](file))
@@ -139,7 +139,7 @@ def _csv_rows(file: Path, lines: Any) -> list[dict]:
             if not fields:  # an empty line
                 continue
             if any("\0" in field for field in fields):
-                raise PeftJaxError(f"{file}, line {lines.line_num}: it holds a NUL, which no text does: save it as UTF-8")
+                raise PeftJaxError(f"{file}, line {lines.line_num}: it holds a NUL, as no text does: save it as UTF-8")
             if names is None:
                 names = _column_names(file, fields)
             elif len(fields) != len(names):

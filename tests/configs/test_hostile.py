@@ -1,4 +1,4 @@
-"""Experiment files that are none, keys that are methods of the configuration, values that nothing can mean: one line."""
+"""Experiment files that are none, keys that are no keys, values that nothing can mean: one line each."""
 
 import os
 
@@ -49,7 +49,7 @@ MADE = "from configs import base\ndef get_config(arg):\n    config = base.get_co
     (MADE.format("config.task.kind = 'file'"), "lacks config.task.chat"),
     (MADE.format("config.task.words = ('bad', 'good')"), "config.task has 2, 5 and 4"),
     (MADE.format("config.task.bins = (2.0, 0.5, -0.5, -2.0)"), "in rising order"),
-    (MADE.format("config.task.bins = ('a', 'b', 'c', 'd')"), "--config.task.bins=('a', 'b', 'c', 'd'): expected numbers"),
+    (MADE.format("config.task.bins = ('a', 'b', 'c', 'd')"), "task.bins=('a', 'b', 'c', 'd'): expected numbers"),
     (MADE.replace("get_config()", "get_config(method='lora+ia3')").format("config.method.order = ('lora', 'nothing')"),
      "--config.method.order=('lora', 'nothing'): the names of the chain's methods"),
 ])

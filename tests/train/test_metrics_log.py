@@ -47,14 +47,14 @@ def test_a_line_that_is_none_is_named(tmp_path, line, words):
 def test_a_line_has_the_numbers_that_its_reader_needs(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n')
     assert len(read_metrics(tmp_path / "metrics.jsonl", "loss")) == 1
-    with pytest.raises(PeftJaxError, match="metrics.jsonl:1 is damaged, seconds is null, not int or float"):
+    with pytest.raises(PeftJaxError, match=r"metrics.jsonl:1 is damaged, seconds is null, not int or float"):
         MetricsLog(tmp_path / "metrics.jsonl", 1, needed=("loss", "seconds"))
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
 def test_metrics_are_read_from_a_file(tmp_path, make):
     make(tmp_path / "metrics.jsonl")
-    with pytest.raises(PeftJaxError, match="metrics.jsonl is .*: remove the line, or start a new file"):
+    with pytest.raises(PeftJaxError, match=r"metrics.jsonl is .*: remove the line, or start a new file"):
         read_metrics(tmp_path / "metrics.jsonl")
 
 

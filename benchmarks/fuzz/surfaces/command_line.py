@@ -23,10 +23,11 @@ FILES = ["def get_config(:\n", "1/0\n", "x = 1\n", "def get_config(arg): return 
          "def get_config(arg): raise KeyError('x')\n", "def get_config(): return 1\n", "import sys; sys.exit(0)\n",
          "import nothing_of_this_name\n", "def get_config(arg): return get_config(arg)\n", "\0", "\x00\xff",
          *(f"from configs import base\ndef get_config(arg):\n    config = base.get_config()\n    {line}\n    return "
-           "config\n" for line in ("config.measure = 3", "config.model.source = 3", "config.optim.lr = 3", "config.r = 8",
-                                   "del config.optim", "config.task.words = (1, 2)", "config.sweep = 3",
-                                   "config.method.name = 'nothing'", "config.method.rank = 8", "del config.task.bins",
-                                   "config.seed = None", "config.optim.steps = 'many'", "config.task.kind = 'file'"))]
+           "config\n" for line in (
+               "config.measure = 3", "config.model.source = 3", "config.optim.lr = 3", "config.r = 8",
+               "del config.optim", "config.task.words = (1, 2)", "config.sweep = 3", "config.method.rank = 8",
+               "del config.task.bins", "config.seed = None", "config.optim.steps = 'many'",
+               "config.task.kind = 'file'"))]
 
 
 def prepare(place: Path) -> dict[str, Any]:
@@ -52,8 +53,9 @@ def _key(keys: dict[str, Any], rng: Random, folder: Path):
 
 
 def _no_key(keys: dict[str, Any], rng: Random, folder: Path):
-    argument = f"--config.{rng.choice(NO_KEYS)}"
-    return "no key", [LORA, rng.choice((argument, f"{argument}=3", f"{argument}=", argument.replace("--", "--no")))], never
+    key = rng.choice(NO_KEYS)
+    written = rng.choice((f"--config.{key}", f"--config.{key}=3", f"--config.{key}=", f"--noconfig.{key}"))
+    return "no key", [LORA, written], never
 
 
 def _flag(keys: dict[str, Any], rng: Random, folder: Path):

@@ -8,16 +8,19 @@ from benchmarks.fuzz import damages, material
 from benchmarks.fuzz.cases import Trial
 
 HOSTILE = (
-    "{% for i in range(10**9) %}x{% endfor %}", "{{ 'x' * 10**10 }}", "{{ [0] * 10**10 }}", "{% for m in messages %}{{ m."
-    "content * 10**9 }}{% endfor %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ ''.__class__.__mro__ }}",
+    "{% for i in range(10**9) %}x{% endfor %}", "{{ 'x' * 10**10 }}", "{{ [0] * 10**10 }}",
+    "{% for m in messages %}{{ m.content * 10**9 }}{% endfor %}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ ''.__class__.__mro__ }}",
     "{{ 9**9**9 }}", "{{ range(10**8) | list | length }}", "{{ cycler.__init__.__globals__.os.system('true') }}",
     "{{ messages.__class__.__base__.__subclasses__() }}", "{% include '/etc/passwd' %}", "{{ 'a' | center(10**10) }}",
-    "{{ '%010000000000d' % 1 }}", "{{ '{:>10000000000}'.format(1) }}", "{% set x = namespace(a='x') %}{% for i in range("
-    "64) %}{% set x.a = x.a + x.a %}{% endfor %}{{ x.a }}", "{{ lipsum(n=10**6) }}", "{{ raise_exception('no') }}",
+    "{{ '%010000000000d' % 1 }}", "{{ '{:>10000000000}'.format(1) }}",
+    "{% set x = namespace(a='x') %}{% for i in range(64) %}{% set x.a = x.a + x.a %}{% endfor %}{{ x.a }}",
+    "{{ lipsum(n=10**6) }}", "{{ raise_exception('no') }}",
     "{% for i in range(10**4) %}{% for j in range(10**5) %}{% endfor %}{% endfor %}", "{{ undefined.x.y }}", "{{",
     "{% for %}", "{% extends 'x' %}", "{{ messages[99].content }}", "{{ strftime_now('%Y') }}", "{{ 1 / 0 }}", "",
     "{{ '(a+)+$' }}", "{{ messages | tojson }}", "{{ messages | map(attribute='x') | list }}", "{% generation %}",
-    "{{ 'x' | wordwrap(0) }}", "{{ ([1] * 1000) | map('string') | join('x' * 10**7) }}", "{{ '\ud800' }}", "{{ '\\0' }}",
+    "{{ 'x' | wordwrap(0) }}", "{{ ([1] * 1000) | map('string') | join('x' * 10**7) }}",
+    "{{ '\ud800' }}", "{{ '\\0' }}",
 )  # fmt: skip
 
 
@@ -35,7 +38,7 @@ def trial(base: Any, rng: Random, folder: Path) -> Trial:
 
 
 def _cut(rng: Random) -> str:
-    what, content = damages.bytes_of(material.TEMPLATE.encode(), rng)
+    _, content = damages.bytes_of(material.TEMPLATE.encode(), rng)
     return content.decode("utf-8", "replace")[:10_000]
 
 

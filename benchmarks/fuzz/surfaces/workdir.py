@@ -14,8 +14,8 @@ from benchmarks.fuzz.cases import Trial, equal
 
 MODES = {  # the files that a mode reads; others may hold anything
     "train": ("results.json", "config.json", "manifest.json", "lock", "lock.json"),
-    "resume": ("config.json", "manifest.json", "fingerprint.json", "before.json", "metrics.jsonl", "checkpoints", "lock",
-               "lock.json", "results.json", "checkpoint file"),
+    "resume": ("config.json", "manifest.json", "fingerprint.json", "before.json", "metrics.jsonl", "checkpoints",
+               "lock", "lock.json", "results.json", "checkpoint file"),
     "eval": ("config.json", "manifest.json", "adapter", "adapter/adapter_config.json",
              "adapter/adapter_model.safetensors", "eval.json"),
     "generate": ("config.json", "manifest.json", "adapter", "adapter/adapter_config.json",
