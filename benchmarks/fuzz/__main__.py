@@ -94,9 +94,11 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file, [] where there is none."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of a file, [] where there is none; a last one that was cut short is taken off it."""
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
+    if whole:
+        path.write_text(f"{whole}\n", encoding="utf-8")
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def kill(count: int, seed: int, place: Path) -> None:
