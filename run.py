@@ -207,6 +207,8 @@ def check_runtime(values: flags.FlagValues) -> None:
     """Raise ``PeftJaxError`` for flags of the runtime that cannot be meant."""
     if values.transfer_guard not in GUARDS:
         raise PeftJaxError(f"--transfer_guard={values.transfer_guard}: {nearest(values.transfer_guard, GUARDS)}")
+    for name in ("workdir", "output"):
+        check_place(name, values[name].value)
     if values.profile < 0:
         raise PeftJaxError(f"--profile={values.profile}: a number of training steps")
     place = ("coordinator", "num_processes", "process_id")
@@ -219,10 +221,20 @@ def check_runtime(values: flags.FlagValues) -> None:
         missing = " and ".join(f"--{name}" for name in place if name not in named)
         raise PeftJaxError(f"--{named[0]} goes with {missing}")
     if named:
-        check_place(values)
+        check_process(values)
 
 
-def check_place(values: flags.FlagValues) -> None:
+def check_place(flag: str, folder: str | None) -> None:
+    """Raise ``PeftJaxError`` where no folder can have this name; whether there is one is another matter."""
+    try:
+        os.lstat(os.path.expanduser(folder or "."))
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except OSError as error:
+        raise PeftJaxError(f"--{flag}={folder}: {error.strerror}: choose another folder") from error
+
+
+def check_process(values: flags.FlagValues) -> None:
     """Raise ``PeftJaxError`` where a process among several cannot be the one that it is said to be."""
     port = values.coordinator.rpartition(":")[2] if ":" in values.coordinator else ""
     if values.coordinator.startswith(":") or not port.isdecimal() or not 0 < int(port) < 1 << 16:

@@ -15,6 +15,7 @@ KINDS = {task["kind"]: task for task in TASKS.values()}  # of a task: one that h
 NUMBERS = ("task.bins", "task.word_values")  # tuples of numbers
 WHOLE = ("sweep.seeds",)  # of whole numbers; all other tuples are of texts
 SWEEP = {"seeds": (), "rates": 1, "metric": ""}
+MOST_LABELS = 1 << 16  # as in peft_jax/data/tables.py
 MOST = 2**31 - 1  # of a whole number: what an int32 holds
 
 
@@ -49,6 +50,8 @@ def _check_task(task: ConfigDict) -> None:
     if task.kind not in KINDS:
         raise PeftJaxError(f"--config.task.kind={task.kind}: {nearest(task.kind, KINDS)}")
     _check_section(task, ConfigDict(KINDS[task.kind]), "task.")
+    if not 1 <= task.get("num_labels", 1) <= MOST_LABELS:
+        raise PeftJaxError(f"--config.task.num_labels={task.num_labels}: must be 1 to {MOST_LABELS}")
     if task.kind == "rating" and not len(task.words) == len(task.word_values) == len(task.bins) + 1:
         raise PeftJaxError(f"a rating task has as many words as word_values, and one bin fewer: config.task has "
                            f"{len(task.words)}, {len(task.word_values)} and {len(task.bins)}")

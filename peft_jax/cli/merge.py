@@ -1,5 +1,6 @@
 """``--mode=merge``, or export: fold the workdir's adapter into the weights, a folder that transformers loads."""
 
+import os
 from pathlib import Path
 
 from peft_jax.cli import console, trained_run, workdir
@@ -19,7 +20,7 @@ from peft_jax.parallel.mesh import make_mesh
 def job(command) -> int:
     """Write the merged model to ``--output``, with ``--requantize`` in the base's codes again."""
     folder, config = trained_run.folder_of(command), command.config
-    output = Path(command.output).expanduser() if command.output else folder / "merged"
+    output = Path(os.path.expanduser(command.output)) if command.output else folder / "merged"
     workdir.check_output(output, folder, config.model.source)
     if command.requantize:
         model, tokenizer, params = _merged_in_codes(command, folder)

@@ -4,14 +4,17 @@ from pathlib import Path
 from typing import Any
 
 from peft_jax.cli import workdir
+from peft_jax.core import run_files
+from peft_jax.core.json_shape import misfit
 from peft_jax.data.sources import train_rows
-from peft_jax.data.tables import LABELLED, keys_of_labels, named_columns
-from peft_jax.errors import PeftJaxError, some
+from peft_jax.data.tables import LABELLED, MOST_LABELS, keys_of_labels, named_columns
+from peft_jax.errors import PeftJaxError, nearest, some
 from peft_jax.evaluation.objectives import class_names, objective_of
 from peft_jax.hub import families
 from peft_jax.hub.model_files import open_model
 
-KEYS = ("answer", "label_names", "num_labels")  # of a task, that are settled here
+SETTLED = {"answer": str, "label_names": [str], "num_labels": int}  # of a task here, with their types
+ANSWERS = ("word", "class", "score")
 FROM_SHAPES = ("plan", "recommend")  # modes that need no data
 BEFORE = ("train", "show")  # modes that need no run
 
@@ -56,7 +59,17 @@ def _of_run(command) -> dict[str, Any]:
         return {}
     workdir.check_own(file.parent, file.name)
     task = workdir.read_json(file, "task")["task"]
-    return {key: tuple(task[key]) if key == "label_names" else task[key] for key in KEYS if key in task}
+    settled = {key: task[key] for key in SETTLED if key in task}
+    if fault := misfit(settled, {key: SETTLED[key] for key in settled}, "task") or _no_answer(settled):
+        raise PeftJaxError(f"{file} is damaged, {fault}: {run_files.MEND}")
+    return {key: tuple(value) if key == "label_names" else value for key, value in settled.items()}
+
+
+def _no_answer(task: dict[str, Any]) -> str:
+    if task.get("answer", "word") not in ANSWERS:
+        return f"task.answer is {task['answer']!r}, {nearest(task['answer'], ANSWERS)}"
+    many = not 1 <= task.get("num_labels", 1) <= MOST_LABELS
+    return f"task.num_labels is {task['num_labels']}, not 1 to {MOST_LABELS}" if many else ""
 
 
 def _of_data(task) -> dict[str, Any]:

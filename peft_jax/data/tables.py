@@ -23,6 +23,7 @@ KNOWN = (
 )
 # Columns beside these that belong to them, by the first use of those; only a chat has a place for their values.
 BESIDE = {"messages": ("system", "tools"), "prompt": ("system", "history", "tools")}
+MOST_LABELS = 1 << 16  # classes: a head of each further one takes memory, and a number that large is seldom a class
 LABELLED = {"text": "text", "label": "label"}  # the same where a head tells the label
 
 
@@ -190,6 +191,9 @@ def keys_of_labels(task, labels: Iterable[str]) -> dict[str, Any]:
     whole = all(number.is_integer() and number >= 0 for number in numbers)  # NaN is neither
     if whole and not task.label_names:
         count = task.num_labels if task.label_column else max(task.num_labels, int(max(numbers, default=0)) + 1)
+        if count > MOST_LABELS:
+            raise PeftJaxError(f"labels are whole numbers up to {count - 1:.6g}, and there can be {MOST_LABELS} classes "
+                               "by number: set --config.task.label_names, or --config.task.answer=score")
         return {"answer": answer, "num_labels": count}
     names = tuple(task.label_names) or tuple(sorted(distinct))
     return {"answer": answer, "label_names": names, "num_labels": len(names)}

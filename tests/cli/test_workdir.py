@@ -4,12 +4,14 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import run
 from configs import base
 from peft_jax.cli import workdir
+from peft_jax.cli.settle_task import settled
 from peft_jax.errors import PeftJaxError
 
 
@@ -199,3 +201,20 @@ def test_whether_a_folder_is_a_run_s_is_seen_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "config.json")
     os.mkfifo(tmp_path / "measured.json")
     assert workdir.own_names(tmp_path) == set()
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"label_names": 3}, "task.label_names is 3, not a list"), ({"label_names": [1]}, "label_names.0 is 1, not str"),
+    ({"answer": None}, "task.answer is null, not str"), ({"answer": "words"}, "did you mean word?"),
+    ({"num_labels": "2"}, 'num_labels is "2", not int'), ({"num_labels": 10**9}, "num_labels is 1000000000, not 1 to"),
+    ({"num_labels": 0}, "num_labels is 0, not 1 to"),
+])
+def test_what_a_run_says_of_its_labels_is_of_its_types(tmp_path, change, words):
+    config = base.get_config(task="films.csv")
+    workdir.start(tmp_path, config.to_dict(), overwrite=False)
+    file = tmp_path / "config.json"
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps({**stored, "task": {**stored["task"], **change}}))
+    command = SimpleNamespace(workdir=str(tmp_path), mode="eval", config=config)
+    with pytest.raises(PeftJaxError, match=f"config.json is damaged, .*{re.escape(words)}.*: remove it"):
+        settled(command)

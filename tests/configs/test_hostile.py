@@ -101,6 +101,7 @@ def test_what_is_no_key_is_refused_whatever_it_is_of_a_configuration(capsys, key
     ("--config.seed=a\nb", r"--config.seed=a\nb: expected int"),
     ("--config.model.source=a\0b", r"the argument '--config.model.source=a\x00b' is no text in UTF-8"),
     ("--workdir=\udcff", "is no text in UTF-8"),
+    ("--workdir=" + "x" * 300, "File name too long: choose another folder"),
     ("--config=" + "x" * 300, "there is no such file"),
     ("--config=experiments/lora.py:model=" + "x" * 300, "is neither a name of configs/models.py"),
     ("--config=experiments/lora.py:model=~nobody_of_this_name", "there is no such file or folder"),
@@ -109,3 +110,9 @@ def test_what_is_no_key_is_refused_whatever_it_is_of_a_configuration(capsys, key
 ])
 def test_a_value_that_nothing_can_mean_is_one_line(capsys, argument, words):
     assert words in fails(capsys, LORA, argument) or argument.startswith("--config=experiments/lora.py:task=hub")
+
+
+def test_a_name_that_no_folder_can_have_is_seen_before_anything_is_done(capsys):
+    assert "--output=xxx" in fails(capsys, LORA, "--mode=merge", "--output=" + "x" * 300)
+    assert "num_labels=99999: must be 1 to 65536" in fails(
+        capsys, "--config=experiments/minilm_lora.py:task=a/b", "--config.task.num_labels=99999")

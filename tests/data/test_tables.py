@@ -5,6 +5,7 @@ import json
 import pytest
 
 from peft_jax.data import load_examples
+from peft_jax.data.tables import MOST_LABELS, keys_of_labels
 from peft_jax.errors import PeftJaxError
 from tests.data.test_sources import columns, task
 
@@ -157,3 +158,12 @@ def test_what_a_chat_cannot_hold_is_refused_by_name(tmp_path, row, words):
 def test_messages_in_prompts_go_with_no_template_of_text(tmp_path):
     with pytest.raises(PeftJaxError, match=r"row 1 holds messages, which task\.prompt_template and"):
         loaded(tmp_path, {"prompt": TURNS[:1], "completion": TURNS[1:]}, prompt_template="Q: {prompt}")
+
+
+def test_a_number_that_no_class_has_is_no_class():
+    """One head of a hundred million classes would fill the memory."""
+    labelled = task(answer="class")
+    assert keys_of_labels(labelled, ["0", str(MOST_LABELS - 1)])["num_labels"] == MOST_LABELS
+    for label in (str(MOST_LABELS), "1" + "0" * 300):
+        with pytest.raises(PeftJaxError, match="labels are whole numbers up to .*: set --config.task.label_names"):
+            keys_of_labels(labelled, ["0", label])
