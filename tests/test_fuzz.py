@@ -59,7 +59,8 @@ def test_a_watched_process_tells_every_fault_that_was_planted(tmp_path, monkeypa
     for name, read in PLANTED.items():
         (surfaces / f"{name}.py").write_text(
             "from benchmarks.fuzz.cases import Trial, equal\ndef prepare(place):\n    return None\n"
-            f"def trial(base, rng, folder):\n    def read():\n        {read}\n    return Trial('{name}', read, equal(3))")
+            f"def trial(base, rng, folder):\n    def read():\n        {read}\n"
+            f"    return Trial('{name}', read, equal(3))\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "planted"))
     worker = Worker(tmp_path, 0, seconds=0.5, memory=500 << 20)
     answers = {name: worker.ask(name, 0) for name in PLANTED}

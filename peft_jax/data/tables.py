@@ -192,8 +192,8 @@ def keys_of_labels(task, labels: Iterable[str]) -> dict[str, Any]:
     if whole and not task.label_names:
         count = task.num_labels if task.label_column else max(task.num_labels, int(max(numbers, default=0)) + 1)
         if count > MOST_LABELS:
-            raise PeftJaxError(f"labels are whole numbers up to {count - 1:.6g}, and there can be {MOST_LABELS} classes "
-                               "by number: set --config.task.label_names, or --config.task.answer=score")
+            raise PeftJaxError(f"labels are whole numbers up to {count - 1:.6g}, and there can be {MOST_LABELS} "
+                               "classes by number: set --config.task.label_names, or --config.task.answer=score")
         return {"answer": answer, "num_labels": count}
     names = tuple(task.label_names) or tuple(sorted(distinct))
     return {"answer": answer, "label_names": names, "num_labels": len(names)}

@@ -165,5 +165,5 @@ def test_a_number_that_no_class_has_is_no_class():
     labelled = task(answer="class")
     assert keys_of_labels(labelled, ["0", str(MOST_LABELS - 1)])["num_labels"] == MOST_LABELS
     for label in (str(MOST_LABELS), "1" + "0" * 300):
-        with pytest.raises(PeftJaxError, match="labels are whole numbers up to .*: set --config.task.label_names"):
+        with pytest.raises(PeftJaxError, match=r"labels are whole numbers up to .*: set --config.task.label_names"):
             keys_of_labels(labelled, ["0", label])
