@@ -48,13 +48,13 @@ def trial(base: Any, rng: Random, folder: Path) -> Trial:
     if chance < 0.45:
         what, content = damages.bytes_of(damages.dumped(config, rng), rng)
         file.write_bytes(content)
-        return Trial(f"{family}: {what}", lambda: fields(folder), as_written(content, plain))
+        return Trial(f"{family}: {what}", lambda: fields(folder), as_written(content, config, plain))
     place = rng.choice(list(damages.paths(config)))
     dropped, odd = rng.random() < 0.3, rng.choice(damages.ODD)
     content = json.dumps(damages.drop(config, place) if dropped else damages.put(config, place, odd)).encode()
     file.write_bytes(content)
     what = "is gone" if dropped else f"is {str(odd)[:40]!r}"
-    return Trial(f"{family}: {'.'.join(place)} {what}", lambda: fields(folder), as_written(content, plain))
+    return Trial(f"{family}: {'.'.join(place)} {what}", lambda: fields(folder), as_written(content, config, plain))
 
 
 def fields_of(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -70,19 +70,19 @@ def fields(folder: Path) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
-def as_written(content: bytes, plain: dict[str, Any]):
-    """A judge: each field of a name that transformers has, too, is as it reads it; or as it is written."""
+def as_written(content: bytes, whole: dict[str, Any], plain: dict[str, Any]):
+    """A judge: what transformers reads as of the ``whole`` config is as it is in ``plain``, which we made of that; what
+    it reads otherwise is as it reads it, or as it is written."""
 
     def judge(result: dict[str, Any]) -> str:
         try:
-            written = json.loads(content)
-            theirs = theirs_of(written)
+            theirs, before = theirs_of(json.loads(content)), theirs_of(whole)
         except (ValueError, RecursionError, AttributeError) as error:
             return f"it was accepted, and is no JSON object: {error}"
-        shared = {name: value for name, value in result.items() if name in theirs and not isinstance(value, dict)
-                  and value is not None and theirs[name] is not None and not isinstance(theirs[name], dict)}
-        expected = {name: theirs[name] for name in shared}
-        return "" if same(shared, expected) or _close(shared, expected) else differences(expected, shared)
+        expected = {name: plain[name] if same(theirs[name], before.get(name)) else theirs[name]
+                    for name in result if name in theirs and not isinstance(result[name], dict)}
+        ours = {name: result[name] for name in expected}
+        return "" if same(ours, expected) or _close(ours, expected) else differences(expected, ours)
 
     return judge
 
@@ -100,5 +100,5 @@ def theirs_of(written: dict[str, Any]) -> dict[str, Any]:
 
 
 def _close(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return all(one[name] == other[name] or (isinstance(other[name], list) and list(one[name]) == other[name])
+    return all(one[name] == other[name] or (isinstance(other[name], list) and list(one[name] or ()) == other[name])
                for name in one)
