@@ -15,7 +15,7 @@ from peft_jax.core import tree
 from peft_jax.core.kernel_axes import KernelAxes, is_convolution, plain_axes
 from peft_jax.errors import PeftJaxError, nearest
 
-Patterns = str | tuple[str, ...] | list[str] | frozenset[str] | None
+Patterns = str | tuple[str, ...] | list[str] | None
 # What Hugging Face puts in front of the names of the model proper; a regex may or may not spell it out.
 PREFIXES = ("", "model.", "transformer.", "bert.", "roberta.", "distilbert.")
 STACKS = ("layers", "layer", "h", "blocks", "block")
@@ -96,7 +96,7 @@ def known_names(names: Iterable[str]) -> set[str]:
     return {ending for name in names for ending in endings(name)}
 
 
-def listed(patterns: Patterns, name: str) -> bool:
+def listed(patterns: Patterns | frozenset[str], name: str) -> bool:
     """peft's rule: a string is a regex for the whole name, a list holds names or their endings."""
     if patterns is None:
         return False
@@ -231,7 +231,7 @@ def _understood(target: Target) -> Target:
     return target
 
 
-def _meant(target_modules: Patterns, name: str) -> bool:
+def _meant(target_modules: Patterns | frozenset[str], name: str) -> bool:
     if target_modules == "all-linear":
         return name.rsplit(".", 1)[-1] not in HEADS
     return listed(target_modules, name)

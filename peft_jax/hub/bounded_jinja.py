@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime
-from operator import add
 from typing import Any
 
 import jinja2
@@ -243,7 +242,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         if operator == "+":
             if isinstance(left, CONTAINERS) and isinstance(right, CONTAINERS):
                 budget.allow(ITEM * (len(left) + len(right)))
-            return budget.made(add(left, right))
+            return budget.made(self.binop_table["+"](left, right))
         if operator == "%" and isinstance(left, str):
             budget.allow((len(left) + 1) * _check_format(left, [right], "%"), MOST_TEXTS)
         elif isinstance(left, int) and isinstance(right, int):

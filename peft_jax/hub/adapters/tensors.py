@@ -20,6 +20,9 @@ from peft_jax.method import FROZEN, Method
 Tensors = Mapping[str, Tensor]
 TIED = (f"{PREFIX}lm_head.weight", f"{PREFIX}lm_head.base_layer.weight")  # which peft stores of a tied head as well
 MOST_SHARE, SMALL = 64, 1 << 26  # numbers in an adapter by those of its model, and what any may have
+MOST_SIZE = 1 << 20  # of what an adapter has many of in one module: ranks, virtual tokens
+NO_SIZES = {"tinit", "tfinal", "deltaT", "total_step", "projection_prng_key", "token_indices", "layers_to_transform",
+            "leave_out", "last_n_layers"}
 MOST_LAYERS = 1000  # a leaf of a scanned stack is padded to its largest layer, and so larger than its tensors
 
 
@@ -28,6 +31,7 @@ def check_sizes(method: Method, init: Callable[[], tree.Tree], folder: Path, ten
     an adapter of the model ``base``: the file may be one of holes, which takes no place on a disk."""
     size, whole = (sum(one.size for one in some) for some in (tensors.values(), tree.flatten(base).values()))
     try:
+        _check_numbers(method.config)
         params = jax.eval_shape(init)
         labels, flat = tree.flatten(method.labels(params)), tree.flatten(params)
         need = sum(leaf.size for path, leaf in flat.items() if labels[path] != FROZEN)
@@ -39,6 +43,15 @@ def check_sizes(method: Method, init: Callable[[], tree.Tree], folder: Path, ten
     if need > max(MOST_SHARE * whole, SMALL):
         raise PeftJaxError(f"the config of the adapter in {folder} asks for {need:.0g} numbers to train, and the model "
                            f"has {whole:,}: it is of a larger model, or damaged.")
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    """Raise ``OverflowError`` for a size, such as a rank, that not even a list can be made of."""
+    for name in config.keys() - NO_SIZES:
+        value = config[name]
+        several = value.values() if isinstance(value, Mapping) else [value]
+        if any(isinstance(one, int) and one > MOST_SIZE for one in several):
+            raise OverflowError(f"{name} is over {MOST_SIZE}")
 
 
 def check(folder, tensors, slots, flat, own, base) -> None:
