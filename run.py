@@ -33,7 +33,7 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 from configs import base, parse
-from configs.check import check, check_cells, check_sweep, tidy
+from configs.check import check, check_cells, check_folder, check_sweep, tidy
 from configs.shape import check_shape
 from configs.sweeps import Cell
 
@@ -131,17 +131,11 @@ def parse_command(argv: list[str]) -> Command | None:
 def parse_flags(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     """The flags, and the arguments that are none of them."""
     values = define_flags()
-    if odd := [argument for argument in argv if "\0" in argument or not is_text(argument)]:
-        raise PeftJaxError(f"the argument {odd[0][:80]!r} is no text in UTF-8: write it anew")
+    parse.check_text(argv)
     try:
         return values, values([sys.argv[0], *argv], known_only=True)[1:]
     except flags.Error as error:
         raise PeftJaxError(" ".join(str(error).split())) from error
-
-
-def is_text(argument: str) -> bool:
-    """Whether the bytes of an argument were UTF-8: Python keeps others as halves of letters, which nobody can write."""
-    return argument.encode(errors="ignore").decode() == argument
 
 
 def experiment_config(values: flags.FlagValues, overrides: list[str]) -> tuple[ConfigDict, str]:
@@ -208,7 +202,7 @@ def check_runtime(values: flags.FlagValues) -> None:
     if values.transfer_guard not in GUARDS:
         raise PeftJaxError(f"--transfer_guard={values.transfer_guard}: {nearest(values.transfer_guard, GUARDS)}")
     for name in ("workdir", "output"):
-        check_place(name, values[name].value)
+        check_folder(name, values[name].value)
     if values.profile < 0:
         raise PeftJaxError(f"--profile={values.profile}: a number of training steps")
     place = ("coordinator", "num_processes", "process_id")
@@ -221,20 +215,10 @@ def check_runtime(values: flags.FlagValues) -> None:
         missing = " and ".join(f"--{name}" for name in place if name not in named)
         raise PeftJaxError(f"--{named[0]} goes with {missing}")
     if named:
-        check_process(values)
+        check_place(values)
 
 
-def check_place(flag: str, folder: str | None) -> None:
-    """Raise ``PeftJaxError`` where no folder can have this name; whether there is one is another matter."""
-    try:
-        os.lstat(os.path.expanduser(folder or "."))
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        pass
-    except OSError as error:
-        raise PeftJaxError(f"--{flag}={folder}: {error.strerror}: choose another folder") from error
-
-
-def check_process(values: flags.FlagValues) -> None:
+def check_place(values: flags.FlagValues) -> None:
     """Raise ``PeftJaxError`` where a process among several cannot be the one that it is said to be."""
     port = values.coordinator.rpartition(":")[2] if ":" in values.coordinator else ""
     if values.coordinator.startswith(":") or not port.isdecimal() or not 0 < int(port) < 1 << 16:

@@ -1,6 +1,7 @@
 """What can be wrong in a configuration and is seen without jax, the model or the data: said before any is loaded."""
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import reduce
@@ -119,6 +120,17 @@ def check_cells(cells: Sequence, config: ConfigDict, overridden: Iterable[str]) 
         if own := [one[key] for one in of_cells if key in one and one[key] != value]:
             shown = ", ".join(dict.fromkeys(map(str, own)))
             raise PeftJaxError(f"--config.{key}={value}: this sweep sets that itself, to {shown}")
+
+
+def check_folder(flag: str, folder: str | None) -> None:
+    """Raise ``PeftJaxError`` where no folder can have the name that ``flag`` gives; whether there is one is another
+    matter."""
+    try:
+        os.lstat(os.path.expanduser(folder or "."))
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except OSError as error:
+        raise PeftJaxError(f"--{flag}={folder}: {error.strerror}: choose another folder") from error
 
 
 def check_answers(config: ConfigDict) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,14 @@ from peft_jax.errors import PeftJaxError, nearest, root_cause
 
 PREFIX = "--config."
 EITHER = ("optim.steps", "optim.epochs")  # a run is as long as one of them says; the other is 0
+
+
+def check_text(argv: Sequence[str]) -> None:
+    """Raise ``PeftJaxError`` for an argument whose bytes were no UTF-8: Python keeps these as halves of letters, which
+    nothing can write."""
+    for argument in argv:
+        if "\0" in argument or argument.encode(errors="ignore").decode() != argument:
+            raise PeftJaxError(f"the argument {argument[:80]!r} is no text in UTF-8: write it anew")
 
 
 def typed_args(text: str, **defaults: Any) -> dict[str, Any]:
