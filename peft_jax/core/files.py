@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from peft_jax.core.json_shape import Shape, misfit, short
+from peft_jax.core.json_shape import short
 from peft_jax.errors import PeftJaxError, root_cause
 
 
@@ -220,15 +220,11 @@ def reading(path: str | Path, what: str, mend: str = "fetch it again") -> Iterat
 MOST_JSON = 64 << 20  # bytes; the largest such file is the tokenizer of a large vocabulary, a third of it
 
 
-def read_json(path: Path, *needed: str, shape: Shape = None, mend: str = "fetch it again") -> dict[str, Any]:
+def read_json(path: Path, *needed: str, mend: str = "fetch it again") -> dict[str, Any]:
     """The JSON object in a file.
 
-    Args:
-      needed: keys that it must have.
-      shape: of what types its values are, as of :func:`peft_jax.core.json_shape.misfit`.
-      mend: what to do about a file that is otherwise, the end of the error.
-    Raises:
-      PeftJaxError: it is no plain file, too large, damaged, no object, lacks a key or has a value of another type.
+    Raises ``PeftJaxError``, which ends in ``mend``, where it is damaged, no object, or lacks a ``needed`` key; and
+    where it is no file, or a larger one than any.
     """
     regular_file(path, "JSON is read from files", MOST_JSON, mend)
     try:
@@ -240,8 +236,6 @@ def read_json(path: Path, *needed: str, shape: Shape = None, mend: str = "fetch 
     missing = [key for key in needed if key not in value]
     if missing:
         raise PeftJaxError(f"{path} lacks {', '.join(missing)}: {mend}.")
-    if shape is not None and (fault := misfit(value, shape)):
-        raise PeftJaxError(f"{path} is damaged, {fault}: {mend}.")
     return value
 
 

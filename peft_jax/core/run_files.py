@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from peft_jax.core.files import read_json
-from peft_jax.core.json_shape import NUMBER
+from peft_jax.core.json_shape import NUMBER, misfit
+from peft_jax.errors import PeftJaxError
 
 MEND = "remove it, or train again with --overwrite"  # what to do about a damaged one
 METRICS = {str: NUMBER}
 SHAPES = {
+    "config.json": {"model": dict, "method": dict, "task": dict, "data": dict, "optim": dict, "seed": int},
     "manifest.json": {"written": [str]},
     "fingerprint.json": {"examples": {"count": int, "sha256": str}, "base": {str: int}},
     "before.json": {"eval": dict, "metrics": METRICS},
@@ -18,11 +20,12 @@ SHAPES = {
     "measured.json": {"asked": dict, "test": METRICS, "general": {str: METRICS}, "neighbours": {str: METRICS},
                       "latency": {str: {"prefill": NUMBER, "token": NUMBER}}},
 }
-SECTIONS = ("model", "method", "task", "data", "optim")  # of config.json
 
 
 def read(path: Path, *needed: str, mend: str = MEND) -> dict[str, Any]:
     """The object in a file of a run. Raises ``PeftJaxError``, which ends in ``mend``, where it is damaged, lacks a
-    ``needed`` key, or is not of the types of ``SHAPES``; of a configuration the ``needed`` sections are objects."""
-    shape = SHAPES.get(path.name, {name: dict for name in needed if name in SECTIONS})
-    return read_json(path, *needed, shape=shape, mend=mend)
+    ``needed`` key, or has one that is not of its type in ``SHAPES``."""
+    value = read_json(path, *needed, mend=mend)
+    if fault := misfit(value, {key: part for key, part in SHAPES.get(path.name, {}).items() if key in value}):
+        raise PeftJaxError(f"{path} is damaged, {fault}: {mend}.")
+    return value

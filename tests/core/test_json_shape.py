@@ -1,5 +1,7 @@
 """What a JSON value must be for its reader, and the one line about what it is instead."""
 
+import json
+
 import pytest
 
 from peft_jax.core import run_files
@@ -32,6 +34,7 @@ def test_what_is_deep_is_told_in_short():
 
 
 WHOLE = {
+    "config.json": '{"model": {}, "method": {}, "task": {}, "data": {}, "optim": {}, "seed": 0}',
     "manifest.json": '{"written": ["config.json"]}',
     "fingerprint.json": '{"examples": {"count": 1, "sha256": "a"}, "base": {"x": 1}}',
     "before.json": '{"eval": {}, "metrics": {"loss": 1.5}}',
@@ -47,6 +50,8 @@ def test_every_file_of_a_run_has_its_types(tmp_path):
     for name, text in WHOLE.items():
         (tmp_path / name).write_text(text)
         run_files.read(tmp_path / name)
+    (tmp_path / "table.json").write_text('{"model": "a name", "rows": []}')  # of another kind, by its name
+    assert run_files.read(tmp_path / "table.json", "rows")["rows"] == []
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -60,7 +65,7 @@ def test_a_damaged_file_of_a_run_is_one_line_that_says_what_to_do(tmp_path, name
               "cut": whole[:len(whole) // 2]}.get(damage, damage)
     (tmp_path / name).write_bytes(damage.encode("utf-8", "surrogateescape"))
     with pytest.raises(PeftJaxError, match=f"^{tmp_path / name} .*: remove it, or train again with --overwrite\\.$"):
-        run_files.read(tmp_path / name)
+        run_files.read(tmp_path / name, *json.loads(whole))
 
 
 def test_a_file_of_a_terabyte_is_not_read(tmp_path):
