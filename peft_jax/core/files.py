@@ -226,7 +226,8 @@ def read_json(path: Path, *needed: str, mend: str = "fetch it again") -> dict[st
     Raises ``PeftJaxError``, which ends in ``mend``, where it is damaged, no object, or lacks a ``needed`` key; and
     where it is no file, or a larger one than any.
     """
-    regular_file(path, "JSON is read from files", MOST_JSON, mend)
+    if os.path.lexists(path) and not os.path.isdir(path):  # what opening these says is clear
+        regular_file(path, "JSON is read from files", MOST_JSON, mend)
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, MemoryError) as error:
