@@ -105,7 +105,7 @@ def leaves_of(folder: Path, tensors: Tensors, slots: Mapping[str, Slot], flat: M
         tensor = tensors[key].read()
         if not finite(tensor):
             faults["with NaN or infinite values"].append(key)
-        elif jnp.finfo(tensor.dtype).max > most and not (np.abs(tensor) <= most).all():
+        elif float(jnp.finfo(tensor.dtype).max) > most and not (np.abs(tensor) <= most).all():
             faults["with values beyond the model's type"].append(f"{key} ({dtype})")
         else:
             slot.fill(leaves[slot.path], tensor)

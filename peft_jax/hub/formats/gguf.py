@@ -23,7 +23,7 @@ from peft_jax.hub.families.family import table_of
 from peft_jax.hub.formats import gguf_config, gguf_header
 
 # Raise this when the conversion changes, so that old results in people's caches are not used.
-_VERSION = 2
+_VERSION = 3
 WEIGHTS, CHECKSUM = "model.safetensors", "sha256.json"
 
 _TENSORS = {
