@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 from random import Random
@@ -117,7 +118,8 @@ def test_a_killed_run_is_started_again_and_compared(tmp_path, capfd):
     command = [sys.executable, "-m", "benchmarks.fuzz", "--inputs=0", "--kills=1", f"--folder={tmp_path}"]
     process = os.spawnve(os.P_NOWAIT, sys.executable, command, {**os.environ, "PYTHONPATH": str(ROOT)})
     assert kills.wait(process) == 0
-    assert "1 ended as the one that nothing ended, bit for bit, 0 did not" in capfd.readouterr().out
+    assert re.search(r"^1 kills of (\d+) runs: \1 ended as the one that nothing ended, bit for bit, 0 did not$",
+                     capfd.readouterr().out, re.MULTILINE)
 
 
 def test_what_a_killed_run_left_otherwise_is_named():

@@ -28,7 +28,7 @@ def environment(place: Path) -> dict[str, str]:
     """For processes that are tried: a cache of their own, and this checkout first, or what PYTHONPATH names before."""
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT))))
     return {**os.environ, **ENVIRONMENT, "PEFT_JAX_CACHE": str(place / "cache"), "PYTHONPATH": path,
-            "JAX_COMPILATION_CACHE_DIR": str(place / "programs")}
+            "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(place / "programs")}
 
 
 class Worker:

@@ -87,7 +87,8 @@ def _by_formula(base: dict[str, Any], folder: Path):
                 AttributeError, re.error) as error:
             return f"it was accepted, and cannot be computed: {type(error).__name__}: {str(error)[:150]}"
         odd = [path for path in {**expected, **result} if not np.allclose(
-            expected.get(path, [math.nan]), result.get(path, [math.nan]), rtol=1e-4, atol=1e-4)]
+            expected.get(path, [math.nan]), result.get(path, [math.nan]), rtol=1e-4, atol=1e-4,
+            equal_nan=path in expected and path in result)]
         return f"{odd[0]} is {result.get(odd[0])}, by the formula {expected.get(odd[0])}" if odd else ""
 
     return judge
