@@ -92,7 +92,7 @@ def test_what_is_no_plain_file_is_not_opened(tmp_path, make, words):
         files.regular_file(tmp_path / "f", "the list")
 
 
-@pytest.mark.parametrize(("name", "words"), [("a\0b", "null byte"), ("x" * 300, "File name too long"),
+@pytest.mark.parametrize(("name", "words"), [("a\0b", "null (byte|character)"), ("x" * 300, "File name too long"),
                                              ("\ud800", "surrogates not allowed")])
 def test_what_no_path_can_be_is_refused_with_its_name(tmp_path, name, words):
     with pytest.raises(PeftJaxError, match=f"^the list: .*cannot be read: .*{words}") as caught:
