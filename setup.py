@@ -30,6 +30,7 @@ REQUIRES = [
     "scipy>=1.14.1",
     "Jinja2>=3.1.4",
     "MarkupSafe>=2.1.5",
+    "regex>=2025.10.22",  # which transformers needs, too
 ]
 
 EXTRAS = {

@@ -21,7 +21,7 @@ def nearest(word: str, choices: Iterable[str], most: int = 3) -> str:
     choices = sorted(set(map(str, choices)))
     if not choices:
         return "there are no choices"
-    close = difflib.get_close_matches(str(word), choices, n=most, cutoff=0.7)
+    close = difflib.get_close_matches(str(word)[:200], choices, n=most, cutoff=0.7)
     if close:
         return f"did you mean {' or '.join(close)}?"
     more = ", ..." if len(choices) > 8 else ""

@@ -6,13 +6,15 @@ import json
 import os
 import shutil
 import socket
+import stat
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from peft_jax.errors import PeftJaxError
+from peft_jax.errors import PeftJaxError, root_cause
 
 
 def write(path: Path, data: str | bytes) -> None:
@@ -158,23 +160,97 @@ def _restore(scratch: Path, folder: Path, aside: Path, new: list[str], old: list
             os.replace(aside / name, folder / name)
 
 
+KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
+         (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
+
+
+def regular_file(path: str | Path, what: str, most: int | None = None) -> Path:
+    """The path, if a plain file, or a link to one, lies there: to open a pipe or a device may wait for ever, or never
+    end. Nothing is opened.
+
+    Args:
+      what: the file is for its reader, such as "the model's config", for the error.
+      most: bytes that it may have.
+    Raises:
+      PeftJaxError: nothing is there, something else is, it is larger, or it cannot be looked at.
+    """
+    try:
+        mode, size = (stated := Path(path).stat()).st_mode, stated.st_size
+    except FileNotFoundError as error:
+        raise PeftJaxError(f"{what}: there is no file {path}.") from error
+    except (OSError, ValueError) as error:  # no access, too long a name, links in a circle; a NUL in it
+        raise PeftJaxError(f"{what}: {str(path)[:200]!r} cannot be read: {getattr(error, 'strerror', None) or error}."
+                           ) from error
+    if not stat.S_ISREG(mode):
+        kind = next((words for is_kind, words in KINDS if is_kind(mode)), "no file")
+        raise PeftJaxError(f"{what}: {path} is {kind}, not a file: put the file itself there.")
+    if most is not None and size > most:
+        raise PeftJaxError(f"{what}: {path} has {size:,} bytes, and {most:,} is the most that is read of such a file: "
+                           "put the right one there.")
+    return Path(path)
+
+
+@contextlib.contextmanager
+def reading(path: str | Path, what: str, mend: str = "fetch it again") -> Iterator[None]:
+    """While entered, whatever a reader raises becomes its one line, which names the file ``path`` and the cause.
+
+    For the reading alone: what is read is checked before, or afterwards, and code that works with it is not inside.
+
+    >>> with reading("config.json", "a config"):
+    ...     {}["vocab_size"]
+    Traceback (most recent call last):
+    ...
+    peft_jax.errors.PeftJaxError: config.json cannot be read as a config (KeyError: 'vocab_size'): fetch it again.
+    """
+    try:
+        yield
+    except (PeftJaxError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of a library written in Rust is no Exception
+        raise PeftJaxError(f"{path} cannot be read as {what} ({root_cause(error)}): {mend}.") from error
+
+
 OF_A_RUN = "remove it, or train again with --overwrite"  # what to do about a damaged file that a run wrote
+
+
+MOST_JSON = 64 << 20  # bytes; the largest such file is the tokenizer of a large vocabulary, a third of it
 
 
 def read_json(path: Path, *needed: str, mend: str = "fetch it again") -> dict[str, Any]:
     """The JSON object in a file.
 
-    Raises ``PeftJaxError``, which ends in ``mend``, where it is damaged, no object, or lacks a ``needed`` key.
+    Raises ``PeftJaxError``, which ends in ``mend``, where it is damaged, no object, or lacks a ``needed`` key; and
+    where it is no file, or a larger one than any.
     """
+    regular_file(path, "JSON is read from files", MOST_JSON)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise PeftJaxError(f"{path} is not readable as JSON ({error}): {mend}.") from error
     if not isinstance(value, dict):
         raise PeftJaxError(f"{path} holds {json.dumps(value)[:40]}, not a JSON object: {mend}.")
     missing = [key for key in needed if key not in value]
     if missing:
         raise PeftJaxError(f"{path} lacks {', '.join(missing)}: {mend}.")
+    return value
+
+
+def parse_json(text: str) -> Any:
+    """What a text says as JSON. Raises ``ValueError`` where it is none, or gives a key two values.
+
+    >>> parse_json('{"r": 8, "r": 9}')
+    Traceback (most recent call last):
+    ...
+    ValueError: the key 'r' stands there twice
+    """
+    return json.loads(text, object_pairs_hook=_once_each)
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        (key, _), = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key!r:.100} stands there twice")
     return value
 
 

@@ -7,9 +7,10 @@ entry of its stack: ``layers/self_attn/q_proj/kernel`` with a stack of 2 is ``la
 
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from peft_jax.core import patterns as regexes
 from peft_jax.core import tree
 from peft_jax.core.kernel_axes import KernelAxes, is_convolution, plain_axes
 from peft_jax.errors import PeftJaxError, nearest
@@ -81,25 +82,40 @@ def spellings(name: str) -> tuple[str, ...]:
     return tuple(prefix + form for form in dict.fromkeys((name, dotted)) for prefix in prefixes)
 
 
-def listed(patterns: Patterns, name: str) -> bool:
+def endings(name: str) -> set[str]:
+    """What a list may hold to mean a module: its name as peft may know it, or what stands there behind a dot.
+
+    >>> sorted(endings("model.up.q"))
+    ['model.up.q', 'q', 'up.q']
+    """
+    return {".".join(parts[at:]) for parts in (form.split(".") for form in spellings(name)) for at in range(len(parts))}
+
+
+def known_names(names: Iterable[str]) -> set[str]:
+    """:func:`endings` of all ``names``: what a list may hold without an entry that means nothing."""
+    return {ending for name in names for ending in endings(name)}
+
+
+def listed(patterns: Patterns | frozenset[str], name: str) -> bool:
     """peft's rule: a string is a regex for the whole name, a list holds names or their endings."""
     if patterns is None:
         return False
     if isinstance(patterns, str):
-        return any(re.fullmatch(patterns, form) for form in spellings(name))
-    return any(form == p or form.endswith("." + p) for form in spellings(name) for p in patterns)
+        return any(regexes.match(patterns, form, whole=True) for form in spellings(name))
+    return any(ending in patterns for ending in endings(name))
 
 
 def unmatched(patterns: Patterns, names: Sequence[str], means: Callable[[Patterns, str], bool] = listed) -> str | None:
-    """The first entry of ``patterns`` that means none of ``names``, ``None`` where there is no such.
+    """The first entry of ``patterns`` that means none of ``names``, ``None`` where there is no such. ``means``: the
+    rule of a string.
 
     >>> unmatched(("up_proj", "gate"), ["layers.0.mlp.up_proj"]), unmatched(r".*up_proj", ["layers.0.mlp.up_proj"])
     ('gate', None)
     """
-    for entry in [patterns] if isinstance(patterns, str) else patterns or ():
-        if not any(means(patterns if isinstance(patterns, str) else (entry,), name) for name in names):
-            return entry
-    return None
+    if isinstance(patterns, str):
+        return None if any(means(patterns, name) for name in names) else patterns
+    known = known_names(names)
+    return next((entry for entry in patterns or () if entry not in known), None)
 
 
 def suggestion(patterns: Patterns, entry: str, names: Sequence[str]) -> str:
@@ -117,7 +133,7 @@ def suggestion(patterns: Patterns, entry: str, names: Sequence[str]) -> str:
 
 def within(modules: Patterns, name: str) -> bool:
     """Whether ``name`` is one of ``modules`` or lies inside one: such a module takes no adapter."""
-    return any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", form) for form in spellings(name) for m in modules or ())
+    return any(f".{m}." in f".{form}." for form in spellings(name) for m in modules or ())
 
 
 def saved(modules: Patterns, name: str) -> bool:
@@ -127,7 +143,8 @@ def saved(modules: Patterns, name: str) -> bool:
     """
     parts = name.split(".")
     around = [form for i in range(len(parts)) for form in spellings(".".join(parts[:i + 1]))]
-    return any(form.endswith(m) for form in around for m in modules or ())
+    endings_to_save = tuple(modules or ())
+    return any(form.endswith(endings_to_save) for form in around)
 
 
 def layer_index(name: str, layers_pattern: Patterns) -> int | None:
@@ -135,15 +152,15 @@ def layer_index(name: str, layers_pattern: Patterns) -> int | None:
     words = (layers_pattern,) if isinstance(layers_pattern, str) else tuple(layers_pattern or ())
     for word in words or (r"[^.]*",):
         for form in spellings(name):
-            if found := re.match(rf"(?:^|.*?\.){word}\.(\d+)\.", form):
-                return int(found[1])
+            if found := regexes.match(rf"(?:^|.*?\.){word}\.(?P<number_of_layer>\d+)\.", form):
+                return int(found["number_of_layer"])
     return None
 
 
 def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """The value of the first key that matches the end of ``name`` (a regex), as peft's ``rank_pattern``."""
     for key, value in (patterns or {}).items():
-        if any(re.match(rf"(.*\.)?({key})$", form) for form in spellings(name)):
+        if any(regexes.match(rf"(.*\.)?({key})$", form) for form in spellings(name)):
             return value
     return default
 
@@ -153,9 +170,11 @@ def chooser(target_modules: Patterns, exclude_modules: Patterns = None,
             modules_to_save: Patterns = None) -> Callable[[str], bool]:
     """Whether a module of some name is meant, by peft's arguments of the same names."""
     layers = (layers_to_transform,) if isinstance(layers_to_transform, int) else layers_to_transform
+    wanted, excluded = (several if several is None or isinstance(several, str) else frozenset(several)
+                        for several in (target_modules, exclude_modules))
 
     def chosen(name: str) -> bool:
-        if listed(exclude_modules, name) or within(modules_to_save, name) or not _meant(target_modules, name):
+        if listed(excluded, name) or within(modules_to_save, name) or not _meant(wanted, name):
             return False
         return not layers or isinstance(target_modules, str) or layer_index(name, layers_pattern) in layers
 
@@ -212,7 +231,7 @@ def _understood(target: Target) -> Target:
     return target
 
 
-def _meant(target_modules: Patterns, name: str) -> bool:
+def _meant(target_modules: Patterns | frozenset[str], name: str) -> bool:
     if target_modules == "all-linear":
         return name.rsplit(".", 1)[-1] not in HEADS
     return listed(target_modules, name)

@@ -6,14 +6,13 @@ and ``%`` is ``%25``. Only dicts are walked: anything else, a quantised leaf too
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core import arguments
+from peft_jax.core import arguments, patterns
 from peft_jax.errors import PeftJaxError
 
 Tree = dict[str, Any]
@@ -112,7 +111,7 @@ def first_match(rules: Iterable[tuple[str, Any]], path: str, default: Any) -> An
     >>> first_match([(".*/kernel", "decay"), (".*", "none")], "mlp/kernel", None)
     'decay'
     """
-    return next((value for regex, value in rules if re.fullmatch(regex, path)), default)
+    return next((value for regex, value in rules if patterns.match(regex, path, whole=True)), default)
 
 
 def partition(params: Mapping[str, Any], labels: Any, frozen: str = "frozen") -> tuple[Tree, Tree]:

@@ -1,11 +1,11 @@
 """Arguments of the wrong type, or out of range, as errors of one line: each check raises ``PeftJaxError``."""
 
-import math
-import re
+import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+from peft_jax.core import patterns
 from peft_jax.errors import PeftJaxError, nearest
 
 
@@ -23,16 +23,14 @@ def as_names(names: Any) -> Any:
 
 
 def check_regexes(regexes: Sequence[str]) -> None:
+    """Raise ``PeftJaxError`` for the first that is no regular expression, or one without bounds."""
     for regex in regexes:
-        try:
-            re.compile(regex)
-        except re.error as error:
-            raise PeftJaxError(f"'{regex}' is no regular expression: {error}.") from error
+        patterns.compiled(regex)
 
 
 def check_rank(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise PeftJaxError(f"{name}={value!r}: a rank is a whole number of at least 1.")
+        raise PeftJaxError(f"{name}={reprlib.repr(value)}: a rank is a whole number of at least 1.")
 
 
 def check_whole(name: str, value: Any, least: int = 1) -> None:
@@ -53,9 +51,17 @@ def check_ids(name: str, ids: Any) -> None:
         raise PeftJaxError(f"{name}={ids!r}: give token ids, at least one, such as (504, 3216).")
 
 
+LARGEST = 3.4e38  # of float32, which every method computes its scales in
+
+
+def is_finite(value: Any) -> bool:
+    """Whether ``value`` is a number, and one in float32, too: 10**400 is none in any type of floats."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
+
+
 def check_number(name: str, value: Any) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise PeftJaxError(f"{name}={value!r}: give a finite number.")
+    if not is_finite(value):
+        raise PeftJaxError(f"{name}={reprlib.repr(value)}: give a finite number.")
 
 
 def check_alpha(name: str, value: Any) -> None:

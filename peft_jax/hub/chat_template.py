@@ -1,14 +1,17 @@
 """Chat templates of tokenizers: what they write, and the token that ends an answer in them."""
 
+import contextlib
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from peft_jax.errors import PeftJaxError, needed
 
 ASKED, ANSWERED, NEXT = "questionasked", "answergiven", "questionnext"  # stand for texts; no template writes them
 CHAT = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWERED}]
+
+REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of a turn, the one that templates read first
 
 Turns = Sequence[dict[str, Any]]
 
@@ -30,14 +33,42 @@ def render(tokenizer: Any, messages: Turns, generation_prompt: bool, where: str,
     Raises ``PeftJaxError``, naming ``where``, where it cannot.
     """
     needed("jinja2", "for a model's chat template")
+    from peft_jax.hub import bounded_jinja
+
+    with _naming(where, len(messages)):
+        template = tokenizer.get_chat_template(None, tools or None)
+        return bounded_jinja.render(template, messages=[_with_reasoning(plain(turn)) for turn in messages],
+                                    tools=plain(list(tools)) if tools else None, documents=None,
+                                    add_generation_prompt=generation_prompt, **tokenizer.special_tokens_map)
+
+
+@contextlib.contextmanager
+def _naming(where: str, turns: int) -> Iterator[None]:
+    """Whatever goes wrong inside, on one line: jinja raises what a template asks for; a missing one is a ValueError."""
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, tools=tools or None,
-                                             add_generation_prompt=generation_prompt)
-    except Exception as error:  # jinja raises what the template asks for; a missing template is a ValueError
-        reason = " ".join(str(error).split())[:200]
-        raise PeftJaxError(
-            f"{where}: the tokenizer's chat template cannot render {len(messages)} turns: {reason}"
-        ) from error
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise PeftJaxError(f"{where}: the tokenizer's chat template cannot render {turns} turns: {reason}") from error
+
+
+def plain(value: Any) -> Any:
+    """``value`` of texts, numbers, lists and dicts alone, as templates see it: what else there is becomes text.
+
+    >>> plain({"turns": ("a", 1j)})
+    {'turns': ['a', '1j']}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return value if value is None or type(value) in (str, int, float, bool) else str(value)
+
+
+def _with_reasoning(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn with its reasoning under the names that templates know, as transformers gives it."""
+    reasoning = next((turn[key] for key in REASONING if turn.get(key) is not None), None)
+    return turn if reasoning is None else {"thinking": reasoning, **turn, "reasoning_content": reasoning}
 
 
 def marks(tokenizer: Any) -> tuple[re.Pattern[str], re.Pattern[str]]:

@@ -127,10 +127,10 @@ def resolve(source: str | os.PathLike, weights: bool = True) -> Path:
         paths = {name: fetch(text, name) for name in archive.members if name.startswith(archive.model)}
         return paths[archive.model] if archive.model in paths else next(iter(paths.values())).parent
     path = Path(text).expanduser()
-    if path.exists():
-        return path
+    if os.path.exists(path):  # which Path's own does not know of names that are too long
+        return path if path.is_dir() else files.regular_file(path, "a model")
     if text.endswith(".gguf") or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text):
-        raise PeftJaxError(f"model source '{text}' is not there: give a local folder, a .gguf file, a Hub id "
+        raise PeftJaxError(f"model source '{text:.300}' is not there: give a local folder, a .gguf file, a Hub id "
                            f"(org/name) or one of: {', '.join(name for name in ARCHIVES if ARCHIVES[name].model)}.")
     return from_hub(text, _HUB_TEXT + (_HUB_WEIGHTS if weights else []))
 
@@ -146,7 +146,7 @@ def name_elsewhere(source: str | os.PathLike) -> str:
     if text in ARCHIVES:
         return ARCHIVES[text].hub_id or text
     path = Path(text).expanduser()
-    return str(path.resolve()) if path.exists() else text
+    return str(path.resolve()) if os.path.exists(path) else text
 
 
 def fetch(spec: str, member: str) -> Path:

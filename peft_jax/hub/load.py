@@ -11,13 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from peft_jax import errors
 from peft_jax.core import tree
 from peft_jax.errors import PeftJaxError
-from peft_jax.hub import download, families, model_config
+from peft_jax.hub import download, expected_tensors, families, model_config
 from peft_jax.hub.families import hf_names
 from peft_jax.hub.families.family import Family, table_of
 from peft_jax.hub.formats import bitsandbytes as bnb
@@ -31,9 +29,6 @@ from peft_jax.models.heads import Head
 from peft_jax.parallel import partitioning
 
 __all__ = ["load_config", "load_pretrained", "save_pretrained"]
-
-# Tensors that old checkpoints carry and no model reads: they follow from the config.
-_DERIVED = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias", "embeddings.position_ids")
 
 
 def load_config(source: str | os.PathLike) -> Any:
@@ -81,8 +76,6 @@ def load_pretrained(source: str | os.PathLike | ModelFiles, dtype: Any = jnp.flo
 
     >>> model, params = load_pretrained("HuggingFaceTB/SmolLM2-135M", dtype=jnp.bfloat16)  # doctest: +SKIP
     """
-    from safetensors import SafetensorError
-
     dtype, convert = floating(dtype), _conversion(method)
     files = _opened(source, head)
     config = _on_mesh(files.config, mesh)
@@ -93,10 +86,7 @@ def load_pretrained(source: str | os.PathLike | ModelFiles, dtype: Any = jnp.flo
     path = _path_of_weights(files, keep_quantised or convert)
     stacking = {"dtype": dtype, "convert": convert, "where": partial(_sharding, mesh, model.sharding) if mesh else None,
                 "keep": bool(keep_quantised) if path.is_file() else keep_quantised is not False}
-    try:
-        return model, _read_params(path, _tensors(path, files, config), config, shapes, fresh, stacking)
-    except SafetensorError as error:
-        raise PeftJaxError(f"the weights in {path} are damaged: {error}. Fetch them again.") from error
+    return model, _read_params(path, _tensors(path, files, config), config, shapes, fresh, stacking)
 
 
 def _opened(source: str | os.PathLike | ModelFiles, head: Head | None) -> ModelFiles:
@@ -178,7 +168,7 @@ def _read_params(path: Path, tensors: dict[str, Any], config: Any, shapes: dict[
     stored = {_expected(name, places, family): tensor for name, tensor in tensors.items()}
     places = {name: _placed(place, stored.get(name)) for name, place in places.items()
               if name in stored or place.path not in fresh}
-    _check_tensors(path, stored, places, shapes, config)
+    expected_tensors.check(path, stored, places, shapes, config)
     fresh = {name: converted(stacking["convert"], name, (), leaf) for name, leaf in fresh.items()}
     if where := stacking["where"]:
         fresh = {name: jax.device_put(leaf, where(name, leaf)) for name, leaf in fresh.items()}
@@ -203,34 +193,3 @@ def _expected(name: str, places, family: Family) -> str:
     """A tensor's name as the model would have it: checkpoints of the model proper alone leave the prefix out."""
     spellings = (name, family.prefix + name, name.removeprefix(family.prefix))
     return next((spelling for spelling in spellings if spelling in places), name)
-
-
-def _check_tensors(folder, stored, places, shapes, config) -> None:
-    """One error that lists every tensor that is missing, unexpected or of another shape."""
-    family = families.of(config)
-    unexpected = [name for name in stored.keys() - places.keys()
-                  if not name.endswith(_DERIVED) and not re.fullmatch(family.other_heads, name)]
-    if family.tied and config.tie_word_embeddings and "lm_head.weight" in unexpected:
-        unexpected.remove("lm_head.weight")
-        embedding = next(name for name, place in places.items() if place.path == family.tied)
-        _check_tied_head(folder, stored, embedding)
-    odd_shapes = []
-    for name in stored.keys() & places.keys():
-        shape, expected = stored[name].shape, _their_shape(places[name], shapes)
-        if shape != expected:
-            odd_shapes.append(f"{name} is {list(shape)}, the config says {list(expected)}")
-    faults = {"missing": places.keys() - stored.keys(), "unexpected": unexpected, "of another shape": odd_shapes}
-    if said := errors.faults_text(faults):
-        raise PeftJaxError(f"the weights in {folder} do not fit its config.json ({config.model_type}). {said}.")
-
-
-def _check_tied_head(folder: Path, stored: dict[str, Any], name: str) -> None:
-    head, embedding = stored["lm_head.weight"], stored.get(name)
-    if embedding is not None and not np.array_equal(head.read(), embedding.read()):
-        raise PeftJaxError(f"{folder} says tie_word_embeddings, but its lm_head.weight differs from the embedding: set "
-                           "tie_word_embeddings to false in config.json to use it.")
-
-
-def _their_shape(place: hf_names.Place, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    shape = shapes[place.path] if place.layer is None else shapes[place.path][1:]
-    return shape[::-1] if place.transposed else shape

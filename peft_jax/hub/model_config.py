@@ -1,6 +1,7 @@
 """Hugging Face's ``config.json`` to a model's config and back; what is in it is each family's own matter."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from peft_jax.hub import families
 def read(folder: Path) -> dict[str, Any]:
     """The dict in ``folder/config.json``. Raises ``PeftJaxError`` where it is missing or no JSON object."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         held = [file.name for file in sorted(folder.glob("*.gguf"))]
         advice = f"it holds {held[0]}, name that file" if held else "name a folder that save_pretrained wrote"
         raise PeftJaxError(f"{folder} has no config.json: {advice}.")
@@ -32,8 +33,9 @@ def from_hf(given: Mapping[str, Any]) -> Any:
     """
     kind = str(given["model_type"]) if "model_type" in given else _kind_of(given)
     if kind not in families.KINDS:
-        raise PeftJaxError(f"model_type '{kind}' is not supported: {nearest(kind, families.KINDS)}")
-    return families.KINDS[kind].read(kind, given)
+        raise PeftJaxError(f"model_type '{kind:.60}' is not supported: {nearest(kind, families.KINDS)}")
+    with files.reading("config.json", f"the config of a {kind} model", "correct it"):
+        return families.KINDS[kind].read(kind, given)
 
 
 def to_hf(config: Any, dtype: str = "float32", token_ids: Mapping[str, int | None] | None = None) -> dict[str, Any]:

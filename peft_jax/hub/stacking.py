@@ -99,6 +99,9 @@ def _entry(name, tensor, place, dtype, convert, keep):
     if quant.is_leaf(value):
         value = dataclasses.replace(value, plain_dtype=dtype.name)
         return value if keep else np.asarray(quant.dequantize(value))
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise PeftJaxError(f"the tensor '{name}' is of type {value.dtype}, and weights are floats: the file is "
+                           "damaged, or quantised in a way that is not read; fetch it again, or take another.")
     value = value.T if place.transposed else value
     return value if convert is None else value.astype(dtype, copy=False)
 

@@ -235,3 +235,52 @@ def test_a_missing_or_damaged_weight_file_is_named(tmp_path):
 def test_a_folder_without_a_tokenizer_is_named(saved):
     with pytest.raises(PeftJaxError, match="has no tokenizer"):
         load_tokenizer(saved[0])
+
+
+@pytest.fixture
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    save_pretrained(path, *tiny())
+    return path
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_model_s_file_that_is_none_is_not_opened(folder, tmp_path, name):
+    for file in folder.iterdir():
+        if name != "model.safetensors.index.json" or file.name != "model.safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(PeftJaxError, match=f"{name} is a named pipe, not a file"):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "why"), [
+    ("pipe", "is a named pipe"), ("zero", "is a device"), ("x" * 300, "is not there"), ("a\0b", "is not there")])
+def test_a_source_that_no_model_can_be_is_named(tmp_path, name, why):
+    if name == "pipe":
+        os.mkfifo(tmp_path / name)
+    if name == "zero":
+        (tmp_path / name).symlink_to("/dev/zero")
+    for read in (load_pretrained, load_config, load_tokenizer):
+        with pytest.raises(PeftJaxError, match=why):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": 5}', '{"weight_map": {}}', '{"weight_map": {"a": 5}}',
+                                     '{"weight_map": {"a": "../../x"}}', '{"weight_map": {"a": "x/\\u0000"}}', "{"])
+def test_an_index_of_another_kind_is_named(folder, tmp_path, content):
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(PeftJaxError, match=r"model\.safetensors\.index\.json") as error:
+        load_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_are_no_floats_are_named(folder, tmp_path):
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"].view(np.int32)},
+              tmp_path / "model.safetensors")
+    with pytest.raises(PeftJaxError, match=r"'model\.norm\.weight' is of type int32, and weights are floats"):
+        load_pretrained(tmp_path)

@@ -147,3 +147,51 @@ def test_a_folder_without_a_readable_config_is_named(tmp_path):
         (tmp_path / "config.json").write_text(damaged)
         with pytest.raises(PeftJaxError, match="not readable as JSON"):
             model_config.read(tmp_path)
+
+
+ODD = [  # (model type, fields, what is said)
+    *[("llama", {"rms_norm_eps": value}, "rms_norm_eps=.*, where a number from 0 to 1 belongs")
+      for value in (float("nan"), float("inf"), -1e-6, 10**400, True, "1e-6", [1])],
+    *[("llama", {"num_hidden_layers": value}, "where a whole number from 1 to 10000 belongs")
+      for value in (10**6, 0, -1, True, 2.0, "2", None)],
+    *[("llama", {"vocab_size": value}, "vocab_size=.*, where a whole number from 1 to 16777216")
+      for value in (10**12, 0)],
+    ("llama", {"num_attention_heads": 0}, "num_attention_heads=0, where"),
+    ("llama", {"num_key_value_heads": 3}, "no multiple of num_key_value_heads=3"),
+    *[("llama", {"rope_theta": value}, "rope_theta") for value in (0, -1.0, float("nan"), float("inf"), 10**400, True)],
+    *[("llama", {"rope_parameters": value}, "rope") for value in (
+        5, "x", {"rope_type": []}, {"rope_type": {}}, {"rope_theta": "x"}, {"rope_theta": [1]},
+        {"rope_type": "linear", "factor": 0}, {"rope_type": "linear", "factor": float("nan")},
+        {"rope_type": "linear", "factor": True}, {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 1.0},
+        {"rope_type": "llama3", **LLAMA3, "factor": None})],
+    ("llama", {"rope_parameters": {"partial_rotary_factor": [2]}}, r"partial_rotary_factor \[2\] is not supported"),
+    ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
+     "say two things of the rotary positions"),
+    *[("qwen3", {"use_sliding_window": True, "layer_types": value}, "layer_types")
+      for value in ("x", [[]], [{}], [1], ["full_attention"], {"a": 1})],
+    *[("qwen2", {"use_sliding_window": True, "sliding_window": value}, "sliding_window=")
+      for value in (0, -4, True, "4")],
+    ("qwen2", {"use_sliding_window": True, "max_window_layers": -1}, "max_window_layers=-1"),
+    *[("bert", {"architectures": value}, "architectures=.*, where a list belongs") for value in ([5], [None], [["x"]])],
+    ("bert", {"layer_norm_eps": float("nan")}, "layer_norm_eps=nan"),
+    ("bert", {"type_vocab_size": -1}, "type_vocab_size=-1"),
+    ("bert", {"architectures": ["BertForSequenceClassification"], "pooling": "middle"}, "pooling 'middle' is not"),
+    ("roberta", {"pad_token_id": None}, "pad_token_id=None"),
+    ("roberta", {"pad_token_id": -3}, "pad_token_id=-3"),
+    ("roberta", {"max_position_embeddings": 2}, "max_position_embeddings=2 and pad_token_id=1"),
+    ([], {}, r"model_type '\[\]' is not supported"),
+    ({"a": []}, {}, "is not supported"),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields", "message"), ODD, ids=[f"{kind} {fields}"[:60] for kind, fields, _ in ODD])
+def test_what_no_model_can_have_is_named(kind, fields, message):
+    with pytest.raises(PeftJaxError, match=message) as error:
+        model_config.from_hf({"model_type": kind, **SIZES, **fields})
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_architectures_that_are_no_names_name_no_type():
+    for value in (5, [5], [["x"]], {"a": 1}, None):
+        with pytest.raises(PeftJaxError, match="names no model_type"):
+            model_config.from_hf({"architectures": value, **SIZES})

@@ -1,15 +1,14 @@
 """``adapter_config.json``: Hugging Face peft's statement of an adapter, in and out (peft 0.21)."""
 
 import contextlib
-import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peft_jax.core import labels, targeting
-from peft_jax.core.files import read_json
+from peft_jax.core import files, labels, patterns, targeting
 from peft_jax.core.peft_format import Format, Naming
-from peft_jax.errors import PeftJaxError, nearest
+from peft_jax.errors import PeftJaxError, nearest, some
 from peft_jax.hub.adapters import config_types
 from peft_jax.method import Method
 
@@ -18,6 +17,7 @@ _SILENT = ("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", 
            "peft_version", "id2label", "label2id")
 TIES = ("embed_tokens", "lm_head")
 _EMPTY = (None, False, {}, [], "")
+MOST_PARTS = 32  # methods of a chain
 
 
 class Statement(NamedTuple):
@@ -35,13 +35,21 @@ def read(path: Path, formats: Sequence[Format]) -> list[Statement]:
     Raises ``PeftJaxError`` for an unknown ``peft_type``, and naming any field that would change the result and is not
     supported, or is of another type than the method's argument.
     """
-    content = read_json(path)
+    parts = parts_of(path)
+    with files.reading(path, "an adapter's config", "save the adapter again"):
+        return [_statement(path, part, formats) for part in parts]
+
+
+def parts_of(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects in the file, one for each method of a chain. Raises ``PeftJaxError`` where it has none."""
+    content = files.read_json(path)
     if content.get("peft_type") != "CHAIN":
-        return [_statement(path, content, formats)]
+        return [content]
     parts = content.get("methods")
-    if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
-        raise PeftJaxError(f"{path} is a CHAIN whose 'methods' are no list of adapter configs: save it again.")
-    return [_statement(path, part, formats) for part in parts]
+    if not isinstance(parts, list) or not 0 < len(parts) <= MOST_PARTS or not all(isinstance(p, dict) for p in parts):
+        raise PeftJaxError(f"{path} is a CHAIN whose 'methods' are no list of adapter configs, at most {MOST_PARTS}: "
+                           "save it again.")
+    return parts
 
 
 def _statement(path: Path, content: dict[str, Any], formats: Sequence[Format]) -> Statement:
@@ -49,9 +57,9 @@ def _statement(path: Path, content: dict[str, Any], formats: Sequence[Format]) -
     config_types.check_flags(path, content)
     form = next((one for one in formats if one.kind == kind and one.claims(content)), None)
     if form is None:
-        raise PeftJaxError(f"{path} is a '{kind}' adapter, which cannot be loaded: "
+        raise PeftJaxError(f"{path} is a '{kind!s:.60}' adapter, which cannot be loaded: "
                            f"{nearest(str(kind), dict.fromkeys(form.kind for form in formats))}")
-    unknown = [f"{name}={value!r}" for name, value in sorted(content.items())
+    unknown = [f"{name}={reprlib.repr(value)}" for name, value in sorted(content.items())
                if name not in (*form.arguments, *form.silent, *_SILENT) and value not in _EMPTY]
     if unknown:
         raise PeftJaxError(f"{path} asks for {', '.join(unknown)}, which would change the result and is not supported: "
@@ -72,7 +80,8 @@ def _keeps_tie(form: Format, content: Mapping[str, Any]) -> bool:
         return True
     saves, targets = (content.get(name) or () for name in ("modules_to_save", "target_modules"))
     names = {entry.rpartition(".")[2] for part in (saves, targets) if not isinstance(part, str) for entry in part}
-    ties = [name for name in TIES if name in names or (isinstance(targets, str) and re.fullmatch(targets, name))]
+    ties = [name for name in TIES
+            if name in names or (isinstance(targets, str) and patterns.match(targets, name, whole=True))]
     return "ensure_weight_tying" in form.arguments and bool(ties)
 
 
@@ -90,7 +99,7 @@ def _naming_the_file(path: Path, fields: Mapping[str, Any]) -> Iterator[None]:
         yield
     except PeftJaxError as error:
         raise PeftJaxError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
-    except (TypeError, ValueError, KeyError, AttributeError, re.error) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError) as error:
         kinds = ", ".join(f"{name} {type(value).__name__}" for name, value in fields.items())
         raise PeftJaxError(f"{path}: its fields cannot be understood ({kinds}): save the adapter again.") from error
 
@@ -103,14 +112,16 @@ def without_unmatched(arguments: Mapping[str, Any], names: Sequence[str], module
     """
     targets, saves = arguments.get("target_modules"), arguments.get("modules_to_save")
     arguments = {**arguments, **_present(arguments, names)}
+    known = targeting.known_names(names)
     if isinstance(saves, tuple):
-        entries = tuple(entry for entry in saves if any(targeting.saved((entry,), module) for module in modules))
+        meant = [module for module in modules if targeting.saved(saves, module)]
+        entries = tuple(entry for entry in saves if any(targeting.saved((entry,), module) for module in meant))
         arguments = {**arguments, "modules_to_save": entries or None}
     if not isinstance(targets, tuple):
         return dict(arguments)
-    entries = tuple(entry for entry in targets if any(targeting.listed((entry,), name) for name in names))
+    entries = tuple(entry for entry in targets if entry in known)
     if not entries:
-        raise PeftJaxError(f"none of the adapter's target_modules ({', '.join(targets)}) is in this model: "
+        raise PeftJaxError(f"none of the adapter's target_modules ({some(list(targets))}) is in this model: "
                            f"{nearest(targets[0] if targets else '', (n.rsplit('.', 1)[-1] for n in names))}")
     return {**arguments, "target_modules": entries}
 
@@ -119,7 +130,8 @@ def _present(arguments: Mapping[str, Any], names: Sequence[str]) -> dict[str, An
     """Feed-forward modules and layer numbers without those that the model does not have."""
     present: dict[str, Any] = {}
     if isinstance(inside := arguments.get("feedforward_modules"), tuple):
-        present["feedforward_modules"] = tuple(one for one in inside if any(targeting.listed((one,), n) for n in names))
+        known = targeting.known_names(names)
+        present["feedforward_modules"] = tuple(one for one in inside if one in known)
     if isinstance(layers := arguments.get("layers_to_transform"), tuple):
         numbers = {targeting.layer_index(name, arguments.get("layers_pattern")) for name in names}
         present["layers_to_transform"] = tuple(layer for layer in layers if layer in numbers)

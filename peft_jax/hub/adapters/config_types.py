@@ -1,13 +1,13 @@
 """Whether the fields of an ``adapter_config.json`` have the types of the method's arguments."""
 
 import inspect
-import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
 
+from peft_jax.core import patterns
 from peft_jax.errors import PeftJaxError
 
 # Fields that are no arguments of ours.
@@ -39,20 +39,29 @@ def check(path: Path, fields: Mapping[str, Any], make: Callable[..., Any]) -> No
 
 
 def _check(path: Path, name: str, value: Any, kind: Any) -> None:
+    if isinstance(value, list | dict) and len(value) > _most(value):
+        raise PeftJaxError(f"{path} has {name} of {len(value):,} entries, and no model needs more than "
+                           f"{_most(value):,}: save the adapter again.")
     if not any(_fits(value, one) for one in _kinds(kind)):
         words = " or ".join(dict.fromkeys(map(_phrase, _kinds(kind))))
         raise PeftJaxError(f"{path} has {name}={reprlib.repr(value)}, where {words} belongs: correct it or save the "
                            "adapter again.")
 
 
+def _most(value: list | dict) -> int:
+    """Entries: of objects, whose keys are patterns; of lists of names; of lists of numbers, such as tokens."""
+    if isinstance(value, dict):
+        return 4096
+    return 25_000 if any(isinstance(one, str) for one in value) else 1 << 20
+
+
 def _check_regexes(path: Path, name: str, value: Any) -> None:
-    """Names and keys of patterns are regular expressions."""
-    several = value if isinstance(value, list | dict) else [value]
-    for regex in [one for one in several if isinstance(one, str)]:
-        try:
-            re.compile(regex)
-        except re.error as error:
-            raise PeftJaxError(f"{path} has {name} with '{regex}', which is no regular expression: {error}.") from error
+    """A string that stands for names, and keys of patterns, are regular expressions; a list holds names, but of one
+    field, whose words stand inside an expression."""
+    several = isinstance(value, dict) or (isinstance(value, list) and name == "layers_pattern")
+    for regex in [one for one in (value if several else [value]) if isinstance(one, str)]:
+        if why := patterns.fault(regex):
+            raise PeftJaxError(f"{path} has {name} with '{regex:.200}', which {why}.")
 
 
 def _kinds(kind: Any) -> tuple[Any, ...]:

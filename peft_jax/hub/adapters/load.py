@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from peft_jax.core import arguments, files, kernel_axes, labels, targeting, tree
+from peft_jax.core import arguments, kernel_axes, labels, targeting, tree
 from peft_jax.core.peft_format import PREFIX
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub import download
@@ -51,7 +51,7 @@ def load_adapter(source: str | os.PathLike, base_params: Mapping[str, Any],
     arguments.check("load_adapter", {"source": source, "base_params": base_params})
     folder = _folder(source)
     parts = adapter_config.read(folder / CONFIG, formats())
-    tensors = safetensors_files.read_all(folder / WEIGHTS)
+    tensors = safetensors_files.tensors_of(folder / WEIGHTS)
     family, params = family_with(base_params, tensors), base_params
     if _unties(family, parts, tensors):
         params = base_params = untie(base_params)
@@ -69,14 +69,13 @@ def load_adapter(source: str | os.PathLike, base_params: Mapping[str, Any],
         methods.append(method)
     base = tree.flatten(base_params)
     adapter_tensors.check(folder, tensors, slots, flat, model_tensors(family, base), base)
-    params = tree.unflatten(flat | adapter_tensors.leaves_of(tensors, slots, flat))
+    params = tree.unflatten(flat | adapter_tensors.leaves_of(folder, tensors, slots, flat, base))
     return methods[0] if len(methods) == 1 else chain(*methods), params
 
 
 def adapter_classes(source: str | os.PathLike) -> tuple[str, ...]:
     """What the classes of a stored adapter's head are called, by number; () where its config does not say."""
-    content = files.read_json(_folder(source) / CONFIG)
-    parts = content.get("methods", [content])
+    parts = adapter_config.parts_of(_folder(source) / CONFIG)
     return next(filter(None, (labels.names(part.get("id2label")) for part in parts)), ())
 
 
@@ -85,7 +84,7 @@ def _with_leaves(method: Method, params, axes, folder: Path, tensors) -> dict[st
     odd = [path for path in tree.flatten(params) if path.rpartition("/")[2] not in PLAIN_LEAVES]
     init = partial(method.init, jax.random.key(0), params, axes=axes)
     try:
-        adapter_tensors.check_sizes(method, init, folder, tensors)
+        adapter_tensors.check_sizes(method, init, folder, tensors, params)
         return init()
     except PeftJaxError as error:
         if not odd:
@@ -96,11 +95,11 @@ def _with_leaves(method: Method, params, axes, folder: Path, tensors) -> dict[st
 
 def _folder(source: str | os.PathLike) -> Path:
     folder = Path(source).expanduser()
-    if not folder.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", os.fspath(source)):
+    if not os.path.exists(folder) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", os.fspath(source)):
         folder = download.from_hub(os.fspath(source), [CONFIG, WEIGHTS])
-    absent = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    absent = [name for name in (CONFIG, WEIGHTS) if not os.path.lexists(folder / name)]
     pickled = " (a .bin file is a pickle, which can run code: save it from peft as safetensors)"
-    inside = f"; '{folder / 'adapter'}' does" if (folder / "adapter" / CONFIG).is_file() else ""
+    inside = f"; '{folder / 'adapter'}' does" if os.path.isfile(folder / "adapter" / CONFIG) else ""
     if absent:
         raise PeftJaxError(f"{folder} has no {' and no '.join(absent)}: it holds no adapter that can be read{inside}"
                            f"{pickled if WEIGHTS in absent else ''}.")

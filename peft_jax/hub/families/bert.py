@@ -9,7 +9,7 @@ from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.hub.families.family import Family, check_heads, completed
 from peft_jax.hub.families.hf_names import embedding, linear, norm
 from peft_jax.models.bert import ACTIVATIONS, Encoder, EncoderConfig
-from peft_jax.models.heads import Head
+from peft_jax.models.heads import POOLINGS, Head
 
 CLASSES = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert"}
 TASKS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification", None: "Model"}
@@ -56,7 +56,10 @@ def read(kind: str, given: Mapping[str, Any]) -> EncoderConfig:
         raise PeftJaxError(f"hidden_act '{fields['hidden_act']}' is not supported in a {kind} model: "
                            f"{nearest(fields['hidden_act'], ACTIVATIONS)}")
     check_heads(kind, fields["hidden_size"], fields["num_attention_heads"])
-    offset = c["pad_token_id"] + 1 if kind == "roberta" else 0
+    offset = (c["pad_token_id"] or 0) + 1 if kind == "roberta" else 0
+    if fields["max_position_embeddings"] <= offset or (kind == "roberta" and c["pad_token_id"] is None):
+        raise PeftJaxError(f"the {kind} config has max_position_embeddings={fields['max_position_embeddings']} and "
+                           f"pad_token_id={c['pad_token_id']}, behind which its positions begin: correct config.json.")
     fields["max_position_embeddings"] -= offset
     types = {"type_vocab_size": 0} if kind == "distilbert" else {}
     return EncoderConfig(**{**fields, **types}, position_offset=offset, model_type=kind, head=_head(kind, c))
@@ -67,6 +70,8 @@ def _head(kind: str, c: Mapping[str, Any]) -> Head | None:
     tasks = [task for task, ending in TASKS.items() if task and ending in named]
     if not tasks:
         return None
+    if c["pooling"] not in POOLINGS:
+        raise PeftJaxError(f"pooling '{c['pooling']:.60}' is not supported: {nearest(c['pooling'], POOLINGS)}")
     return Head(tasks[0], len(c["id2label"] or ()) or c["num_labels"], c["pooling"], labels.names(c["id2label"]))
 
 

@@ -1,5 +1,6 @@
 """What the hub has to know of a family of models: how Hugging Face describes one, and what it calls its parts."""
 
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -55,21 +56,46 @@ def completed(kind: str, given: Mapping[str, Any], required: Sequence[str],
         raise PeftJaxError(f"the {kind} config lacks {', '.join(missing)}: add it to config.json.")
     found = {**defaults, **given}
     for key in required:
-        _check(kind, key, found[key], _SIZE)
+        _check(kind, key, found[key], _KINDS.get(key, _SIZE))
     for key, default in defaults.items():
         if found[key] is not None or (type(default) in (int, float) and key not in _NULLABLE):
             _check(kind, key, found[key], _KINDS.get(key, type(default)))
     return found
 
 
-_MOST = 2**24  # larger than any model's; a slip of the pen must not fill the memory
-_SIZE = f"a whole number from 1 to {_MOST}"
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", dict: "an object",
-          list: "a list", _SIZE: _SIZE}
-# Of keys whose default is null, or that are sizes. What may be null though its default is a number.
+def is_number(value: Any) -> bool:
+    """Whether it is a number that float32 has: neither true nor NaN, infinite, or 10**400."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
+_LARGEST = 3.4e38
+_MOST, _MOST_LAYERS = 2**24, 10_000  # more than any model has; a slip of the pen must not fill the memory
+_SIZE, _LAYERS = f"a whole number from 1 to {_MOST}", f"a whole number from 1 to {_MOST_LAYERS}"
+_COUNT, _POSITIVE, _EPSILON = f"a whole number from 0 to {_MOST}", "a number above 0", "a number from 0 to 1"
+_TEXTS = "a list of strings"
+# {what belongs there: (how to say it, how to know it)}
+_RULES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+    int: ("a whole number", lambda value: type(value) is int),
+    float: ("a number", is_number),
+    str: ("a string", lambda value: isinstance(value, str)),
+    dict: ("an object", lambda value: isinstance(value, dict)),
+    _TEXTS: ("a list", lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value)),
+    _SIZE: (_SIZE, lambda value: type(value) is int and 1 <= value <= _MOST),
+    _LAYERS: (_LAYERS, lambda value: type(value) is int and 1 <= value <= _MOST_LAYERS),
+    _COUNT: (_COUNT, lambda value: type(value) is int and 0 <= value <= _MOST),
+    _POSITIVE: (_POSITIVE, lambda value: is_number(value) and value > 0),
+    _EPSILON: (_EPSILON, lambda value: is_number(value) and 0 <= value <= 1),
+}
+# Of keys whose default is null, or for which the type of the default is too little. What may be null though its default
+# is a number.
 _KINDS = {**dict.fromkeys(("max_position_embeddings", "n_positions", "num_key_value_heads", "head_dim", "n_inner",
-                           "num_labels"), _SIZE),
-          "rope_scaling": dict, "rope_parameters": dict, "id2label": dict, "architectures": list, "layer_types": list}
+                           "num_labels", "sliding_window"), _SIZE),
+          **dict.fromkeys(("num_hidden_layers", "n_layers", "n_layer"), _LAYERS),
+          **dict.fromkeys(("max_window_layers", "pad_token_id", "type_vocab_size"), _COUNT),
+          **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"), _EPSILON),
+          "rope_theta": float, "partial_rotary_factor": float, "architectures": _TEXTS, "layer_types": _TEXTS,
+          "rope_scaling": dict, "rope_parameters": dict, "id2label": dict}
 _NULLABLE = ("sliding_window", "max_window_layers", "rope_theta", "partial_rotary_factor", "pad_token_id", "num_labels",
              "num_key_value_heads", "head_dim")
 
@@ -82,8 +108,7 @@ def check_heads(kind: str, hidden: int, heads: int) -> None:
 
 
 def _check(kind: str, key: str, value: Any, wanted: Any) -> None:
-    types = {_SIZE: int, float: (int, float)}.get(wanted, wanted)
-    fits = isinstance(value, types) and (wanted is bool or not isinstance(value, bool))
-    if not fits or (wanted == _SIZE and not 1 <= value <= _MOST):
-        raise PeftJaxError(f"the {kind} config has {key}={value!r:.60}, where {_WORDS[wanted]} belongs: correct "
+    words, fits = _RULES[wanted]
+    if not fits(value):
+        raise PeftJaxError(f"the {kind} config has {key}={reprlib.repr(value)}, where {words} belongs: correct "
                            "config.json.")

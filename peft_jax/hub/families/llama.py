@@ -1,10 +1,11 @@
 """The Llama family at Hugging Face: its ``config.json`` to ``LlamaConfig`` and back, its modules' names."""
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from peft_jax.errors import PeftJaxError, nearest
-from peft_jax.hub.families.family import Family, check_heads, completed
+from peft_jax.hub.families.family import Family, check_heads, completed, is_number
 from peft_jax.hub.families.hf_names import embedding, linear, norm
 from peft_jax.models.llama import CausalLM, LlamaConfig
 from peft_jax.models.rope import SCALINGS
@@ -129,26 +130,37 @@ def write(config: LlamaConfig) -> dict[str, Any]:
 
 def _rope(c: Mapping[str, Any]) -> tuple[float, tuple[tuple[str, float | str], ...] | None]:
     """theta, and the scaling's sorted items or ``None``. transformers 5 keeps both in one dict, 4 in two keys."""
-    given = {"rope_theta": c["rope_theta"], "partial_rotary_factor": c["partial_rotary_factor"],
-             **(c["rope_scaling"] or c["rope_parameters"] or {})}
-    theta, partial = given.pop("rope_theta"), given.pop("partial_rotary_factor")
-    old_word = given.pop("type", "default")
-    kind = given.setdefault("rope_type", old_word)
-    if not isinstance(theta, int | float):
-        raise PeftJaxError(f"rope_theta {theta!r} is no number: correct config.json.")
-    theta = float(theta)
+    given = _rope_fields(c)
+    theta, partial, kind = given["rope_theta"], given["partial_rotary_factor"], given["rope_type"]
+    if not is_number(theta) or theta <= 0:
+        raise PeftJaxError(f"rope_theta {reprlib.repr(theta)} is no number above 0: correct config.json.")
     if partial not in (None, 1.0):
-        raise PeftJaxError(f"partial_rotary_factor {partial} is not supported: only whole heads are rotated.")
-    if kind not in SCALINGS:
-        raise PeftJaxError(f"rope scaling '{kind}' is not supported: {nearest(kind, SCALINGS)}")
+        raise PeftJaxError(f"partial_rotary_factor {reprlib.repr(partial)} is not supported: only whole heads are "
+                           "rotated.")
+    if not isinstance(kind, str) or kind not in SCALINGS:
+        raise PeftJaxError(f"rope scaling '{kind!s:.60}' is not supported: {nearest(str(kind), SCALINGS)}")
     if kind == "default":
-        return theta, None
+        return float(theta), None
     if kind == "llama3":
         given.setdefault("original_max_position_embeddings", c["max_position_embeddings"])
-    missing = [key for key in _SCALING_KEYS[kind] if not isinstance(given.get(key), int | float)]
-    if missing:
-        raise PeftJaxError(f"rope scaling '{kind}' lacks {', '.join(missing)}, a number: add it in config.json.")
-    return theta, tuple((key, given[key]) for key in sorted(("rope_type", *_SCALING_KEYS[kind])))
+    missing = [key for key in _SCALING_KEYS[kind] if not is_number(given.get(key)) or given[key] <= 0]
+    if missing or given.get("high_freq_factor", 2) <= given.get("low_freq_factor", 1):
+        raise PeftJaxError(f"rope scaling '{kind}' lacks {', '.join(missing) or 'a high_freq_factor above the low'}, "
+                           "a number above 0: add it in config.json.")
+    return float(theta), tuple((key, given[key]) for key in sorted(("rope_type", *_SCALING_KEYS[kind])))
+
+
+def _rope_fields(c: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config says of rotary positions, in one dict. Raises ``PeftJaxError`` where it says two things."""
+    plain = {key: c[key] for key in ("rope_theta", "partial_rotary_factor")}
+    stated = [{**plain, "rope_type": one.get("type", "default"), **one} for key in ("rope_scaling", "rope_parameters")
+              if (one := c[key])]
+    for one in stated:
+        one.pop("type", None)
+    if len(stated) == 2 and stated[0] != stated[1]:
+        raise PeftJaxError("rope_scaling and rope_parameters of config.json say two things of the rotary positions: "
+                           "leave one of them out.")
+    return stated[0] if stated else {**plain, "rope_type": "default"}
 
 
 _SCALING_KEYS = {

@@ -28,6 +28,12 @@ _INSTEAD = ("take the plain model, load_pretrained(..., method=quantize(...)), o
             "transformers and save it")
 
 
+_SETTINGS = {"quant_method": str | None, "load_in_8bit": bool | None, "load_in_4bit": bool | None,
+             "bnb_4bit_quant_type": str | None, "bnb_4bit_use_double_quant": bool | None,
+             "llm_int8_skip_modules": list | None}
+_MOST_STATE = 1 << 16  # bytes of a quant_state, which has two hundred
+
+
 class Packed(NamedTuple):
     """A quantised weight: its tensors by part, "" for the codes, and its state; ``shape`` is (outputs, inputs)."""
 
@@ -114,6 +120,10 @@ def _settings(folder, given) -> Mapping[str, Any]:
     settings = given.get("quantization_config") or {}
     if not isinstance(settings, Mapping):
         raise PeftJaxError(f"{folder}/config.json has a quantization_config that is no object: fetch it again.")
+    for key, kinds in _SETTINGS.items():
+        if not isinstance(settings.get(key), kinds):
+            raise PeftJaxError(f"{folder}/config.json has a quantization_config with {key}={settings[key]!r:.60}: "
+                               "fetch it again.")
     method = settings.get("quant_method", "bitsandbytes" if settings else None)
     if method not in (None, "bitsandbytes"):
         raise PeftJaxError(f"{folder} is quantised by '{method}', which is not read, only bitsandbytes' four bits are: "
@@ -127,6 +137,8 @@ def _settings(folder, given) -> Mapping[str, Any]:
 def _state(name, found, settings) -> dict[str, Any]:
     """The JSON in the tensor ``name``, checked. Nothing but JSON is ever read from it."""
     try:
+        if math.prod(found[name].shape) > _MOST_STATE:
+            raise ValueError("too long")
         state = json.loads(found[name].read().astype(np.uint8, casting="no").tobytes().decode("utf-8"))
         shape, block, kind = state["shape"], state["blocksize"], state["quant_type"]
         whole = len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)

@@ -7,6 +7,7 @@ github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,12 +16,14 @@ from typing import Any
 import numpy as np
 
 from peft_jax.core import files
-from peft_jax.errors import PeftJaxError, needed
-from peft_jax.hub import download, model_config
-from peft_jax.models import rope
+from peft_jax.errors import PeftJaxError
+from peft_jax.hub import download, expected_tensors, families, model_config
+from peft_jax.hub.families import hf_names
+from peft_jax.hub.families.family import table_of
+from peft_jax.hub.formats import gguf_config, gguf_header
 
 # Raise this when the conversion changes, so that old results in people's caches are not used.
-_VERSION = 2
+_VERSION = 3
 WEIGHTS, CHECKSUM = "model.safetensors", "sha256.json"
 
 _TENSORS = {
@@ -38,12 +41,7 @@ _TENSORS = {
     "ffn_down": "mlp.down_proj",
 }
 
-# A GGUF file keeps the frequencies that Llama 3.1's rope scaling yields, not the scaling: find the one that does.
-_LLAMA3_SCALINGS = [
-    (("factor", factor), ("high_freq_factor", 4.0), ("low_freq_factor", 1.0),
-     ("original_max_position_embeddings", 8192), ("rope_type", "llama3"))
-    for factor in (8.0, 32.0)
-]
+_NAME = re.compile(r"(blk\.(?P<layer>0|[1-9]\d{0,4})\.)?(?P<kind_of>\w+)\.(?P<leaf>weight|bias)", re.ASCII)
 
 
 def convert(path: Path, weights: bool = False) -> Path:
@@ -77,11 +75,9 @@ def _is_whole(folder: Path) -> bool:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The Hugging Face config dict of a ``.gguf`` file, without its weights. Raises ``PeftJaxError`` as ``convert``."""
+    files.regular_file(path, "a model")
     folder = _cached(path)
-    if folder.is_dir():
-        return model_config.read(folder)
-    reader = opened(path)
-    return _config(reader, metadata(reader), path)
+    return model_config.read(folder) if folder.is_dir() else gguf_config.config_of(gguf_header.read(path), path)
 
 
 def _cached(path: Path) -> Path:
@@ -90,115 +86,51 @@ def _cached(path: Path) -> Path:
     return download.cache_folder("converted") / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
-def opened(path: Path):
-    """The ``gguf`` package's reader of a file."""
-    gguf = needed("gguf", f"to read {path}")
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, IndexError, OSError) as error:
-        raise PeftJaxError(f"{path} cannot be read as a GGUF file (damaged, or another format): {error}") from error
-
-
 def _convert_into(folder: Path, path: Path) -> None:
     from safetensors.numpy import save_file
 
     from peft_jax.hub.formats.gguf_tokenizer import save_tokenizer
 
-    reader = opened(path)
-    fields = metadata(reader)
-    config = _config(reader, fields, path)
+    header = gguf_header.read(path)
+    config = gguf_config.config_of(header, path)
+    named = {hf_name(name, config, path)[0]: info for name, info in header.tensors.items()
+             if name != gguf_config.FREQUENCIES}
+    _check_fits(named, config, path)
     files.sweep(folder)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         aside = Path(scratch, "whole")
         aside.mkdir()
-        save_tokenizer(fields, aside, path)
+        save_tokenizer(header.fields, config["vocab_size"], aside, path)
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(_weights(reader, config, path), aside / WEIGHTS, metadata={"format": "pt"})
+        save_file({name: _values(info, config) for name, info in named.items()}, aside / WEIGHTS,
+                  metadata={"format": "pt"})
         shutil.copymode(aside / "config.json", aside / WEIGHTS)  # which safetensors makes private
         files.write(aside / CHECKSUM, json.dumps({WEIGHTS: download.sha256_of(aside / WEIGHTS)}))
         files.flush_all(aside)
         aside.rename(folder)
 
 
-def metadata(reader) -> dict[str, Any]:
-    """The key-value pairs of an open GGUF file; arrays as lists."""
-    return {key: field.contents() for key, field in reader.fields.items()}
+def _values(info: gguf_header.Info, config: dict[str, Any]) -> np.ndarray:
+    heads = hf_name(info.name, config, info.file)[1]
+    return unpermute(info.floats(), heads) if heads else info.floats()
 
 
-def _config(reader, fields: dict[str, Any], path: Path) -> dict[str, Any]:
-    kind = fields.get("general.architecture", "unknown")
-    if kind != "llama" or fields.get("llama.expert_count"):
-        raise PeftJaxError(f"{path} holds a model of architecture '{kind}'{' with experts' * (kind == 'llama')}: of "
-                           "GGUF files only plain 'llama' ones are read; use the model's safetensors folder instead.")
-    heads, width = fields["llama.attention.head_count"], fields["llama.embedding_length"]
-    head_dim = fields.get("llama.attention.key_length") or fields.get("llama.rope.dimension_count", width // heads)
-    names = {tensor.name: tensor for tensor in reader.tensors}
-    result = {
-        "model_type": "llama",
-        "vocab_size": int(names["token_embd.weight"].shape[1]),
-        "hidden_size": width,
-        "intermediate_size": fields["llama.feed_forward_length"],
-        "num_hidden_layers": fields["llama.block_count"],
-        "num_attention_heads": heads,
-        "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        # Stored as float32: the shortest decimal that reads back as the same float32 is the one that was meant.
-        "rms_norm_eps": float(str(np.float32(fields["llama.attention.layer_norm_rms_epsilon"]))),
-        "rope_theta": float(fields.get("llama.rope.freq_base", 10000.0)),
-        "max_position_embeddings": fields["llama.context_length"],
-        "tie_word_embeddings": "output.weight" not in names,
-        "attention_bias": "blk.0.attn_q.bias" in names,
-        "mlp_bias": "blk.0.ffn_up.bias" in names,
-    }
-    result["rope_scaling"] = _rope_scaling(fields, names, result, path)
-    return model_config.to_hf(model_config.from_hf(result), token_ids=_token_ids(fields))
-
-
-def _token_ids(fields: dict[str, Any]) -> dict[str, int | None]:
-    theirs = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
-    return {ours: fields.get(f"tokenizer.ggml.{key}") for ours, key in theirs.items()}
-
-
-def _rope_scaling(fields: dict[str, Any], names: dict[str, Any], config: dict[str, Any], path: Path) -> dict | None:
-    kind = fields.get("llama.rope.scaling.type", "none")
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": fields["llama.rope.scaling.factor"]}
-    if kind != "none":
-        raise PeftJaxError(f"{path} has rope scaling '{kind}', which is not read from GGUF files: use the model's "
-                           "safetensors folder instead.")
-    if "rope_freqs.weight" not in names:
-        return None
-    divisors = np.asarray(names["rope_freqs.weight"].data, np.float32)
-    plain = rope.inverse_frequencies(config["head_dim"], config["rope_theta"], None)
-    for scaling in _LLAMA3_SCALINGS:
-        scaled = rope.inverse_frequencies(config["head_dim"], config["rope_theta"], scaling)
-        if divisors.shape == plain.shape and np.allclose(plain / divisors, scaled, rtol=1e-4):
-            return dict(scaling)
-    raise PeftJaxError(f"{path} carries rope frequencies that are not those of Llama 3.1 or 3.2: use the model's "
-                       "safetensors folder instead.")
-
-
-def _weights(reader, config: dict[str, Any], path: Path) -> dict[str, np.ndarray]:
-    """Hugging Face's tensors, float32."""
-    from gguf.quants import dequantize
-
-    weights = {}
-    for tensor in reader.tensors:
-        if tensor.name != "rope_freqs.weight":
-            name, heads = hf_name(tensor.name, config, path)
-            value = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
-            weights[name] = unpermute(value, heads) if heads else value
-    return weights
+def _check_fits(named: dict[str, gguf_header.Info], config: dict[str, Any], path: Path) -> None:
+    """Raise ``PeftJaxError`` where the tensors are not those of the model that the metadata describe."""
+    model = model_config.from_hf(config)
+    shapes = model_config.param_shapes(model)
+    places = hf_names.tensors(table_of(families.of(model), shapes), shapes, model.num_hidden_layers)
+    expected_tensors.check(path, dict(named), places, shapes, model)
 
 
 def hf_name(name: str, config: dict[str, Any], path: Path) -> tuple[str, int]:
     """Hugging Face's name of a tensor, and of how many heads ggml has its rows in another order, 0 where it has not."""
-    *block, kind_of, kind = name.split(".")
-    if kind_of not in _TENSORS:
-        raise PeftJaxError(f"{path} has a tensor '{name}' that a llama model does not have.")
+    found = _NAME.fullmatch(name)
+    if not found or found["kind_of"] not in _TENSORS:
+        raise PeftJaxError(f"{path} has a tensor '{name:.60}' that a llama model does not have.")
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    prefix = f"model.layers.{block[1]}." if len(block) == 2 else ""
-    return f"{prefix}{_TENSORS[kind_of]}.{kind}", heads.get(kind_of, 0)
+    prefix = f"model.layers.{found['layer']}." if found["layer"] else ""
+    return f"{prefix}{_TENSORS[found['kind_of']]}.{found['leaf']}", heads.get(found["kind_of"], 0)
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -4,45 +4,38 @@ A block of Q4_0, Q4_1 and Q8_0 is 32 values of a row, first their scale, and of 
 codes; byte i of four-bit ones has value i in its low half and value i + 16 in the high one.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from peft_jax import quant
-from peft_jax.errors import PeftJaxError
-from peft_jax.hub.formats import gguf
+from peft_jax.hub.formats import gguf, gguf_config, gguf_header
 
 _TYPES = {"Q4_0": "int4", "Q4_1": "int4_affine", "Q8_0": "int8"}
 _BLOCK = 32
 
 
 class Block(NamedTuple):
-    """A tensor in a GGUF file: its first byte and their count there, its type, and the heads as ``gguf.hf_name``."""
+    """A tensor in a GGUF file, and the heads as ``gguf.hf_name``."""
 
-    file: Path
-    start: int
-    nbytes: int
-    kind: Any
-    shape: tuple[int, ...]
+    info: gguf_header.Info
     heads: int
     by_rows: bool
 
-    def read(self) -> np.ndarray | quant.QuantizedArray:
-        from gguf.quants import dequantize
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.info.shape
 
-        # Not from the reader's map of the file: what was read of that counts as this process's memory.
-        data = np.fromfile(self.file, np.uint8, self.nbytes, offset=self.start).reshape(*self.shape[:-1], -1)
-        if self.kind.name in _TYPES and len(self.shape) == 2:
-            return self._packed(data.reshape(*self.shape[:-1], self.shape[-1] // _BLOCK, -1))
-        try:
-            return self._ordered(np.asarray(dequantize(data, self.kind), np.float32))
-        except NotImplementedError as error:
-            raise PeftJaxError(f"{self.file} has a tensor of type {self.kind.name}, which is not read.") from error
+    def read(self) -> np.ndarray | quant.QuantizedArray:
+        if self.info.kind.name in _TYPES and len(self.shape) == 2:
+            return self._packed(self.info.rows().reshape(*self.shape[:-1], self.shape[-1] // _BLOCK, -1))
+        return self._ordered(self.info.floats())
 
     def _packed(self, blocks) -> quant.QuantizedArray:
         """The leaf of bytes (rows, blocks of a row, bytes of a block)."""
-        kind = _TYPES[self.kind.name]
+        kind = _TYPES[self.info.kind.name]
         halves = 2 if kind == "int4_affine" else 1
         floats = np.ascontiguousarray(blocks[..., :2 * halves]).view(np.float16)
         found = blocks[..., 2 * halves:]
@@ -65,15 +58,9 @@ def _pairs(found: np.ndarray) -> np.ndarray:
 
 def tensors(path: Path, config: Any) -> dict[str, Block]:
     """``{Hugging Face's name: Block}``; ``config`` is the model's. Raises ``PeftJaxError`` as ``gguf.convert``."""
-    heads = {"num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads}
-    reader, found = gguf.opened(path), {}
-    if reader.byte_order == "S":
-        raise PeftJaxError(f"{path} is of the other byte order than this machine: load it without a method that "
-                           "quantises and without keep_quantised, or write it anew here.")
-    for tensor in reader.tensors:
-        if tensor.name != "rope_freqs.weight":
-            name, count = gguf.hf_name(tensor.name, heads, path)
-            shape = tuple(int(size) for size in reversed(tensor.shape))
-            found[name] = Block(path, int(tensor.data_offset), int(tensor.n_bytes), tensor.tensor_type, shape, count,
-                                tensor.name.startswith("token_embd"))
-    return found
+    heads, blocks = dataclasses.asdict(config), {}
+    for name, info in gguf_header.read(path).tensors.items():
+        if name != gguf_config.FREQUENCIES:
+            theirs, count = gguf.hf_name(name, heads, path)
+            blocks[theirs] = Block(info, count, name.startswith("token_embd"))
+    return blocks

@@ -7,9 +7,12 @@ torch for it, and (5.23) does not cut out digits for ``smollm``: "a  3" then get
 from pathlib import Path
 from typing import Any
 
-from peft_jax.errors import PeftJaxError, nearest
+from peft_jax.core import files
+from peft_jax.errors import PeftJaxError, nearest, some
+from peft_jax.hub.formats.gguf_config import FLAG, ID, IDS, SIZE, TEXT, TEXTS, checked
 
-_CONTROL, _USER_DEFINED = 3, 4  # of llama.cpp's token types, those matched whole in the text
+_PREFIX = "tokenizer.ggml."
+_CONTROL, _USER_DEFINED, _TYPES = 3, 4, set(range(7))  # llama.cpp's token types; the first two match whole in a text
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -20,53 +23,89 @@ _LLAMA3 = (
 SPLITS = {"gpt-2": "", "smollm": r"\p{N}", "llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3}
 
 
-def save_tokenizer(given: dict[str, Any], folder: Path, path: Path) -> None:
+def save_tokenizer(given: dict[str, Any], rows: int, folder: Path, path: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and the chat template of GGUF metadata ``given`` into ``folder``.
 
-    ``path`` is the file's name for messages. Raises ``PeftJaxError`` for a vocabulary that is no byte-level BPE.
+    ``rows`` are those of the model's embedding, ``path`` is the file's name for messages. Raises ``PeftJaxError`` for a
+    vocabulary that is no byte-level BPE, or is not whole.
     """
     from peft_jax.hub.quiet_transformers import PreTrainedTokenizerFast
 
-    tokens = given["tokenizer.ggml.tokens"]
-    special = {
-        f"{name}_token": tokens[given[f"tokenizer.ggml.{key}_token_id"]]
-        for name, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items()
-        if f"tokenizer.ggml.{key}_token_id" in given
-    }
+    tokens = _tokens(given, rows, path)
+    special = {f"{name}_token": tokens[given[f"{_PREFIX}{key}_token_id"]]
+               for name, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items()
+               if _id(given, key, len(tokens), path, required=key == "eos") is not None}
     special.setdefault("pad_token", special["eos_token"])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_backend(given, tokens, path), model_max_length=given["llama.context_length"],
-        clean_up_tokenization_spaces=False, **special,
-    )
-    if "tokenizer.chat_template" in given:
-        tokenizer.chat_template = given["tokenizer.chat_template"]
-    tokenizer.save_pretrained(folder)
+    template = checked(given, "tokenizer.chat_template", TEXT, path, None)
+    length = checked(given, "llama.context_length", SIZE, path)
+    backend = _backend(given, tokens, path)
+    with files.reading(path, "a tokenizer"):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=length,
+                                            clean_up_tokenization_spaces=False, **special)
+        if template is not None:
+            tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+
+
+def _tokens(given: dict[str, Any], rows: int, path: Path) -> list[str]:
+    tokens = checked(given, f"{_PREFIX}tokens", TEXTS, path)
+    kinds = checked(given, f"{_PREFIX}token_type", IDS, path)
+    if len(set(tokens)) < len(tokens) or len(tokens) != rows or len(kinds) != rows or not set(kinds) <= _TYPES:
+        raise PeftJaxError(f"{path} has {len(tokens)} tokens, {len(set(tokens))} of them different, and {len(kinds)} "
+                           f"types of tokens ({some(sorted(map(str, set(kinds))))}), for an embedding of {rows} rows: "
+                           "fetch it again.")
+    return tokens
+
+
+def _id(given: dict[str, Any], key: str, count: int, path: Path, required: bool = False) -> int | None:
+    """The number of a special token."""
+    number = checked(given, f"{_PREFIX}{key}_token_id", ID, path, *(() if required else (None,)))
+    if number is not None and number >= count:
+        raise PeftJaxError(f"{path} has '{_PREFIX}{key}_token_id' = {number}, and {count} tokens: fetch it again.")
+    return number
 
 
 def _backend(given: dict[str, Any], tokens: list[str], path: Path):
     from tokenizers import AddedToken, Tokenizer, decoders, models
 
-    kind = given["tokenizer.ggml.model"]
-    if kind != "gpt2":
-        raise PeftJaxError(f"{path} has a vocabulary of kind '{kind}': of GGUF files only byte-level BPE ('gpt2') is "
-                           "read; use the model's safetensors folder instead.")
-    cut = given.get("tokenizer.ggml.pre", "gpt-2")
-    if cut not in SPLITS:
-        raise PeftJaxError(f"{path} cuts text by the rule '{cut}', which is not known: {nearest(cut, SPLITS)}")
-    merges = [tuple(merge.split(" ")) for merge in given["tokenizer.ggml.merges"]]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    # Llama 3's vocabulary has whole words that its merges do not reach; they are taken as they are.
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=SPLITS[cut] == _LLAMA3))
-    tokenizer.pre_tokenizer = _pre_tokenizer(SPLITS[cut])
-    tokenizer.decoder = decoders.ByteLevel()
-    for token, type_ in zip(tokens, given["tokenizer.ggml.token_type"], strict=True):
-        if type_ == _CONTROL:
-            tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif type_ == _USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(token, normalized=False)])
-    if given.get("tokenizer.ggml.add_bos_token"):
-        _add_bos(tokenizer, tokens[given["tokenizer.ggml.bos_token_id"]])
+    cut, merges = _cut(given, path), _merges(given, path)
+    with files.reading(path, "a tokenizer"):
+        # Llama 3's vocabulary has whole words that its merges do not reach; they are taken as they are.
+        tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges,
+                                         ignore_merges=SPLITS[cut] == _LLAMA3))
+        tokenizer.pre_tokenizer = _pre_tokenizer(SPLITS[cut])
+        tokenizer.decoder = decoders.ByteLevel()
+        for token, kind in zip(tokens, given[f"{_PREFIX}token_type"], strict=True):
+            if kind == _CONTROL:
+                tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+            elif kind == _USER_DEFINED:
+                tokenizer.add_tokens([AddedToken(token, normalized=False)])
+    # llama.cpp puts it in front for Llama 3's rule where the file does not say
+    if checked(given, f"{_PREFIX}add_bos_token", FLAG, path, SPLITS[cut] == _LLAMA3):
+        number = _id(given, "bos", len(tokens), path, required=True)
+        assert number is not None
+        _add_bos(tokenizer, tokens[number])
     return tokenizer
+
+
+def _cut(given: dict[str, Any], path: Path) -> str:
+    """The rule by which text is cut before merging, a key of ``SPLITS``."""
+    kind = checked(given, f"{_PREFIX}model", TEXT, path)
+    if kind != "gpt2":
+        raise PeftJaxError(f"{path} has a vocabulary of kind '{kind:.60}': of GGUF files only byte-level BPE ('gpt2') "
+                           "is read; use the model's safetensors folder instead.")
+    cut = checked(given, f"{_PREFIX}pre", TEXT, path)
+    if cut not in SPLITS:
+        raise PeftJaxError(f"{path} cuts text by the rule '{cut:.60}', which is not known: {nearest(cut, SPLITS)}")
+    return cut
+
+
+def _merges(given: dict[str, Any], path: Path) -> list[tuple[str, str]]:
+    merges = [merge.split(" ") for merge in checked(given, f"{_PREFIX}merges", TEXTS, path)]
+    if odd := [merge for merge in merges if len(merge) != 2 or not all(merge)]:
+        raise PeftJaxError(f"{path} has the merge '{' '.join(odd[0]):.60}', which is not of two tokens: fetch it "
+                           "again.")
+    return [(one, other) for one, other in merges]
 
 
 def _pre_tokenizer(split: str):

@@ -1,6 +1,5 @@
 """How a LoRA lies in Hugging Face peft's two files, and what its config says there; see core/peft_format.py."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from peft_jax import quant
-from peft_jax.core import targeting, tree, validation
+from peft_jax.core import patterns, targeting, tree, validation
 from peft_jax.core.peft_format import PREFIX, Naming, Slot
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import FROZEN, Method
@@ -130,18 +129,19 @@ def fields(config: Mapping[str, Any], flat: Mapping[str, Any], naming: Naming) -
     if spelled is not None:
         config["rank_pattern"] = {f"^{name}": r for name, (r, _) in spelled.items() if r != config["r"]}
         config["alpha_pattern"] = {f"^{name}": a for name, (_, a) in spelled.items() if a != config["lora_alpha"]}
-    patterns = {name: dict(config[name] or {}) for name in DEFAULTS}
+    stated = {name: dict(config[name] or {}) for name in DEFAULTS}
     for path, head in naming.tied.items():
         if f"{path}/lora_a" in flat:  # peft scales a tied head's update by the head's own rank and alpha
             config["target_modules"] = _naming_bare(config["target_modules"], path)
             for name, (own, other) in _both(config, naming.modules(path, ())[0], head).items():
-                patterns[name] |= {head: own} if own != other else {}
-    return {**kernel_adapter.selection(config), **patterns, "fan_in_fan_out": naming.fan_in_fan_out, "loftq_config": {}}
+                stated[name] |= {head: own} if own != other else {}
+    return {**kernel_adapter.selection(config), **stated, "fan_in_fan_out": naming.fan_in_fan_out, "loftq_config": {}}
 
 
 def _naming_bare(wanted: Any, embedding: str) -> Any:
     """peft keeps a head tied where a regex means the embedding's name without what stands in front, too."""
-    return f"{wanted}|{embedding}" if isinstance(wanted, str) and not re.fullmatch(wanted, embedding) else wanted
+    bare = not isinstance(wanted, str) or patterns.match(wanted, embedding, whole=True)
+    return wanted if bare else f"{wanted}|{embedding}"
 
 
 def _both(config: Mapping[str, Any], *names: str) -> dict[str, list]:

@@ -8,12 +8,11 @@ modules cast them to the type that they compute in. See ``_own_weights.py`` for 
 train.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from peft_jax.core import kernel_axes, targeting, tree, validation
+from peft_jax.core import kernel_axes, patterns, targeting, tree, validation
 from peft_jax.core.peft_format import Format, Naming, Slot, arguments_of
 from peft_jax.errors import PeftJaxError, nearest
 from peft_jax.method import Method
@@ -70,7 +69,7 @@ def _init(config: Mapping[str, Any], rng: Any, params: Mapping[str, Any],
           axes: Mapping[str, kernel_axes.KernelAxes] | None = None) -> tree.Tree:
     flat = tree.flatten(params)
     for pattern in (*config["patterns"], *config["exclude"]):
-        if not any(re.fullmatch(pattern, path) for path in flat):
+        if not any(patterns.match(pattern, path, whole=True) for path in flat):
             raise PeftJaxError(f"the pattern '{pattern}' matches no leaf of this model: {nearest(pattern, flat)}")
     return own_weights.init(NAME, params, axes, partial(_wanted, config, _first_layer(config, flat, axes)))
 
