@@ -57,6 +57,7 @@ def scaled(name, factor, group):
     return Method(init, intercept, labels, merge, {"peft_type": "SCALED"})
 
 
+@pytest.mark.slow
 def test_chain_applies_labels_and_merges_every_method():
     method = chain(scaled("second", 3.0, "slow"), on("first"))
     params = method.init(jax.random.key(1), PARAMS)

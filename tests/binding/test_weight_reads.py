@@ -129,6 +129,7 @@ def check_same(method, model, *inputs, **options):
     assert not np.allclose(model.apply({"params": base}, *inputs, **options), ours, atol=1e-2 * np.abs(ours).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ELSEWHERE)
 def test_an_embedding_that_another_reads_too_is_an_error(how):
     check_refused(lora(2, **ON), Embeds(ELSEWHERE[how]), IDS, "wte")
@@ -225,11 +226,13 @@ METHODS = {
     "pissa": lora(2, target_modules=UP, init_lora_weights="pissa")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_beside_a_kernel_refuses_a_kernel_that_is_standardised_first(name):
     check_refused(METHODS[name], Net(partial(Standardised, 16)), X, "up", said=NEVER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_beside_a_kernel_acts_inside_of_a_subclass_once(name):
     check_same(METHODS[name], Net(partial(Scaled, 16)), X)
@@ -239,11 +242,13 @@ def test_a_subclass_behind_remat():
     check_refused(METHODS["lora"], Net(lambda name: nn.remat(Standardised)(16, name=name)), X, "up", said=NEVER)
 
 
+@pytest.mark.slow
 def test_inside_of_scan_and_remat():
     check_refused(METHODS["lora"], Deep(True), X, "layers/up")
     check_same(METHODS["lora"], Deep(False), X)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [
     lambda name: nn.DenseGeneral((4, 5), name=name), lambda name: nn.remat(nn.Dense)(16, name=name),
     lambda name: nn.remat(Scaled)(16, name=name), lambda name: nn.jit(nn.Dense)(16, name=name),
@@ -274,6 +279,7 @@ def test_mixed_adapters_are_checked_too():
     check_refused(mixed, model, X, "up", both)
 
 
+@pytest.mark.slow
 def test_methods_that_train_parts_of_a_leaf():
     """Copies of some layers, and some rows: where the leaf itself is read, it is still the base's."""
     tokens = trainable_tokens([1, 2])
@@ -281,6 +287,7 @@ def test_methods_that_train_parts_of_a_leaf():
     check_same(tokens, Embeds(lambda model, wte, h: wte.attend(h)), IDS)
 
 
+@pytest.mark.slow
 def test_a_leaf_that_trains_in_place_may_be_read_anywhere():
     check_same(full(".*embedding"), Embeds(ELSEWHERE["attribute"]), IDS)
     check_same(full(".*kernel"), Net(partial(Standardised, 16)), X)

@@ -31,6 +31,7 @@ def usual():
     return third_update()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     {"learning_rate": 1e-2}, {"schedule": "linear"}, {"warmup_ratio": 0.5}, {"b1": 0.5}, {"b2": 0.9}, {"eps": 0.1},
     {"weight_decay": 0.1}, {"clip_norm": 0.0}, {"rates": {"lora_b": 3.0}}], ids=lambda options: next(iter(options)))

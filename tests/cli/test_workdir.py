@@ -128,6 +128,7 @@ def test_a_run_is_kept_under_the_name_of_its_experiment():
         assert run.parse_command([f"--config=experiments/{experiment}.py"]).workdir == f"runs/{experiment}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["train", "eval", "merge", "generate", "measure"])
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]], ids=["", "overwrite"])
 def test_a_folder_that_no_run_made_is_left_as_it_is(tmp_path, capsys, mode, flags):

@@ -34,6 +34,7 @@ def check_same(method, model, variables, x, axes):
     assert not np.allclose(ours, model.apply(variables, x), atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [
     lambda: lora(2, target_modules="all-linear"), lambda: lora(2, target_modules=("kernel",)),
     lambda: chain(quantize(block_size=16), lora(2, target_modules=("kernel",)))])
@@ -96,6 +97,7 @@ class Slashes(nn.Module):
         return nn.Dense(4, name="100%/out")(nn.WeightNorm(nn.Dense(8, name="q_proj"))(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [
     lambda: lora(2, target_modules=("100%25%2Fout",)), lambda: peft_jax.full(), lambda: peft_jax.bitfit(),
     lambda: chain(peft_jax.full(".*scale"), lora(2, target_modules=("100%25%2Fout",)))])
@@ -129,6 +131,7 @@ def test_keys_that_are_no_strings_are_errors(params):
             call()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [
     lambda: lora(2, target_modules=("head",)), lambda: peft_jax.full(), lambda: peft_jax.ia3(("head",), ()),
     lambda: chain(quantize(block_size=16, target_modules=("kernel",)), lora(2, target_modules=("head",)))])

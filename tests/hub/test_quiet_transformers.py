@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 WITHOUT_TORCH = """
 import importlib.util, os
 find = importlib.util.find_spec
@@ -22,6 +24,7 @@ def said_without_torch(line: str) -> tuple[str, str]:
     return done.stdout.strip(), done.stderr
 
 
+@pytest.mark.slow
 def test_the_advice_to_install_torch_is_not_given():
     out, err = said_without_torch("from peft_jax.hub.quiet_transformers import AutoTokenizer")
     assert out == "None" and "PyTorch was not found" not in err  # and the variable is as it was

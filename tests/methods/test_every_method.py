@@ -113,6 +113,7 @@ def loss_at(method, model):
     return parted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_start_is_the_base(bases, case_of, name):
     _, model, plain, _ = bases

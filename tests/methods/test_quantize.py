@@ -164,6 +164,7 @@ def test_modules_that_cannot_be_read_are_errors():
         bind(method, Odd())({"params": method.init(None, params, axes=axes)}, x)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_an_error(tied):
     _, base, held, _ = tied
     key = jax.random.key(0)
@@ -200,6 +201,7 @@ def test_quantised_again():
             peft_jax.requantize({"up_proj": {"kernel": wrong}}, held)
 
 
+@pytest.mark.slow
 def test_a_head_that_is_untied_from_a_quantised_embedding_has_its_codes(tied):
     model, base, _, _ = tied
     method = quantize("int8", 16, target_modules=("embed_tokens",))

@@ -22,6 +22,7 @@ def tied(peer_bases):
     return model, codes, method.merge(codes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MERGED)
 def test_merged_it_has_the_weights_of_the_plain_base_and_no_head_of_its_own(tied, name):
     model, codes, plain = tied
@@ -40,6 +41,7 @@ def test_merged_it_has_the_weights_of_the_plain_base_and_no_head_of_its_own(tied
         peer.assert_close(peer.forward(model, method.merge(on_plain)), peer.bound_logits(method, model, on_codes), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MERGED if "target_modules" in signature(METHODS[name]).parameters])
 def test_a_head_that_is_not_there_is_named(tied, name):
     with pytest.raises(PeftJaxError, match="lm_head"):

@@ -95,6 +95,7 @@ def test_heads_that_a_mesh_cannot_share_evenly_do_without_cudnn():
         attention.on_heads("cudnn", SIZES, 4)
 
 
+@pytest.mark.slow
 def test_a_model_read_onto_a_mesh_has_attention_that_can_be_cut(tiny_folder):
     found = [load_pretrained(tiny_folder, mesh=make_mesh(1, 1, parts))[0].config.attn_implementation
              for parts in (2, 4)]

@@ -55,6 +55,7 @@ def test_segments_see_themselves():
     assert masks.dense(masks.RowMask(4, True, segment_ids=ids), (1, 4))[0, 0].astype(int).tolist() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MASKS)
 def test_what_cudnn_is_told_is_the_same(name):
     """In the words of jax.nn.dot_product_attention, which mean the same in each of its programs; gradients too."""
@@ -89,6 +90,7 @@ MODELS = {"llama": CausalLM(LLAMA), "gpt2": GPT2(GPT),
           "one window": CausalLM(replace(LLAMA, sliding_window=4, sliding_layers=(True, True)))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_lengths_are_what_an_attention_mask_and_segments_say(name):
     model, ids = MODELS[name], np.random.default_rng(0).integers(1, 64, (B, T))

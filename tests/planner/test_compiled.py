@@ -73,6 +73,7 @@ class Absent:
         self.device_set = {type("Device", (), device)()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change, method, chosen", [
     ({}, lora(), "cudnn"), ({"compute_capability": "7.5"}, lora(), "xla"), ({"platform": "tpu"}, lora(), "xla"),
     ({"dtype": "float32"}, lora(), "xla"), ({"seq": 31}, lora(), "xla"), ({}, prefix(4), "cudnn"),

@@ -111,6 +111,7 @@ def test_the_articles_words_may_be_numpys_and_its_gb_are_said():
         adapter_rule(10**9, "qlorra")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer, each", [(optax.adamw(1e-3), 14), (optax.sgd(1e-3), 8), (optax.adagrad(1e-3), 14),
                                              (optax.sgd(1e-3, momentum=0.9), 14)])
 def test_only_what_keeps_nothing_is_the_articles_sgd(tiny_model, optimizer, each):

@@ -108,6 +108,7 @@ def torch_s(rates, weight_decay, clip_norm, decay_vectors):
     return {name: leaf.detach().numpy() for name, leaf in leaves.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rates", [None, {"fast": 16.0}, {"trainable": 0.5, "fast": 2}])
 @pytest.mark.parametrize("decay, clip, vectors", [(0.0, 0.0, False), (0.3, 0.7, False), (0.3, 100.0, True)])
 def test_steps_are_those_of_torch(rates, decay, clip, vectors):

@@ -203,6 +203,7 @@ def test_an_overwrite_that_fails_half_way_is_undone(stored, tiny_model, tuned, m
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["adapter", "model"])
 def test_a_process_that_dies_within_an_overwrite_leaves_nothing_loadable(tiny_model, tuned, tmp_path, monkeypatch,
                                                                          what):

@@ -18,6 +18,7 @@ from tests.properties import moved
 transformers = pytest.importorskip("transformers")
 
 
+@pytest.mark.slow
 def test_quantised_weights_are_saved_as_bitsandbytes_saves_them(nested, tmp_path):  # noqa: F811
     folder, _ = nested
     model, params = load_pretrained(folder)

@@ -67,6 +67,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+@pytest.mark.slow
 def test_logits_equal_transformers_reading(tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     write_gguf(tmp_path / "tiny.gguf")

@@ -208,6 +208,7 @@ def test_what_cannot_be_meant_is_an_error(peer_bases):
         adalora(target_modules=("down_porj",)).init(jax.random.key(0), base)
 
 
+@pytest.mark.slow
 def test_importance_is_that_of_clipped_gradients():
     """As in peft, whose trainer clips before it allocates."""
     method = adalora(target_modules=("q_proj",), total_step=10, tinit=1, tfinal=2, **RANKS)

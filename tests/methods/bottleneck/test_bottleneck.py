@@ -89,6 +89,7 @@ def written_out(p, kind):
     return x + y + more[kind]()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["houlsby", "pfeiffer", "parallel", "parallel normed"])
 def test_equations_on_a_foreign_model_in_numpy(kind):
     given = dict(FOREIGN)
@@ -121,12 +122,14 @@ def test_norms_that_come_last(before):
     np.testing.assert_allclose(jax.jit(bind(method, PostNorm()))({"params": params}, X), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [houlsby, pfeiffer])
 def test_from_the_start_of_mam_adapters_they_are_the_base(peer_bases, make):
     """How near to it their own starts are is in test_every_method.py."""
     properties.check_start_is_base(make(4, init_weights="mam_adapter"), *peer_bases["qwen2"][1:], peer.IDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_layers_left_out_are_the_base(peer_bases, name):
     """Where the switch is zero the model is the base bit for bit, and no element counts."""

@@ -57,6 +57,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_saved_and_loaded_are_the_same_bits_and_only_what_trains(peer_bases, case, tmp_path):
     from safetensors.numpy import load_file

@@ -44,6 +44,7 @@ def test_no_point_beats_one_on_the_front_and_each_other_is_beaten():
         assert [points[at][0] for at in front] == sorted(points[at][0] for at in front)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed, many, spread", [(0, 9, 1.0), (1, 27, 1.0), (2, 27, 0.3), (3, 14, 0.05)])
 def test_labels_cover_neither_each_other_nor_points_and_stay_inside(seed, many, spread):
     rng = random.Random(seed)
@@ -155,6 +156,7 @@ def swept(axes, seeds=2):
             for values in itertools.product(*axes.values()) for seed in range(seeds)]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes, words", [
     ({"method.r": (1, 4, 16)}, {"1", "4", "16", "rank"}),
     ({"method.r": (4, 5, 6)}, {"4", "5", "6"}),
