@@ -31,7 +31,8 @@ _COMMON = {
     "attention_bias": False,
     "mlp_bias": False,
 }
-_QWEN = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
+_QWEN = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None,
+         "num_key_value_heads": 32}
 DEFAULTS = {
     "llama": {**_COMMON, "max_position_embeddings": 2048},
     "mistral": {**_COMMON, "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
