@@ -47,7 +47,7 @@ def test_a_refusal_of_what_changes_nothing_is_a_fault_and_so_is_one_of_two_lines
 
 PLANTED = {
     "hang": "import time; time.sleep(60)", "pipe": "import os; os.mkfifo(folder / 'p'); (folder / 'p').read_text()",
-    "memory": "x = bytearray(600 << 20); import time; time.sleep(30)", "traceback": "1 / 0",
+    "memory": "x = b'x' * (600 << 20); import time; time.sleep(30)", "traceback": "1 / 0",
     "death": "import os; os.kill(os.getpid(), 9)", "silent": "return 4", "accepted": "return 3",
     "refused": "from peft_jax.errors import PeftJaxError; raise PeftJaxError('no')",
 }  # fmt: skip
@@ -63,7 +63,7 @@ def test_a_watched_process_tells_every_fault_that_was_planted(tmp_path, monkeypa
             f"def trial(base, rng, folder):\n    def read():\n        {read}\n"
             f"    return Trial('{name}', read, equal(3))\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "planted"))
-    worker = Worker(tmp_path, 0, seconds=0.5, memory=500 << 20)
+    worker = Worker(tmp_path, 0, seconds=2, memory=500 << 20)
     answers = {name: worker.ask(name, 0) for name in PLANTED}
     process = worker.process
     worker.end()
