@@ -6,7 +6,8 @@ from peft_jax.errors import PeftJaxError
 from peft_jax.hub import model_config
 from peft_jax.hub.families.llama import ARCHITECTURES
 
-SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+         "num_key_value_heads": 4}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -45,9 +46,8 @@ def test_old_readers_find_the_rope_parameters_too(options):
 def test_keys_left_out_mean_what_they_mean_to_transformers():
     transformers = pytest.importorskip("transformers")
     for kind, name in ARCHITECTURES.items():
-        sizes = {**SIZES, "num_attention_heads": 8}
-        if kind.startswith("qwen"):
-            sizes["num_key_value_heads"] = 8  # transformers' default is 32 whatever the heads: no such model exists
+        sizes = {key: size for key, size in SIZES.items() if key != "num_key_value_heads"}
+        sizes |= {"hidden_size": 64, "num_attention_heads": 32 if kind.startswith("qwen") else 8}
         theirs = getattr(transformers, name.replace("ForCausalLM", "Config"))(**sizes)
         assert model_config.from_hf({"model_type": kind, **sizes}) == model_config.from_hf(theirs.to_dict())
 
@@ -85,6 +85,15 @@ def test_what_other_families_cannot_read_is_named(kind, options, message):
 def test_the_old_word_for_the_rope_type():
     config = read(rope_scaling={"type": "linear", "factor": 2.0})
     assert config.rope_scaling == (("factor", 2.0), ("rope_type", "linear"))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_qwen_s_key_value_heads_are_32_where_they_are_left_out(kind):
+    """As transformers has it, whatever the number of heads is; where it is null they are as many as the heads."""
+    sizes = {key: size for key, size in SIZES.items() if key != "num_key_value_heads"}
+    with pytest.raises(PeftJaxError, match="num_attention_heads=4, no multiple of num_key_value_heads=32"):
+        model_config.from_hf({"model_type": kind, **sizes})
+    assert model_config.from_hf({"model_type": kind, **sizes, "num_key_value_heads": None}).num_key_value_heads == 4
 
 
 def test_windows_only_where_they_are_used():
