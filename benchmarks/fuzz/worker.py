@@ -3,7 +3,6 @@ output a line with the outcome. Who starts it may end it at any time."""
 
 import json
 import os
-import resource
 import shutil
 import sys
 from importlib import import_module
@@ -13,6 +12,7 @@ from typing import Any
 
 from benchmarks.fuzz.cases import Outcome, outcome_of
 from peft_jax.core.files import remove
+from peft_jax.train.memory import peak_of_host
 
 
 def tried(surface: str, seed: int, base: Any, folder: Path) -> tuple[str, Outcome]:
@@ -48,7 +48,7 @@ def main(place: str, number: str) -> None:
         what, outcome = tried(surface, seed, bases[surface], folder)
         if "jax" in sys.modules:
             sys.modules["jax"].clear_caches()  # programs, which no other input has a use for
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = peak_of_host()
         answers.write(json.dumps({"what": what, **outcome._asdict(), "memory": memory}) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,6 +1,7 @@
 """Bytes in use now and at most, of the device where it tells, else of this process; and bytes that are free."""
 
 import contextlib
+import re
 import resource
 import sys
 from pathlib import Path
@@ -47,7 +48,16 @@ def forget_peak() -> None:
 def peak_memory() -> dict[str, int]:
     """The most bytes used so far, or since :func:`forget_peak`, ``{"host": ..., "device": ...}``; "device" where there
     is one that tells."""
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak = {"host": kilobytes if sys.platform == "darwin" else kilobytes * 1024}
+    peak = {"host": peak_of_host()}
     stats = jax.local_devices()[0].memory_stats()
     return peak | ({"device": stats["peak_bytes_in_use"]} if stats and "peak_bytes_in_use" in stats else {})
+
+
+def peak_of_host() -> int:
+    """The most bytes of this process in memory. Linux's ``ru_maxrss`` may be that of the process that started it."""
+    status = Path("/proc/self/status")
+    text = status.read_text(encoding="ascii", errors="replace") if status.exists() else ""
+    if told := re.search(r"VmHWM:\s+(\d+) kB", text):
+        return int(told[1]) * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
