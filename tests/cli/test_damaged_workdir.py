@@ -41,6 +41,7 @@ def folder(arguments, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "name", "damage"), [
     (mode, name, damage) for mode, names in READ.items() for name in names for damage in DAMAGES
     if name not in ANY or callable(DAMAGES[damage])])

@@ -267,6 +267,7 @@ def test_a_source_that_no_model_can_be_is_named(tmp_path, name, why):
             read(tmp_path / name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": 5}', '{"weight_map": {}}', '{"weight_map": {"a": 5}}',
                                      '{"weight_map": {"a": "../../x"}}', '{"weight_map": {"a": "x/\\u0000"}}', "{"])
 def test_an_index_of_another_kind_is_named(folder, tmp_path, content):

@@ -195,6 +195,7 @@ def test_what_is_no_number_is_seen_in_every_type(dtype):
     assert finite(np.array([jnp.finfo(dtype).max, jnp.finfo(dtype).min, jnp.finfo(dtype).tiny], dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [None, quantize(block_size=32)], ids=["plain", "quantised"])
 @pytest.mark.parametrize("odd, dtype, words", [
     (np.nan, "float32", "holds NaN or infinity: the file is damaged"),

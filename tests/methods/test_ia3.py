@@ -21,6 +21,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", peer.first_fast(CASES))
 def test_moved_here_opens_in_peft(peer_bases, case, tmp_path):
     name, options = CASES[case]

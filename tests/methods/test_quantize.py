@@ -73,6 +73,7 @@ def test_a_saved_adapter_is_the_lora_alone_and_loads_on_a_quantised_base(tied, t
     np.testing.assert_array_equal(ours, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda: lora(r=2), lambda: peft_jax.ia3(), lambda: peft_jax.ln_tuning()])
 def test_merging_gives_plain_weights_where_nothing_is_adapted_either(tied, make):
     """As of a method that was loaded on a quantised base, which knows nothing of it."""

@@ -76,6 +76,7 @@ def test_what_cudnn_is_told_is_the_same(name):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_of_padding_alone_are_finite_and_lengths_are_checked():
     model, ids = CausalLM(LLAMA), np.ones((2, 5), np.int32)
     params = model.init(jax.random.key(0), ids)["params"]

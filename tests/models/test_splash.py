@@ -92,6 +92,7 @@ def test_a_model_trains_with_it_under_scan_and_remat_and_on_a_mesh(sizes_of_mesh
         np.testing.assert_allclose(one, other, atol=1e-4 * np.abs(other).max())
 
 
+@pytest.mark.slow
 def test_odd_rows_say_what_to_set_and_short_ones_and_arrays_are_the_plain_programs():
     long, short = ([one[:, :tokens] for one in arrays(1)] for tokens in (144, 96))
     with pytest.raises(PeftJaxError, match=r"a multiple of 128 tokens a row, not 144: set data\.width_multiple=128"):

@@ -14,6 +14,7 @@ NORMAL = np.random.default_rng(0).normal(size=(1024, 1024)).astype(np.float32)
 BITS = {"nf4": 4, "fp4": 4, "int4": 4, "int4_affine": 4, "int8": 8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("block_size", [32, 64, 128, None])
 def test_bits_per_parameter_counted_from_buffers(quant_type, block_size):
@@ -52,6 +53,7 @@ def test_no_value_is_off_by_more_than_half_a_step(quant_type, block_size, shape,
     assert back.shape == shape and np.abs(back - array).max() <= (gap / 2 + double_quant * 0.02) * largest * 1.0001
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_what_is_representable_comes_back(quant_type):
     leaf = quantize_array(NORMAL[:64, :8], quant_type)

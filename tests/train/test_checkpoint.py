@@ -100,6 +100,7 @@ def test_of_several_good_checkpoints_the_newest_is_named(tmp_path):
         checkpoints.restore(state_of())
 
 
+@pytest.mark.slow
 def test_a_bit_that_turned_over_in_a_checkpoint_is_noticed(tmp_path):
     states = [state_of(step=step, rank=400) for step in (1, 2)]
     save(tmp_path, *states)

@@ -37,6 +37,7 @@ def test_equals_the_whole(inputs, chunk, shards):
     np.testing.assert_allclose(chunked(*inputs, chunk, shards), whole(*inputs), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk, shards, jit", [(4, 1, False), (15, 1, False), (4, 1, True), (15, 1, True),
                                                 (4, 3, True)])
 def test_gradients_of_states_and_of_a_trainable_head(inputs, chunk, shards, jit):

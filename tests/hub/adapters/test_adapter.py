@@ -120,6 +120,7 @@ def test_trained_by_peft_loads_here(peer_bases, case, tmp_path):
         assert_close(bind(method, model)({"params": params}, IDS), torch_logits(theirs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_as_many_parameters_train_as_in_peft(peer_bases, case):
     method, params, _ = made_here(peer_bases, case)
@@ -128,6 +129,7 @@ def test_as_many_parameters_train_as_in_peft(peer_bases, case):
     assert peft_jax.count(trainable) - method.padding(params) == count
 
 
+@pytest.mark.slow
 def test_peft_finds_the_base_model_itself(tiny_folder, tiny_model, tmp_path, monkeypatch):
     """By the whole path, wherever it is opened from; of Hub ids see tests/hub/test_download.py."""
     model, base = tiny_model

@@ -62,6 +62,7 @@ ODD = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("changes", "why"), ODD, ids=[f"{changes}"[:50] for changes, _ in ODD])
 def test_a_config_that_asks_for_too_much_is_named(stored, tiny_model, changes, why):
     restate(stored, **changes)

@@ -100,6 +100,7 @@ def test_trained_by_peft_loads_here(encoder_bases, name, case, tmp_path):
     assert peft_jax.count(peft_jax.partition(params, started.labels(params))[0]) == count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["prefix", "prompt"])
 def test_token_types_are_pefts(encoder_bases, case, tmp_path):
     """Virtual tokens are of type 0. peft reads the file of a classifier only with the classifier in it."""

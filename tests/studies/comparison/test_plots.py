@@ -114,6 +114,7 @@ def test_hostile_names_damaged_numbers_and_missing_keys_are_drawn_without_a_warn
     assert any("<script>alert(1)" in word and "$" in word for plot in found for word in lines_of(plot.svg))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", [["full"], ["lora", "qlora"], ["full", "lora"]])
 def test_one_point_or_points_of_one_price_are_drawn_as_well(labels):
     found = rows(map(run_of, [examples.record(label, seed, general={}, latency={}, loss=[])  # the front's plots alone
