@@ -220,6 +220,7 @@ def test_chains_train_and_are_stored_bit_for_bit(peer_bases, make, tmp_path):
     check_same_bits(model, params, method, tuned, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_chain_in_a_chain_is_its_parts(tied, tmp_path):
     """Whatever walks the parts sees methods that are none: saving, conversion while reading, labels."""
     model, params = tied
@@ -246,6 +247,7 @@ def test_what_stands_behind_a_method_converts_nothing():
     assert both.quant_type == first.quant_type == "nf4"
 
 
+@pytest.mark.slow
 def test_a_chain_of_a_list_is_an_error():
     with pytest.raises(PeftJaxError, match="one by one"):
         chain([lora(), ia3()])

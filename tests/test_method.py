@@ -216,6 +216,7 @@ class Twice(nn.Module):
         return self.first(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["half", "half_jitted"])
 def test_a_method_of_the_model_is_called_by_its_name_or_as_a_function(name):
     model, method = Twice(), on("first")

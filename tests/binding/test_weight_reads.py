@@ -135,6 +135,7 @@ def test_an_embedding_that_another_reads_too_is_an_error(how):
     check_refused(lora(2, **ON), Embeds(ELSEWHERE[how]), IDS, "wte")
 
 
+@pytest.mark.slow
 def test_a_head_that_attends_and_a_head_of_its_own_are_none():
     check_same(lora(2, **ON), Embeds(lambda model, wte, h: wte.attend(h)), IDS)
     check_same(lora(2, **ON), Embeds(lambda model, wte, h: nn.Dense(7)(h)), IDS)

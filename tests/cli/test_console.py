@@ -13,6 +13,7 @@ def test_the_line_is_peft_s():
     assert console.parameter_line(921_600, 135_436_608) == line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, {"rank_pattern": {"layers.0.self_attn.q_proj": 1}}, {"bias": "all"},
                                        {"layers_to_transform": 1, "target_modules": ("up_proj",)}])  # fmt: skip
 def test_counts_equal_peft_s_own(tiny_folder, tiny_model, arguments):

@@ -92,6 +92,7 @@ def test_a_row_ends_at_its_stop_token_and_others_go_on(pair, prompts):
         assert (stopped[row, length:] == stop).all()
 
 
+@pytest.mark.slow
 def test_a_prompt_alone_gives_what_it_gives_in_a_batch(pair, prompts):
     ids, mask = prompts
     alone = greedy(pair, (ids[2:, 7:], mask[2:, 7:]), stop_ids=(53,))

@@ -133,5 +133,6 @@ def test_other_words_are_errors(tiny_model):
         generate(model.apply, model, base, *PROMPTS, **NEW, dequantize="alway")
 
 
+@pytest.mark.slow
 def test_free_memory_is_some_of_the_machines():
     assert 0 < free_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -232,6 +232,7 @@ def test_an_unusable_cache_folder_is_named(tmp_path, monkeypatch):
         download.cache_folder("assets")
 
 
+@pytest.mark.slow
 def test_the_hub_out_of_reach_is_one_clear_line(monkeypatch):
     code = ("from peft_jax.hub import download\n"
             "try: download.resolve('someone/some-model')\n"

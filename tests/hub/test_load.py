@@ -70,6 +70,7 @@ def test_saved_params_come_back_exactly(tmp_path, config, most, dtype):
     assert_same(loaded, params)
 
 
+@pytest.mark.slow
 def test_params_come_in_the_dtype_asked_for(saved):
     folder, params = saved
     model, loaded = load_pretrained(folder, dtype=jnp.bfloat16, remat=True)
@@ -79,6 +80,7 @@ def test_params_come_in_the_dtype_asked_for(saved):
         load_pretrained(folder, dtype="int8")
 
 
+@pytest.mark.slow
 def test_the_config_is_read_once_and_the_model_found_before_is_taken(saved, monkeypatch):
     folder, params = saved
     reads, read_json = [], files.read_json
@@ -118,6 +120,7 @@ def test_a_head_trained_away_from_the_embedding_is_saved_untied(tmp_path):
     assert_same(load_pretrained(tmp_path / "model")[1], params)
 
 
+@pytest.mark.slow
 def test_saving_again_leaves_nothing_of_the_old_model_and_all_else(tmp_path, saved):
     folder, _ = saved
     model, params = tiny(TIED)
@@ -244,6 +247,7 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
 def test_a_model_s_file_that_is_none_is_not_opened(folder, tmp_path, name):
     for file in folder.iterdir():

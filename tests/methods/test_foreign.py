@@ -189,6 +189,7 @@ def test_dropout_draws_in_every_layer_or_says_why_not(encoder):
             bind(method, withheld)({"params": params}, X, rngs=rngs)
 
 
+@pytest.mark.slow
 def test_without_axes_a_multi_dimensional_kernel_is_an_error(encoder):
     model, base, _ = encoder
     message = "kernel of 4 axes.*kernel_axes" if model.scanned else "taken for a stack of .*kernel_axes"

@@ -62,6 +62,7 @@ def test_training_and_decoding_on_a_quantised_base(tied):
     check_decoding(method, model, base, IDS)
 
 
+@pytest.mark.slow
 def test_a_saved_adapter_is_the_lora_alone_and_loads_on_a_quantised_base(tied, tmp_path):
     model, base, held, _ = tied
     method = chain(quantize(**SMALL), lora(r=2))

@@ -115,6 +115,7 @@ def test_beside_lora_in_a_chain(peer_bases, tmp_path):
     peer.assert_close(bind(method, model)({"params": params}, peer.IDS), np.asarray(merged), 1e-5)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_meant_is_an_error(peer_bases):
     base = peer_bases["llama"][2]
     with pytest.raises(PeftJaxError, match=r"did you mean down_proj\?"):

@@ -60,6 +60,7 @@ def test_more_tokens_than_positions_are_an_error(base):
     assert np.isfinite(model.apply({"params": params}, ids, segment_ids=np.arange(33)[None] // 20 + 1)).all()
 
 
+@pytest.mark.slow
 def test_transformers_opens_what_is_saved_and_bare_checkpoints_are_read(base, tmp_path):
     fresh, model, params = base
     save_pretrained(tmp_path / "again", model, params)

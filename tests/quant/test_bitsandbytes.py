@@ -107,6 +107,7 @@ def scale_codes_that_differ(matrix):
     return len(at), len(ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [0.1, 1.0])
 def test_scale_codes_produced_differ_only_next_to_a_midpoint(spread):
     rng = np.random.default_rng(0)

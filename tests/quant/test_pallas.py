@@ -94,6 +94,7 @@ def test_dense_general_and_embeddings():
         np.testing.assert_allclose(quant.attend(x, table), quant.attend(x, product(table, "plain")), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("along", ["scan", "vmap", "vmap of x"])
 def test_under_transformations(along):
     stack = quant.quantize_array(rows(3 * IN, OUT).reshape(3, IN, OUT), "int8", double_quant=True)

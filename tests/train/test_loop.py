@@ -120,6 +120,7 @@ def test_a_crash_between_checkpoints_repeats_the_steps_since(setting, tmp_path):
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_every_trainable_leaf_moves_and_the_frozen_base_neither_moves_nor_is_stored(setting, tmp_path):
     before = {path: np.array(leaf) for path, leaf in tree.flatten(setting.params).items()}
     state, frozen = run(setting, tmp_path / "run")
@@ -156,6 +157,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(setting, 
     assert [row[0] for row in losses(tmp_path / "run")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_step_is_read_when_the_next_one_is_under_way_or_something_depends_on_it(setting, tmp_path):
     order = []
 
@@ -202,6 +204,7 @@ def test_evaluations_on_the_way_are_logged_and_cost_no_training_time(setting, tm
     assert [(row["step"], row.get("eval_loss")) for row in resumed] == [(2, 2.0), (4, None), (5, 5.0)]
 
 
+@pytest.mark.slow
 def test_the_last_step_and_the_one_that_was_stopped_at_are_logged(setting, tmp_path):
     run(setting, tmp_path / "run", Interrupting(setting.batches, step=3), log_every=4)
     assert [row[0] for row in losses(tmp_path / "run")] == [3]

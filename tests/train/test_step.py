@@ -95,18 +95,21 @@ def test_accumulated_batches_equal_one_big_batch(base, plain):
     assert_close(metrics, plain[1])
 
 
+@pytest.mark.slow
 def test_chunked_loss_equals_the_whole(base, plain):
     moved, metrics = after(base, chunk=5)
     assert_close(moved, plain[0])
     assert_close(metrics, plain[1])
 
 
+@pytest.mark.slow
 def test_a_batch_without_answers_changes_nothing(base):
     moved, metrics = after(base, weight=0)
     assert {name: float(value) for name, value in metrics.items()} == dict.fromkeys(metrics, 0.0)
     assert_close(moved, flatten(setting(base)[1]))
 
 
+@pytest.mark.slow
 def test_a_penalty_moves_the_leaves_once_and_is_not_in_the_loss(base, plain):
     """Half the squares of the trained leaves: its gradient is the leaves themselves, however the batch is split."""
     trainable = flatten(setting(base)[1])

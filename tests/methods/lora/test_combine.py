@@ -61,6 +61,7 @@ def test_combined_equals_peft(peer_bases, adapters, theirs, kind, weights):
     assert np.abs(ours - peer.forward(*peer_bases["llama"][1:])).max() > 0.05 * np.abs(ours).max()
 
 
+@pytest.mark.slow
 def test_majority_by_frequency_and_a_given_rank(peer_bases, adapters, theirs):
     options = {"density": 0.5, "majority_sign_method": "frequency"}
     names, weights = ("one", "other", "wide"), [0.5, 0.8, 0.4]

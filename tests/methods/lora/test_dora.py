@@ -93,6 +93,7 @@ def test_dense_general_written_out_in_numpy():
     np.testing.assert_allclose(model.apply({"params": method.merge(params)}, x), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropped", [False, True])
 def test_dropout_reaches_the_rescaled_base_as_in_peft(dropped):
     """With the input whole the pass is undropped; with it dropped the base enters twice, once whole, once dropped."""
@@ -143,6 +144,7 @@ def test_what_cannot_be_meant_is_an_error(peer_bases):
         dora().init(jax.random.key(0), peft_jax.lora().init(jax.random.key(0), base))
 
 
+@pytest.mark.slow
 def test_a_lora_file_that_says_dora_lacks_the_magnitudes(peer_bases, tmp_path):
     _, model, base = peer_bases["llama"]
     method = peft_jax.lora(r=2, target_modules=("q_proj",))

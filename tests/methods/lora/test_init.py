@@ -122,6 +122,7 @@ def test_orthogonal_halves_of_the_rank():
         np.testing.assert_allclose((a**2).sum() / (400 * rank / 2), 0.01, rtol=0.15)  # normal / 10, as peft
 
 
+@pytest.mark.slow
 def test_what_cannot_be_meant_is_an_error(peer_bases):
     base = peer_bases["llama"][2]
     for options, message in (

@@ -27,6 +27,7 @@ PRODUCTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_a_branch_in_bfloat16_has_the_scaling_of_its_merged_kernel(product):
     make, shapes, whole = PRODUCTS[product]

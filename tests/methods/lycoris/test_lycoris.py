@@ -135,6 +135,7 @@ def test_the_update_is_not_kept_for_the_backward_pass():
     assert [leaf.shape for leaf in jax.tree.leaves(pull) if leaf.size >= 64 * 96] == []
 
 
+@pytest.mark.slow
 def test_what_cannot_be_meant_is_an_error(peer_bases):
     base = peer_bases["llama"][2]
     for make in MAKE.values():

@@ -23,6 +23,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", peer.first_fast(CASES))
 def test_moved_here_opens_in_peft(peer_bases, case, tmp_path):
     name, options = CASES[case]
@@ -36,6 +37,7 @@ def test_trained_by_peft_loads_here(peer_bases, case, tmp_path):
     peer.check_loads_from_peft(peer_bases[name], peft.LNTuningConfig(task_type="CAUSAL_LM", **options), tmp_path)
 
 
+@pytest.mark.slow
 def test_an_embedding_that_is_the_head_is_untied_first(peer_bases, gpt2_base, tmp_path):
     for name, (_, model, base) in {"wte": gpt2_base, "embed_tokens": peer_bases["tied"]}.items():
         method = ln_tuning([name])

@@ -39,6 +39,7 @@ def test_trained_by_peft_loads_here(peer_bases, case, tmp_path):
     assert method.config["token_indices"] == tuple(TOKENS)
 
 
+@pytest.mark.slow
 def test_a_head_that_is_tied_under_another_name(gpt2_base, tmp_path):
     """peft stores the rows under both names for any model, GPT-2 too."""
     peer.check_opens_in_peft(gpt2_base, trainable_tokens(TOKENS), tmp_path / "ours")

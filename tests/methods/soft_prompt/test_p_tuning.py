@@ -90,6 +90,7 @@ def test_dropout_between_the_layers_of_the_lstm(peer_bases):
     np.testing.assert_array_equal(apply({"params": params}, peer.IDS), bind(still, model)({"params": params}, peer.IDS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"encoder_reparameterization_type": "GRU"}, "encoder_reparameterization_type='GRU'"),
     ({"encoder_dropout": 1.0}, "encoder_dropout=1.0"), ({"encoder_hidden_size": 0}, "encoder_hidden_size=0"),

@@ -31,6 +31,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", peer.first_fast(CASES))
 def test_moved_here_opens_in_peft(peer_bases, case, tmp_path):
     name, options = CASES[case]
@@ -158,6 +159,7 @@ def test_unshifted_it_is_no_file_of_pefts(peer_bases, tmp_path):
         peft.PeftModel.from_pretrained(fresh(), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(peer_bases, tmp_path, side):
     """Against peft, with the positions that it is given too."""

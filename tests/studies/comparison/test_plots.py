@@ -170,6 +170,7 @@ def test_an_ablation_is_drawn_by_what_it_varies(axes, words):
     assert words <= set(lines_of(plot.svg))
 
 
+@pytest.mark.slow
 def test_a_map_has_every_value_written_in():
     runs = swept({"method.r": (4, 8), "method.init": ("default", "pissa")}, seeds=1)[:3]
     (plot,) = ablations(runs, plot_style.styles(["lora"]))
