@@ -1,6 +1,6 @@
 """A fuzz: malformed inputs over every surface, and kills of a training run.
 
-    python benchmarks/fuzz --inputs=5000 --kills=200 --seed=0            # an hour on a core; --workers=2 on two
+    python benchmarks/fuzz --inputs=5000 --kills=200 --seed=0            # --workers=2 on two cores
     python benchmarks/fuzz --surface=gguf --only=12                      # one input again, with its traceback
     python benchmarks/fuzz --inputs=300 --kills=0 --surface=data
 
@@ -169,6 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "peft_jax_fuzz")
     asked = parser.parse_args(argv)
     asked.folder.mkdir(parents=True, exist_ok=True)
+    if asked.only is not None and not asked.surface:
+        parser.error("--only is the seed of an input of one surface: give --surface, too")
     if asked.only is not None:
         replay(asked.surface, asked.only, asked.folder.absolute())
         return 0
