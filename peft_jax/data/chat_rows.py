@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 from peft_jax.data.turns import Example, Turn, chat_of, is_learnt, shown, with_json_arguments
 from peft_jax.errors import PeftJaxError, some
-from peft_jax.hub.chat_template import alike, end_of_turn, first_mark, marks, render
+from peft_jax.hub.chat_template import REASONING, alike, end_of_turn, first_mark, marks, render
 
 CHAT_LOSS = ("all", "last")
 MARK = "answerofthemodel"  # stands for an answer; no template writes it
-REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a turn beside its content
 TAG = re.compile(r"\s*<([^<>|/\s]+)>\s*")
 
 Piece = tuple[str, bool]  # text, has loss
