@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from flax import linen as nn
 
+from peft_jax.core.validation import is_finite
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub.families.hf_names import Table, without_prefix
 
@@ -63,12 +64,6 @@ def completed(kind: str, given: Mapping[str, Any], required: Sequence[str],
     return found
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is a number that float32 has: neither true nor NaN, infinite, or 10**400."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
-
-
-_LARGEST = 3.4e38
 _MOST, _MOST_LAYERS = 2**24, 10_000  # more than any model has; a slip of the pen must not fill the memory
 _SIZE, _LAYERS = f"a whole number from 1 to {_MOST}", f"a whole number from 1 to {_MOST_LAYERS}"
 _COUNT, _POSITIVE, _EPSILON = f"a whole number from 0 to {_MOST}", "a number above 0", "a number from 0 to 1"
@@ -77,15 +72,15 @@ _TEXTS = "a list of strings"
 _RULES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     bool: ("true or false", lambda value: isinstance(value, bool)),
     int: ("a whole number", lambda value: type(value) is int),
-    float: ("a number", is_number),
+    float: ("a number", is_finite),
     str: ("a string", lambda value: isinstance(value, str)),
     dict: ("an object", lambda value: isinstance(value, dict)),
     _TEXTS: ("a list", lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value)),
     _SIZE: (_SIZE, lambda value: type(value) is int and 1 <= value <= _MOST),
     _LAYERS: (_LAYERS, lambda value: type(value) is int and 1 <= value <= _MOST_LAYERS),
     _COUNT: (_COUNT, lambda value: type(value) is int and 0 <= value <= _MOST),
-    _POSITIVE: (_POSITIVE, lambda value: is_number(value) and value > 0),
-    _EPSILON: (_EPSILON, lambda value: is_number(value) and 0 <= value <= 1),
+    _POSITIVE: (_POSITIVE, lambda value: is_finite(value) and value > 0),
+    _EPSILON: (_EPSILON, lambda value: is_finite(value) and 0 <= value <= 1),
 }
 # Of keys whose default is null, or for which the type of the default is too little. What may be null though its default
 # is a number.

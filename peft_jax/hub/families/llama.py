@@ -4,8 +4,9 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
+from peft_jax.core.validation import is_finite
 from peft_jax.errors import PeftJaxError, nearest
-from peft_jax.hub.families.family import Family, check_heads, completed, is_number
+from peft_jax.hub.families.family import Family, check_heads, completed
 from peft_jax.hub.families.hf_names import embedding, linear, norm
 from peft_jax.models.llama import CausalLM, LlamaConfig
 from peft_jax.models.rope import SCALINGS
@@ -133,7 +134,7 @@ def _rope(c: Mapping[str, Any]) -> tuple[float, tuple[tuple[str, float | str], .
     """theta, and the scaling's sorted items or ``None``. transformers 5 keeps both in one dict, 4 in two keys."""
     given = _rope_fields(c)
     theta, partial, kind = given["rope_theta"], given["partial_rotary_factor"], given["rope_type"]
-    if not is_number(theta) or theta <= 0:
+    if not is_finite(theta) or theta <= 0:
         raise PeftJaxError(f"rope_theta {reprlib.repr(theta)} is no number above 0: correct config.json.")
     if partial not in (None, 1.0):
         raise PeftJaxError(f"partial_rotary_factor {reprlib.repr(partial)} is not supported: only whole heads are "
@@ -144,7 +145,7 @@ def _rope(c: Mapping[str, Any]) -> tuple[float, tuple[tuple[str, float | str], .
         return float(theta), None
     if kind == "llama3":
         given.setdefault("original_max_position_embeddings", c["max_position_embeddings"])
-    missing = [key for key in _SCALING_KEYS[kind] if not is_number(given.get(key)) or given[key] <= 0]
+    missing = [key for key in _SCALING_KEYS[kind] if not is_finite(given.get(key)) or given[key] <= 0]
     if missing or given.get("high_freq_factor", 2) <= given.get("low_freq_factor", 1):
         raise PeftJaxError(f"rope scaling '{kind}' lacks {', '.join(missing) or 'a high_freq_factor above the low'}, "
                            "a number above 0: add it in config.json.")

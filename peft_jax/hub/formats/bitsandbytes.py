@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from peft_jax import quant
+from peft_jax.core.validation import is_finite
 from peft_jax.errors import PeftJaxError
 from peft_jax.method import Method
 from peft_jax.methods.quantize import quantize
@@ -65,7 +66,7 @@ class Packed(NamedTuple):
 
     def _nested(self, count):
         self._check_table("nested_quant_map", codebooks.dynamic())
-        if self.state.get("nested_blocksize") != GROUP or not _is_number(self.state.get("nested_offset")):
+        if self.state.get("nested_blocksize") != GROUP or not is_finite(self.state.get("nested_offset")):
             raise self._damaged(f"scales in blocks of {self.state.get('nested_blocksize')} with the mean "
                                 f"{self.state.get('nested_offset')}, and only blocks of {GROUP} with a mean are read")
         return (self._part("nested_absmax", np.float32, -(-count // GROUP)),
@@ -163,11 +164,6 @@ def planned(folder: Path, given: Mapping[str, Any]) -> Method | None:
         return None
     return quantize(settings.get("bnb_4bit_quant_type", "fp4"), 64, settings.get("bnb_4bit_use_double_quant", False),
                     exclude_modules=tuple(settings.get("llm_int8_skip_modules") or ()))
-
-
-def _is_number(value) -> bool:
-    """Whether it is one in float32, too."""
-    return type(value) in (int, float) and abs(value) <= float(np.finfo(np.float32).max)
 
 
 def written(name: str, entry: quant.QuantizedArray) -> dict[str, np.ndarray]:
