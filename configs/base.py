@@ -13,6 +13,7 @@ from ml_collections.config_dict import ConfigDict
 from configs.methods import any_type, method_config
 from configs.models import source_of
 from configs.tasks import TASKS
+from peft_jax.core.files import expanded
 from peft_jax.errors import PeftJaxError, nearest
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")  # of data files
@@ -137,7 +138,7 @@ def task_config(task: str) -> ConfigDict:
         return ConfigDict(copy.deepcopy(TASKS[task]))
     path, name = Path(task), task.removeprefix("hub:")
     is_file = path.suffix in ENDINGS or any(sign in task for sign in "*?[") or os.path.exists(
-        os.path.expanduser(task))  # which never raises
+        expanded(task))  # which, unlike Path's, raises nothing
     if task != name or (not is_file and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name)):
         return ConfigDict(copy.deepcopy(TASKS["hub"]) | {"source": name})
     if is_file:

@@ -11,6 +11,7 @@ from ml_collections.config_dict import ConfigDict
 
 from configs.parse import keys, names
 from configs.sweeps import metrics_of
+from peft_jax.core.files import expanded
 from peft_jax.errors import PeftJaxError, nearest
 
 NAMES = ("layers_to_transform", "layers_pattern", "modules_to_save")  # and every argument that ends in _modules
@@ -126,7 +127,7 @@ def check_folder(flag: str, folder: str | None) -> None:
     """Raise ``PeftJaxError`` where no folder can have the name that ``flag`` gives; whether there is one is another
     matter."""
     try:
-        os.lstat(os.path.expanduser(folder or "."))
+        os.lstat(expanded(folder or "."))
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         pass
     except OSError as error:

@@ -6,6 +6,7 @@ Any other Hub id (``owner/name``), local folder, ``.gguf`` file or ``pypi:NAME==
 import os
 from pathlib import Path
 
+from peft_jax.core.files import expanded
 from peft_jax.errors import PeftJaxError, nearest
 
 _SIZES = Path(__file__).parent / "sizes"
@@ -51,8 +52,8 @@ def source_of(model: str) -> str:
     """
     if model in MODELS:
         return MODELS[model]
-    path = Path(os.path.expanduser(model))  # unlike Path's, this and exists never raise
-    if os.path.exists(path):
+    path = expanded(model)
+    if os.path.exists(path):  # which, unlike Path's, raises nothing
         return str(path)
     if path.is_absolute() or model.startswith(("./", "../", "~")) or path.suffix == ".gguf":
         raise PeftJaxError(f"model={model}: there is no such file or folder")

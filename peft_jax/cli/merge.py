@@ -1,6 +1,5 @@
 """``--mode=merge``, or export: fold the workdir's adapter into the weights, a folder that transformers loads."""
 
-import os
 from pathlib import Path
 
 from peft_jax.cli import console, trained_run, workdir
@@ -10,6 +9,7 @@ from peft_jax.cli.load_model import load_model
 from peft_jax.cli.session import Session, load_session
 from peft_jax.cli.trained_run import Candidate
 from peft_jax.core import tree
+from peft_jax.core.files import expanded
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub.save import save_pretrained
 from peft_jax.hub.tokenizer import load_tokenizer
@@ -20,7 +20,7 @@ from peft_jax.parallel.mesh import make_mesh
 def job(command) -> int:
     """Write the merged model to ``--output``, with ``--requantize`` in the base's codes again."""
     folder, config = trained_run.folder_of(command), command.config
-    output = Path(os.path.expanduser(command.output)) if command.output else folder / "merged"
+    output = expanded(command.output) if command.output else folder / "merged"
     workdir.check_output(output, folder, config.model.source)
     if command.requantize:
         model, tokenizer, params = _merged_in_codes(command, folder)

@@ -59,7 +59,7 @@ def check_writable(folder: Path, leave: bool = False) -> None:
 def check_output(output: Path, folder: Path, source: str) -> None:
     """Raise ``PeftJaxError`` where a model written to ``output`` would overwrite what is not its own: the base model
     ``source``, the run in ``folder``, another one, or what either keeps."""
-    base, place = Path(os.path.expanduser(source)), output.resolve()
+    base, place = files.expanded(source), output.resolve()
     if output.exists() and os.path.exists(base) and output.samefile(base):
         raise PeftJaxError(f"--output={output} is the base model itself: choose another folder")
     for run in (place, *place.parents):

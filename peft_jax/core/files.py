@@ -165,6 +165,11 @@ def _restore(scratch: Path, folder: Path, aside: Path, new: list[str], old: list
             os.replace(aside / name, folder / name)
 
 
+def expanded(path: str | os.PathLike) -> Path:
+    """The path, with ``~`` as a user's home. Of a user that is unknown it stays, where ``Path.expanduser`` raises."""
+    return Path(os.path.expanduser(path))
+
+
 KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
          (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from peft_jax.core.files import parse_json, regular_file
+from peft_jax.core.files import expanded, parse_json, regular_file
 from peft_jax.errors import PeftJaxError, nearest, needed, root_cause
 
 
@@ -47,8 +47,8 @@ def read_table(path: str) -> list[dict]:
 def _matching_files(path: str) -> list[Path]:
     if not path:
         raise PeftJaxError("task.source is empty: name a data file")
-    pattern = Path(os.path.expanduser(path))  # this and isfile, unlike Path's, never raise
-    if os.path.isfile(pattern):
+    pattern = expanded(path)
+    if os.path.isfile(pattern):  # which, unlike Path's, raises nothing
         return [pattern]
     try:
         beside = sorted(pattern.parent.iterdir()) if os.path.isdir(pattern.parent) else []

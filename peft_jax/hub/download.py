@@ -94,7 +94,7 @@ _HUB_SKIP = ["*/*", "consolidated*"]  # other formats of the same weights
 
 def cache_folder(*parts: str) -> Path:
     """The cache folder, or a folder in it, made where missing. Raises ``PeftJaxError`` where it cannot be written."""
-    root = Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/peft_jax").expanduser()
+    root = files.expanded(os.environ.get(CACHE_VARIABLE) or "~/.cache/peft_jax")
     folder = root.joinpath(*parts)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def resolve(source: str | os.PathLike, weights: bool = True) -> Path:
             raise PeftJaxError(f"'{text}' holds no model: it is a data asset, use it as the source of a task.")
         paths = {name: fetch(text, name) for name in archive.members if name.startswith(archive.model)}
         return paths[archive.model] if archive.model in paths else next(iter(paths.values())).parent
-    path = Path(text).expanduser()
+    path = files.expanded(text)
     if os.path.exists(path):  # which Path's own does not know of names that are too long
         return path if path.is_dir() else files.regular_file(path, "a model")
     if text.endswith(".gguf") or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text):
@@ -145,7 +145,7 @@ def name_elsewhere(source: str | os.PathLike) -> str:
     text = os.fspath(source)
     if text in ARCHIVES:
         return ARCHIVES[text].hub_id or text
-    path = Path(text).expanduser()
+    path = files.expanded(text)
     return str(path.resolve()) if os.path.exists(path) else text
 
 

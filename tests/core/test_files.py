@@ -137,3 +137,8 @@ def test_what_is_no_fault_of_a_file_passes(error):
     with pytest.raises(type(error)) as raised, files.reading("f.bin", "a list"):
         raise error
     assert raised.value is error
+
+
+def test_the_home_of_nobody_stays_what_it_says():
+    assert str(files.expanded("~nobody_of_this_name/model")) == "~nobody_of_this_name/model"
+    assert files.expanded("~/model") == files.Path.home() / "model"

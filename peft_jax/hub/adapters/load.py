@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from peft_jax.core import arguments, kernel_axes, labels, targeting, tree
+from peft_jax.core.files import expanded
 from peft_jax.core.peft_format import PREFIX
 from peft_jax.errors import PeftJaxError
 from peft_jax.hub import download
@@ -94,7 +95,7 @@ def _with_leaves(method: Method, params, axes, folder: Path, tensors) -> dict[st
 
 
 def _folder(source: str | os.PathLike) -> Path:
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if not os.path.exists(folder) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", os.fspath(source)):
         folder = download.from_hub(os.fspath(source), [CONFIG, WEIGHTS])
     absent = [name for name in (CONFIG, WEIGHTS) if not os.path.lexists(folder / name)]

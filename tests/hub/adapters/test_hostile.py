@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from peft_jax import PeftJaxError, load_adapter, lora, save_adapter
+from peft_jax import (  # fmt: skip
+    PeftJaxError,
+    load_adapter,
+    load_config,
+    load_pretrained,
+    load_tokenizer,
+    lora,
+    save_adapter,
+)
 
 METHOD = lora(r=2, target_modules=["q_proj", "v_proj"])
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -169,3 +177,10 @@ def test_what_is_no_file_is_not_opened(stored, tiny_model, name):
     (stored / name).unlink()
     (stored / name).symlink_to("/dev/zero")
     refused(stored, tiny_model[1], f"{name} is a device")
+
+
+@pytest.mark.parametrize("load", [lambda source: load_adapter(source, {"up": {"kernel": jnp.ones((2, 2))}}),
+                                  load_config, load_pretrained, load_tokenizer])
+def test_the_home_of_nobody_is_one_line(load):
+    with pytest.raises(PeftJaxError, match="~nobody_of_this_name/model"):
+        load("~nobody_of_this_name/model")
