@@ -142,7 +142,7 @@ def _json(text: Any) -> Any:
     """What a text holds as JSON; whatever is none, as it is."""
     try:
         return json.loads(text) if isinstance(text, str) else text
-    except ValueError:
+    except (ValueError, RecursionError):  # the second of brackets in brackets
         return text
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from peft_jax.data import load_examples
 from peft_jax.data.tables import MOST_LABELS, keys_of_labels
+from peft_jax.data.turns import chat_of
 from peft_jax.errors import PeftJaxError
 from tests.data.test_sources import columns, task
 
@@ -167,3 +168,8 @@ def test_a_number_that_no_class_has_is_no_class():
     for label in (str(MOST_LABELS), "1" + "0" * 300):
         with pytest.raises(PeftJaxError, match=r"labels are whole numbers up to .*: set --config.task.label_names"):
             keys_of_labels(labelled, ["0", label])
+
+
+def test_tools_of_brackets_in_brackets_are_named():
+    with pytest.raises(PeftJaxError, match="row 3: tools must be a list"):
+        chat_of({"messages": [{"role": "user", "content": "Hello"}], "tools": "[" * 100_000}, "row 3")
